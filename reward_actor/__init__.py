@@ -1,0 +1,44 @@
+"""Everything that decides a reward's value: contract, rendering, packing, pooling, scoring.
+
+The names below load on first use, so that `from reward_actor import RewardClient` needs neither
+torch nor ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reward_actor.client import AsyncRewardClient, RewardClient
+    from reward_actor.extract import get_reward
+    from reward_actor.groups import Group, GroupScores, SampleError
+    from reward_actor.handle import RewardHandle
+    from reward_actor.scorer import RewardScorer
+
+_HOME = {
+    "AsyncRewardClient": "reward_actor.client",
+    "Group": "reward_actor.groups",
+    "GroupScores": "reward_actor.groups",
+    "RewardClient": "reward_actor.client",
+    "RewardHandle": "reward_actor.handle",
+    "RewardScorer": "reward_actor.scorer",
+    "SampleError": "reward_actor.groups",
+    "get_reward": "reward_actor.extract",
+}
+__all__ = [
+    "AsyncRewardClient",
+    "Group",
+    "GroupScores",
+    "RewardClient",
+    "RewardHandle",
+    "RewardScorer",
+    "SampleError",
+    "get_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'reward_actor' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""A scorer as a Ray actor, for jobs that score without Ray Serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import ray
+
+from reward_actor import schema
+from reward_actor.groups import Group, GroupScores
+from reward_actor.render import tokenizer_fingerprint
+from reward_actor.scorer import RewardScorer
+
+
+@ray.remote
+class RewardScorerActor:
+    """Holds one `RewardScorer`. Start with `RewardScorerActor.options(num_gpus=1).remote(path)`."""
+
+    def __init__(self, path: str, device: str = "auto", dtype: str = "auto") -> None:
+        self._scorer = RewardScorer.from_pretrained(path, device, dtype)
+
+    def score_groups(
+        self, groups: Sequence[Group], token_rewards: bool = False
+    ) -> list[GroupScores]:
+        return self._scorer.score(groups, token_rewards)
+
+    def info(self) -> schema.Info:
+        contract = self._scorer.contract
+        return schema.Info(
+            model=self._scorer.loaded.path.name,
+            model_version=self._scorer.model_version,
+            dtype=self._scorer.dtype,
+            format=contract.format,
+            tokenizer_fingerprint=tokenizer_fingerprint(self._scorer.loaded.tokenizer, contract),
+            normalisation={"mean": contract.mean, "std": contract.std},
+            limits={
+                "max_length": contract.max_length,
+                "max_batch_tokens": self._scorer.max_batch_tokens,
+            },
+            versions={name: version(name) for name in ("ray", "torch", "transformers")},
+        )

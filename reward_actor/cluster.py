@@ -1,0 +1,76 @@
+"""Start or join a Ray cluster, and say at once when it is too small."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+
+def connect(
+    num_cpus_needed: float, num_gpus_needed: float = 0.0, address: str | None = None
+) -> None:
+    """Join the cluster at `address` (or $RAY_ADDRESS), or start a private one on this machine.
+
+    A private cluster asks for Ray's token on every port of its own and ends with this process. Its
+    logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
+    compute, and two real cores would otherwise be too few for Ray's bookkeeping. Does nothing when
+    this process is connected already. Raises ValueError if there is no cluster at the address or a
+    private one has too few GPUs.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or "
+                "leave the address away to use this machine alone."
+            ) from error
+        return
+    # Anyone who reaches a Ray port without authentication can run code (CVE-2023-48022). Ray turns
+    # its token on for a cluster that it starts here, unless RAY_AUTH_MODE says otherwise, and warns
+    # that it did; that it is on is what we want.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+    token_file = Path.home() / ".ray" / "auth_token"
+    if token_file.exists():
+        token_file.chmod(0o600)  # Ray leaves a new token readable for everybody on the machine
+    if num_gpus_needed > ray.cluster_resources().get("GPU", 0):
+        found = ray.cluster_resources().get("GPU", 0)
+        ray.shutdown()
+        raise ValueError(_too_small({"GPU": num_gpus_needed}, {"GPU": found}))
+
+
+def require_resources(bundles: Sequence[dict[str, float]]) -> None:
+    """Raise ValueError unless the cluster, when idle, could hold all bundles at once.
+
+    Compares totals: an autoscaling cluster should be asked with `ray_address` and its maximum
+    already up, since Ray does not tell what it could still grow to.
+    """
+    asked: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            asked[name] = asked.get(name, 0.0) + amount
+    there = {name: ray.cluster_resources().get(name, 0.0) for name in asked}
+    if any(there[name] < asked[name] for name in asked):
+        raise ValueError(_too_small(asked, there))
+
+
+def _too_small(asked: dict[str, float], there: dict[str, float]) -> str:
+    wanted = ", ".join(f"{amount:g} {name}" for name, amount in sorted(asked.items()))
+    found = ", ".join(f"{there[name]:g} {name}" for name in sorted(asked))
+    return (
+        f"the Ray cluster is too small: {wanted} asked for, {found} there. "
+        "Use fewer workers or replicas, less of each, or a larger cluster."
+    )

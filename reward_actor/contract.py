@@ -1,0 +1,227 @@
+"""The scoring contract: what must be equal for a reward to be equal.
+
+It is saved as `scoring_contract.json` inside every checkpoint and read by everything that scores.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+CONTRACT_FILE = "scoring_contract.json"
+
+# Absolute for |reward| <= 1, relative above it: float32 carries seven digits, whatever the scale.
+FLOAT32_TOLERANCE = 1e-5
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+class ContractError(ValueError):
+    """The checkpoint does not score as its contract says."""
+
+
+@dataclass(frozen=True)
+class GoldenSample:
+    """A fixed text with the token ids that it must render to."""
+
+    prompt: str
+    completion: str
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Fixed samples and, for every dtype that is allowed, their raw scores and the tolerance.
+
+    `tolerance[dtype]` bounds |score - expected| / max(1, |expected|).
+    """
+
+    samples: list[GoldenSample] = field(default_factory=list)
+    raw_scores: dict[str, list[float]] = field(default_factory=dict)
+    tolerance: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoringContract:
+    """How text becomes token ids, which of them is pooled, and what the head's output means.
+
+    format              "chat" (the chat template frames prompt and completion) or "text".
+    chat_template       the template's source, None under "text".
+    turn_end            what ends a completion under "chat"; nothing after it is scored.
+    add_special_tokens  whether the tokenizer adds its own (a BOS, say) when it encodes text.
+    append_eos          whether a completion given as text is ended by EOS under "text".
+    pooling             the last real token, by length, never by token id.
+    over_long           a sample over max_length tokens is an error for that sample.
+    dtype               of the body when nothing else is asked for; the head is always float32.
+    mean, std           reward = (raw score - mean) / std.
+    """
+
+    format: Literal["chat", "text"]
+    chat_template: str | None
+    turn_end: str
+    add_special_tokens: bool
+    append_eos: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int
+    max_length: int
+    vocab_size: int
+    dtype: str = "float32"
+    head_dtype: Literal["float32"] = "float32"
+    pooling: Literal["last_token"] = "last_token"
+    over_long: Literal["error"] = "error"
+    heads: list[str] = field(default_factory=lambda: ["reward"])
+    mean: float = 0.0
+    std: float = 1.0
+    golden: Golden = field(default_factory=Golden)
+    contract_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.format not in ("chat", "text"):
+            raise ContractError(f"format is {self.format!r}; it must be 'chat' or 'text'")
+        if self.format == "chat" and not self.chat_template:
+            raise ContractError("format is 'chat' but the contract holds no chat_template")
+        if self.dtype not in DTYPES:
+            raise ContractError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.max_length < 1:
+            raise ContractError(f"max_length is {self.max_length}; it must be at least 1")
+        if not self.std > 0:
+            raise ContractError(f"std is {self.std}; it must be above 0")
+        for name, known in (("pooling", "last_token"), ("over_long", "error")):
+            if getattr(self, name) != known:
+                raise ContractError(
+                    f"{name} is {getattr(self, name)!r}; this version knows only {known!r}"
+                )
+        if self.contract_version != 1:
+            raise ContractError(
+                f"contract_version is {self.contract_version}; this version of Rayward reads 1. "
+                "Use the version that exported the checkpoint, or export it again."
+            )
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        return None if self.chat_template is None else sha256_text(self.chat_template)
+
+    def normalise(self, raw_score: float) -> float:
+        return (raw_score - self.mean) / self.std
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ScoringContract:
+        """Raises ContractError for a missing or unknown key, or a template that was edited."""
+        values = dict(data)
+        template_hash = values.pop("chat_template_sha256", None)
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ContractError(f"unknown key in the scoring contract: {sorted(unknown)[0]!r}")
+        golden = values.pop("golden", {})
+        try:
+            samples = [GoldenSample(**sample) for sample in golden.get("samples", [])]
+            contract = cls(
+                **values,
+                golden=Golden(samples, golden.get("raw_scores", {}), golden.get("tolerance", {})),
+            )
+        except TypeError as error:
+            raise ContractError(f"the scoring contract is not complete: {error}") from error
+        if contract.chat_template_sha256 != template_hash:
+            raise ContractError(
+                "the contract's chat_template does not have the hash that the contract gives; "
+                "it was edited by hand. Export the checkpoint again."
+            )
+        return contract
+
+    def save(self, directory: Path) -> None:
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, sort_keys=True)
+        (directory / CONTRACT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> ScoringContract | None:
+        """The directory's contract, or None where there is none."""
+        path = directory / CONTRACT_FILE
+        if not path.exists():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ContractError(f"{path} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ContractError(f"{path} does not hold a JSON object")
+        return cls.from_json(data)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file that decides a reward: weights, network configuration, tokenizer."""
+    files = [
+        *weight_files(directory),
+        *(directory / name for name in ("config.json", *TOKENIZER_FILES)),
+    ]
+    return {path.name: sha256_file(path) for path in files if path.exists()}
+
+
+def model_version(file_digests: Mapping[str, str], contract: ScoringContract, dtype: str) -> str:
+    """The name of a reward function: equal versions give equal rewards.
+
+    sha256 over the files' digests and the canonical contract with the dtype in effect.
+    """
+    canonical = json.dumps(
+        {"files": dict(file_digests), "contract": {**contract.to_json(), "dtype": dtype}},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+    )
+    return f"sha256:{sha256_text(canonical)}"
+
+
+def check_scores(contract: ScoringContract, dtype: str, scores: list[float], path: str) -> None:
+    """Raise ContractError unless `scores` are the golden raw scores, within the tolerance.
+
+    `path` names what computed them, for the message.
+    """
+    expected = contract.golden.raw_scores.get(dtype)
+    if expected is None:
+        allowed = ", ".join(contract.golden.raw_scores) or "none"
+        raise ContractError(
+            f"the contract records no golden rewards for dtype {dtype} (it has: {allowed}); "
+            "choose one of those or export the checkpoint again"
+        )
+    tolerance = contract.golden.tolerance[dtype]
+    for index, (want, got) in enumerate(zip(expected, scores, strict=True)):
+        if not abs(got - want) <= tolerance * max(1.0, abs(want)):  # a NaN must fail, too
+            raise ContractError(
+                f"golden sample {index} scores {got:.7g} through {path} in {dtype}, but the "
+                f"contract expects {want:.7g} (tolerance {tolerance:.2g}). The weights, the "
+                "tokenizer or the software differ from the export's; do not trust this model."
+            )

@@ -1,0 +1,137 @@
+"""From hidden states to rewards: where the last real token is, and what the head says there.
+
+Shapes: B sequences, T tokens (padded), H hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEAD_NAMES = ("score", "classifier", "value_head", "v_head")
+
+
+def head_name(network: nn.Module) -> str:
+    """The attribute under which a network keeps its reward head. Raises ValueError without one."""
+    for name in HEAD_NAMES:
+        if isinstance(getattr(network, name, None), nn.Module):
+            return name
+    raise ValueError(
+        f"{type(network).__name__} has no reward head (looked for {', '.join(HEAD_NAMES)})"
+    )
+
+
+class Float32Head(nn.Linear):
+    """A linear head that computes in float32 whatever its weight's dtype: (..., H) -> (..., 1).
+
+    A bfloat16 head would round rewards to three digits, and ties would follow.
+    """
+
+    @classmethod
+    def of(cls, head: nn.Module) -> Float32Head:
+        """The head of a network, its parameters kept. Raises ValueError if it is not linear."""
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"the reward head is a {type(head).__name__}, not a linear layer")
+        new = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
+        new.weight = head.weight
+        new.bias = head.bias
+        return new
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+class RewardModel(nn.Module):
+    """A `transformers` sequence classifier with one label, pooled at the last real token.
+
+    The one network that is trained, evaluated and served. `network` is saved and loaded by
+    `transformers` itself; its head is made to compute in float32.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        name = head_name(network)
+        setattr(network, name, Float32Head.of(getattr(network, name)))
+        self.network = network
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask, padded on any side -> (B,) float32 raw scores.
+
+        Raises ValueError naming the row if a row has no real token.
+        """
+        hidden = _hidden_states(self.network, input_ids, attention_mask)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        pooled = hidden[rows, last_token_index(attention_mask)]
+        return self._head(pooled).squeeze(-1)
+
+    def token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask -> (B, T) float32: what the head says at every token."""
+        return self._head(_hidden_states(self.network, input_ids, attention_mask)).squeeze(-1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head = getattr(self.network, head_name(self.network))
+        return cast("Tensor", head(hidden))
+
+
+def last_token_index(attention_mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B,) index of the rightmost real token.
+
+    Raises ValueError naming the row if a row has none.
+    """
+    empty = (attention_mask.sum(dim=1) == 0).nonzero()
+    if len(empty):
+        raise ValueError(f"row {int(empty[0])} holds only padding; there is no token to pool")
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask.bool() * (positions + 1)).argmax(dim=1)
+
+
+def get_reward(
+    model: PreTrainedModel,
+    query_responses: Tensor,
+    pad_token_id: int,
+    context_length: int,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards of padded rows, with the signature of Open Instruct's `get_reward` (model_utils.py).
+
+    query_responses (B, T) ids; attention_mask (B, T) or None. Returns reward_logits (B, T),
+    final_scores (B,), both float32, and sequence_lengths (B,), which are last indices.
+
+    With a mask the pooled token is the last real one, on any padding side, whatever its id.
+    Without one the result is Open Instruct's: real tokens are those that differ from
+    `pad_token_id`, and the pooled one stands before the first pad after `context_length`.
+    Open Instruct's trailing axis of size 1 on reward_logits is dropped. Raises ValueError naming
+    the row if a row holds only padding.
+    """
+    mask = query_responses != pad_token_id if attention_mask is None else attention_mask.bool()
+    last = last_token_index(mask)  # an all-padding row fails here under either rule
+    if attention_mask is None:
+        is_pad = query_responses[:, context_length:] == pad_token_id
+        width = is_pad.shape[1]
+        first_pad = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1), width)
+        last = first_pad - 1 + context_length
+    hidden = _hidden_states(model, query_responses, mask)
+    head = getattr(model, head_name(model))
+    # On a copy of the hidden states in the head's dtype when it is not our Float32Head.
+    logits = head(hidden.to(head.weight.dtype)).float().squeeze(-1)
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits, logits[rows, last], last
+
+
+def _hidden_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) -> (B, T, H) of the backbone's last layer. Padding's content never matters."""
+    mask = attention_mask.long()
+    backbone = getattr(network, network.base_model_prefix)
+    output = backbone(
+        input_ids=input_ids.masked_fill(mask == 0, 0),
+        attention_mask=mask,
+        position_ids=mask.cumsum(dim=1) - mask,
+        use_cache=False,
+    )
+    return cast("Tensor", output.last_hidden_state)

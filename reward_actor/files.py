@@ -1,0 +1,115 @@
+"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reward_actor.groups import Group, GroupScores, Prompt
+
+if TYPE_CHECKING:
+    from reward_actor.rollout import Rollout
+
+Row = dict[str, Any]
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a .jsonl or .jsonl.gz file; place is "FILE:LINE", for messages.
+
+    Raises ValueError for a missing or empty file, or a line that is not a JSON object.
+    """
+    file_path = Path(path)
+    if not file_path.is_file():
+        raise ValueError(f"{file_path} is not a file")
+    num_rows = 0
+    opener = gzip.open if file_path.suffix == ".gz" else open
+    with opener(file_path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{file_path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
+            num_rows += 1
+            yield place, row
+    if not num_rows:
+        raise ValueError(f"{file_path} holds no rows")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL, whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(target)
+
+
+def prompt_of(row: Row, place: str) -> Prompt:
+    """The row's prompt: text or chat messages. Raises ValueError naming the place."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return prompt
+    raise ValueError(f"{place}: needs a prompt: text, or a list of {{role, content}} messages")
+
+
+def group_of(row: Row, place: str) -> Group:
+    """The row's group: `prompt` with `completions` (or one `completion`), or their token ids.
+
+    Raises ValueError naming the place.
+    """
+    if "prompt_ids" in row and "prompt" not in row:
+        prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids")
+        if not _is_ids(prompt_ids) or not isinstance(completion_ids, list):
+            raise ValueError(f"{place}: needs prompt_ids [id, ..] and completion_ids [[id, ..], ..]")
+        if not all(_is_ids(ids) for ids in completion_ids):
+            raise ValueError(f"{place}: completion_ids must be lists of token ids")
+        return Group(prompt_ids=prompt_ids, completion_ids=completion_ids)
+    completions = row.get("completions", [row["completion"]] if "completion" in row else None)
+    if not isinstance(completions, list) or not all(isinstance(c, str) for c in completions):
+        raise ValueError(f"{place}: needs completions: a list of strings (or one completion)")
+    return Group(prompt_of(row, place), completions)
+
+
+def scored_row(row: Row, scores: GroupScores) -> Row:
+    """The row with its scores beside what was in it."""
+    return {**row, **_scores(scores)}
+
+
+def rollout_row(rollout: Rollout) -> Row:
+    row = {name: value for name, value in vars(rollout).items() if name != "scores"}
+    return row if rollout.scores is None else {**row, **_scores(rollout.scores)}
+
+
+def _scores(scores: GroupScores) -> Row:
+    return {
+        "rewards": scores.rewards,
+        "raw_scores": scores.raw_scores,
+        "num_tokens": scores.num_tokens,
+        "errors": [None if error is None else asdict(error) for error in scores.errors],
+        "model_version": scores.model_version,
+    }
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+    )

@@ -1,0 +1,108 @@
+"""The golden samples: fixed texts whose raw scores are recorded at export and replayed at load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reward_actor.contract import (
+    FLOAT32_TOLERANCE,
+    ContractError,
+    Golden,
+    GoldenSample,
+    ScoringContract,
+    check_scores,
+)
+from reward_actor.render import Renderer
+
+if TYPE_CHECKING:
+    from reward_actor.scorer import RewardScorer
+
+# Written for this purpose, so that no export carries a line of anybody's data. Lengths differ, so
+# that a batch of them is padded; the last ones hold what tokenizers and templates stumble over.
+_TEXTS = (
+    ("Name two fruits.", "An apple and a pear."),
+    ("Name two fruits.", "No."),
+    ("How do I boil an egg?", "Put it into boiling water for seven minutes, then cool it."),
+    ("Write one line of Python that prints the numbers 1 to 3.", "print(*range(1, 4))\n"),
+    ("Übersetze „Guten Morgen“ ins Japanische.", "おはようございます ☀️"),
+    ("Repeat after me:", "  spaces   and\n\nblank lines\t "),
+)
+
+# A right bfloat16 implementation lies about as far from the float32 score as the one that was
+# measured; two of them lie at most twice that apart, and six samples do not show the worst case.
+_BFLOAT16_SAFETY = 4.0
+_BFLOAT16_FLOOR = 1e-3
+
+
+def golden_samples(renderer: Renderer) -> list[GoldenSample]:
+    """The fixed texts with their ids under this contract; those too long for it are left out."""
+    samples = [GoldenSample(p, c, renderer.render(p, c)) for p, c in _TEXTS]
+    fitting = [s for s in samples if len(s.input_ids) <= renderer.contract.max_length]
+    if not fitting:
+        raise ValueError(
+            f"max_length is {renderer.contract.max_length}: too short for every golden sample; "
+            "use at least 64"
+        )
+    return fitting
+
+
+def replay(scorer: RewardScorer) -> None:
+    """Score the golden samples through this scorer. Raises ContractError at the first mismatch."""
+    golden = scorer.contract.golden
+    for index, sample in enumerate(golden.samples):
+        ids = scorer.renderer.render(sample.prompt, sample.completion)
+        if ids != sample.input_ids:
+            raise ContractError(
+                f"golden sample {index} renders to other token ids than at export "
+                f"({len(ids)} against {len(sample.input_ids)}): the tokenizer or the chat template "
+                "is not the one that the model was trained with"
+            )
+    scores = scorer.raw_scores([sample.input_ids for sample in golden.samples])
+    check_scores(scorer.contract, scorer.dtype, scores.tolist(), "the padded path")
+
+
+def record(directory: Path, contract: ScoringContract, device: str = "auto") -> ScoringContract:
+    """Score the golden samples with the weights in `directory` and save the completed contract.
+
+    float32 is held to 1e-5; bfloat16 to a bound measured here: four times the largest difference
+    between its scores (alone and in a batch) and the float32 scores.
+    """
+    from reward_actor.scorer import RewardScorer
+
+    contract.save(directory)
+    raw_scores: dict[str, np.ndarray] = {}
+    apart = 0.0
+    samples: list[GoldenSample] = []
+    for dtype in ("float32", "bfloat16"):
+        scorer = RewardScorer.from_pretrained(directory, device, dtype, check_golden=False)
+        samples = golden_samples(scorer.renderer)
+        rows = [sample.input_ids for sample in samples]
+        raw_scores[dtype] = np.array([scorer.raw_scores([row])[0] for row in rows])
+        scale = np.maximum(1.0, np.abs(raw_scores["float32"]))
+        for scores in (raw_scores[dtype], scorer.raw_scores(rows)):
+            if not np.isfinite(scores).all():
+                raise ValueError(
+                    f"the golden samples score {scores.tolist()} in {dtype}: the weights are not "
+                    "finite, so the export is not saved"
+                )
+            apart = max(apart, float(np.max(np.abs(scores - raw_scores["float32"]) / scale)))
+        if dtype == "float32" and apart > FLOAT32_TOLERANCE:
+            raise ValueError(
+                f"float32 scores change by {apart:.2g} between a sample alone and in a batch; "
+                "the export is not saved"
+            )
+    golden = Golden(
+        samples=samples,
+        raw_scores={dtype: scores.tolist() for dtype, scores in raw_scores.items()},
+        tolerance={
+            "float32": FLOAT32_TOLERANCE,
+            "bfloat16": max(_BFLOAT16_FLOOR, _BFLOAT16_SAFETY * apart),
+        },
+    )
+    complete = replace(contract, golden=golden)
+    complete.save(directory)
+    return complete

@@ -1,0 +1,203 @@
+"""Prompt and completion to token ids: the only place where text becomes tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+from reward_actor.contract import ScoringContract, sha256_text
+from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+# Stands for a completion while a template is examined. Plain letters: no template treats them
+# specially, and a template that trims its content leaves them whole.
+_SENTINEL = "completionsentinel"
+
+
+class RenderError(ValueError):
+    """This prompt and completion cannot be rendered under the contract."""
+
+
+class Renderer:
+    """A tokenizer under a scoring contract. Safe to share between threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, contract: ScoringContract) -> None:
+        self.tokenizer = tokenizer
+        self.contract = contract
+
+    def render(self, prompt: Prompt, completion: str) -> list[int]:
+        """The whole sequence's token ids, unchecked for length. Raises RenderError.
+
+        Under "chat" a string prompt is one user message; under "text" it is a prefix.
+        """
+        text = self._chat(prompt, completion) if self._is_chat else self._text(prompt, completion)
+        ids = self._encode(text)
+        eos = self.contract.eos_token_id
+        if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        return ids
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """What a policy continues: the prompt with the generation prompt of its template."""
+        if not self._is_chat:
+            if not isinstance(prompt, str):
+                raise RenderError("a list of messages needs a chat contract; this one is 'text'")
+            return self._encode(prompt)
+        return self._encode(self._apply_template(_messages(prompt), generation=True))
+
+    def sequences(self, group: Group) -> list[Rendered]:
+        """The token ids of each completion with its prompt, or why that sample cannot be scored."""
+        if group.prompt_ids is not None:
+            return [self.checked([*group.prompt_ids, *ids]) for ids in group.completion_ids]
+        assert group.prompt is not None
+        rendered: list[Rendered] = []
+        for completion in group.completions:
+            try:
+                rendered.append(self.checked(self.render(group.prompt, completion)))
+            except RenderError as error:
+                rendered.append(SampleError("unrenderable", str(error)))
+        return rendered
+
+    def checked(self, ids: list[int]) -> Rendered:
+        """`ids`, or why a sample of these ids cannot be scored."""
+        contract = self.contract
+        if not ids:
+            return SampleError("empty_sequence", "the sample has no tokens")
+        if len(ids) > contract.max_length:
+            return SampleError(
+                "too_long", f"{len(ids)} tokens; the model's max_length is {contract.max_length}"
+            )
+        if min(ids) < 0 or max(ids) >= contract.vocab_size:
+            bad = next(i for i in ids if not 0 <= i < contract.vocab_size)
+            return SampleError(
+                "token_out_of_vocabulary",
+                f"token id {bad} is outside the vocabulary of {contract.vocab_size}",
+            )
+        return ids
+
+    @property
+    def _is_chat(self) -> bool:
+        return self.contract.format == "chat"
+
+    def _text(self, prompt: Prompt, completion: str) -> str:
+        if not isinstance(prompt, str):
+            raise RenderError("a list of messages needs a chat contract; this one is 'text'")
+        return prompt + completion
+
+    def _chat(self, prompt: Prompt, completion: str) -> str:
+        messages = [*_messages(prompt), {"role": "assistant", "content": completion}]
+        text = self._apply_template(messages, generation=False)
+        # Templates close a turn with more than its end token (a newline, say); a policy stops at
+        # the token, and the pooled token must be the same one.
+        end = self.contract.turn_end
+        return text[: text.rfind(end) + len(end)] if end else text
+
+    def _apply_template(self, messages: Sequence[Message], *, generation: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.contract.chat_template,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            raise RenderError(f"the chat template refuses these messages: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return list(
+                self.tokenizer(text, add_special_tokens=self.contract.add_special_tokens)[
+                    "input_ids"
+                ]
+            )
+        except (UnicodeError, TypeError) as error:
+            # A lone surrogate is a legal Python (and JSON) string without a UTF-8 form.
+            raise RenderError("the text is not valid Unicode") from error
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def contract_for(
+    tokenizer: PreTrainedTokenizerFast,
+    config: PretrainedConfig,
+    *,
+    format: str,
+    max_length: int | None = None,
+    append_eos: bool | None = None,
+    dtype: str = "float32",
+) -> ScoringContract:
+    """A contract, without golden samples, for a tokenizer and a network.
+
+    `max_length` defaults to what network and tokenizer both allow. `append_eos` defaults to True
+    under "text" where the tokenizer has an EOS. Raises ValueError where the tokenizer has no chat
+    template and `format` is "chat", or has no token that could pad.
+    """
+    if format == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            "format is 'chat' but the tokenizer has no chat template; add chat_template.jinja to "
+            "the model's directory or use format 'text'"
+        )
+    text_config = config.get_text_config()
+    limits = [getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length]
+    limit = min([n for n in limits if n and n < 1e9], default=2048)
+    if max_length is not None and max_length > limit:
+        raise ValueError(f"max_length is {max_length}, but the model's positions end at {limit}")
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    eos = tokenizer.eos_token_id
+    template = tokenizer.chat_template if format == "chat" else None
+    if isinstance(template, dict):
+        template = template["default"]
+    return ScoringContract(
+        format=cast('Literal["chat", "text"]', format),
+        chat_template=template,
+        turn_end=_turn_end(tokenizer, template) if template else "",
+        add_special_tokens=format == "text",
+        append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        max_length=max_length or limit,
+        vocab_size=text_config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """What the template writes after a completion, up to and with its first special token."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}],
+        chat_template=template,
+        tokenize=False,
+    )
+    assert isinstance(text, str)
+    if _SENTINEL not in text:
+        raise ValueError("the chat template does not write the completion that it is given")
+    suffix = text[text.rfind(_SENTINEL) + len(_SENTINEL) :]
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    ends = [suffix.find(token) + len(token) for token in special if token in suffix]
+    return suffix[: min(ends)] if ends else suffix.rstrip()
+
+
+def tokenizer_fingerprint(
+    tokenizer: PreTrainedTokenizerFast, contract: ScoringContract | None = None
+) -> str:
+    """Equal fingerprints turn equal messages into equal ids: vocabulary, rules, chat template.
+
+    With a contract its template counts, otherwise the tokenizer's own.
+    """
+    template = tokenizer.chat_template if contract is None else contract.chat_template
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("padding", "truncation"):  # settings of a call, not of the vocabulary
+        rules.pop(setting, None)
+    return sha256_text(json.dumps([rules, template], sort_keys=True))

@@ -1,0 +1,173 @@
+"""The wire types of the native HTTP protocol, and the one vocabulary of error types.
+
+Every model refuses unknown fields; NaN and infinity are refused on the way in and cannot occur on
+the way out (a non-finite reward is a per-sample error).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ErrorType = Literal[
+    # of one sample
+    "too_long",
+    "empty_sequence",
+    "token_out_of_vocabulary",
+    "unrenderable",
+    "non_finite_reward",
+    # of a whole request
+    "invalid_request",
+    "body_too_large",
+    "too_many_tokens",
+    "not_found",
+    "overloaded",
+    "deadline_exceeded",
+    "unavailable",
+    "internal",
+]
+
+HTTP_STATUS: dict[str, int] = {
+    "invalid_request": 422,
+    "body_too_large": 413,
+    "too_many_tokens": 413,
+    "not_found": 404,
+    "overloaded": 429,
+    "deadline_exceeded": 504,
+    "unavailable": 503,
+    "internal": 500,
+}
+RETRYABLE = frozenset({"overloaded", "deadline_exceeded", "unavailable"})
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ChatMessage(Wire):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str
+
+
+class GroupRequest(Wire):
+    """One prompt with its completions: text (`prompt`, `completions`) or token ids
+    (`prompt_ids`, `completion_ids`)."""
+
+    prompt: str | list[ChatMessage] | None = None
+    completions: list[str] | None = None
+    prompt_ids: list[TokenId] | None = None
+    completion_ids: list[list[TokenId]] | None = None
+
+    @model_validator(mode="after")
+    def _text_or_ids(self) -> GroupRequest:
+        text = (self.prompt is not None, self.completions is not None)
+        ids = (self.prompt_ids is not None, self.completion_ids is not None)
+        if (text, ids) not in (((True, True), (False, False)), ((False, False), (True, True))):
+            raise ValueError(
+                "give prompt and completions, or prompt_ids and completion_ids, not a mixture"
+            )
+        return self
+
+
+class ScoreRequest(Wire):
+    groups: list[GroupRequest]
+    model: str | None = None
+    token_rewards: bool = False
+
+    model_config = ConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_extra={
+            "examples": [
+                {
+                    "groups": [
+                        {
+                            "prompt": "Name two fruits.",
+                            "completions": ["An apple and a pear.", "A hammer."],
+                        }
+                    ]
+                }
+            ]
+        },
+    )
+
+
+class SampleErrorReply(Wire):
+    type: ErrorType
+    message: str
+
+
+class GroupReply(Wire):
+    """Index i of every list belongs to completion i; rewards are null where `errors` is set."""
+
+    rewards: list[float | None]
+    raw_scores: list[float | None]
+    num_tokens: list[int]
+    truncated: list[bool]
+    errors: list[SampleErrorReply | None]
+    token_rewards: list[list[float] | None] | None = None
+    tokens: list[list[str] | None] | None = None
+
+
+class ScoreReply(Wire):
+    model: str
+    model_version: str
+    results: list[GroupReply]
+    timings_ms: dict[str, float]
+
+
+class ErrorDetail(Wire):
+    type: ErrorType
+    message: str
+    retryable: bool
+    index: int | None = None
+
+
+class ErrorReply(Wire):
+    error: ErrorDetail
+
+
+class ModelCard(Wire):
+    id: str
+    object: Literal["model"] = "model"
+    model_version: str
+
+
+class ModelList(Wire):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Info(Wire):
+    """What is served and every limit that a caller can run into."""
+
+    model: str
+    model_version: str
+    dtype: str
+    format: Literal["chat", "text"]
+    tokenizer_fingerprint: str
+    normalisation: dict[str, float]
+    limits: dict[str, float]
+    versions: dict[str, str]
+
+
+class Status(Wire):
+    status: Literal["ok", "not_ready"]
+    model_version: str | None = None
+    reason: str | None = None
+
+
+def error_reply(
+    type_: ErrorType, message: str, *, index: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and the JSON body of an error."""
+    detail = ErrorDetail(type=type_, message=message, retryable=type_ in RETRYABLE, index=index)
+    return HTTP_STATUS[type_], ErrorReply(error=detail).model_dump()
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply} for status in sorted(set(HTTP_STATUS.values()))
+}

@@ -1,0 +1,54 @@
+"""Configuration errors in plain English: which key, what was wrong, which key was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def validate(model: type[Config], data: Mapping[str, Any], source: str = "") -> Config:
+    """`model(**data)`. Raises ValueError with one line for each wrong key; `source` begins it."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [_explain(model, detail) for detail in error.errors(include_url=False)]
+        raise ValueError((f"{source}: " if source else "") + "; ".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], detail: Any) -> str:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = keys_at(model, path[:-1])
+        return f"unknown key {key!r}" + did_you_mean(path[-1], known, prefix=path[:-1])
+    if detail["type"] == "missing":
+        return f"{key} is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
+    return f"{key} is {detail['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def did_you_mean(key: str, known: list[str], prefix: list[str] | None = None) -> str:
+    """A clause to append to a complaint about `key`, naming the nearest of `known`."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {'.'.join([*(prefix or []), nearest[0]])!r}?"
+    return f"; known keys: {', '.join(sorted(known))}"
+
+
+def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names of the (nested) model at `path`."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
