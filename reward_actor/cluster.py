@@ -5,29 +5,45 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
+
+
+_LISTENER_TIMEOUT_S = 5.0
 
 
 def connect(
-    num_cpus_needed: float, num_gpus_needed: float = 0.0, address: str | None = None
+    num_cpus_needed: float,
+    num_gpus_needed: float = 0.0,
+    address: str | None = None,
+    *,
+    log_to_driver: bool = True,
 ) -> None:
     """Join the cluster at `address` (or $RAY_ADDRESS), or start a private one on this machine.
 
     A private cluster asks for Ray's token on every port of its own and ends with this process. Its
     logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
     compute, and two real cores would otherwise be too few for Ray's bookkeeping. Does nothing when
-    this process is connected already. Raises ValueError if there is no cluster at the address or a
+    this process is connected already. `log_to_driver` prints what actors print. Raises ValueError if there is no cluster at the address or a
     private one has too few GPUs.
     """
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
+        # Ray looks for its token by itself only when it finds the cluster by itself. A cluster of
+        # `rayward serve` asks for the token; one without authentication ignores it.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        _require_listener(address)
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
                 f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or "
@@ -42,6 +58,7 @@ def connect(
         num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
         include_dashboard=False,
         logging_level=logging.WARNING,
+        log_to_driver=log_to_driver,
     )
     token_file = Path.home() / ".ray" / "auth_token"
     if token_file.exists():
@@ -50,6 +67,20 @@ def connect(
         found = ray.cluster_resources().get("GPU", 0)
         ray.shutdown()
         raise ValueError(_too_small({"GPU": num_gpus_needed}, {"GPU": found}))
+
+
+def _require_listener(address: str) -> None:
+    """Raise ValueError if nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto" and "local" are found by Ray
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or "
+            "leave the address away to use this machine alone."
+        ) from error
 
 
 def require_resources(bundles: Sequence[dict[str, float]]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from reward_actor.groups import Group, GroupScores, Prompt
 
 if TYPE_CHECKING:
-    from reward_actor.rollout import Rollout
+    from reward_actor.rollout import RolloutGroup
 
 Row = dict[str, Any]
 
@@ -73,7 +73,9 @@ def group_of(row: Row, place: str) -> Group:
     if "prompt_ids" in row and "prompt" not in row:
         prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids")
         if not _is_ids(prompt_ids) or not isinstance(completion_ids, list):
-            raise ValueError(f"{place}: needs prompt_ids [id, ..] and completion_ids [[id, ..], ..]")
+            raise ValueError(
+                f"{place}: needs prompt_ids [id, ..] and completion_ids [[id, ..], ..]"
+            )
         if not all(_is_ids(ids) for ids in completion_ids):
             raise ValueError(f"{place}: completion_ids must be lists of token ids")
         return Group(prompt_ids=prompt_ids, completion_ids=completion_ids)
@@ -88,7 +90,7 @@ def scored_row(row: Row, scores: GroupScores) -> Row:
     return {**row, **_scores(scores)}
 
 
-def rollout_row(rollout: Rollout) -> Row:
+def rollout_row(rollout: RolloutGroup) -> Row:
     row = {name: value for name, value in vars(rollout).items() if name != "scores"}
     return row if rollout.scores is None else {**row, **_scores(rollout.scores)}
 

@@ -52,8 +52,8 @@ class Engine:
 
 
 @dataclass
-class Rollout:
-    """One prompt with its n sampled completions; index i of every list belongs to completion i.
+class RolloutGroup:
+    """The n rollouts of one prompt; index i of every list belongs to completion i.
 
     `completion_ids[i]` end with the policy's stop token where it sampled one; `log_probs[i]` has
     one value for each of them. `scores` is None where no scorer was asked.
@@ -119,8 +119,8 @@ class RolloutActor:
 
     async def rollouts(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Rollout]:
-        """Sample every prompt and score the completions. The same seeds give the same rollouts."""
+    ) -> list[RolloutGroup]:
+        """Sample every prompt and score the completions. Equal seeds give equal rollouts."""
         rollouts = await asyncio.gather(
             *(
                 self._sample(prompt, sampling, seed)
@@ -135,7 +135,7 @@ class RolloutActor:
                 rollout.scores = score
         return list(rollouts)
 
-    async def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> Rollout:
+    async def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutGroup:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -163,7 +163,7 @@ class RolloutActor:
         ):
             final = output
         completions = sorted(final.outputs, key=lambda output: output.index)
-        return Rollout(
+        return RolloutGroup(
             prompt=prompt,
             prompt_ids=prompt_ids,
             completions=[output.text for output in completions],
@@ -200,10 +200,10 @@ def start_rollout_actors(engine: Engine, num_actors: int, scorer: Any = None) ->
 
 def sample(
     actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling
-) -> Iterator[tuple[int, Rollout]]:
-    """(index of the prompt, rollout) as they come, every prompt once, spread over the actors.
+) -> Iterator[tuple[int, RolloutGroup]]:
+    """(index of the prompt, its rollouts) as they come, every prompt once, spread over the actors.
 
-    Which actor takes a prompt does not change its rollout: the seed belongs to the prompt.
+    Which actor takes a prompt does not change its rollouts: the seed belongs to the prompt.
     """
     chunks = [
         range(start, min(start + _PROMPTS_PER_CALL, len(prompts)))
@@ -230,7 +230,7 @@ def _connect_scorer(scorer: Any) -> Scorer | None:
     return AsyncRewardHandle(scorer)
 
 
-def _group(rollout: Rollout, by_ids: bool) -> Group:
+def _group(rollout: RolloutGroup, by_ids: bool) -> Group:
     if by_ids:
         return Group(prompt_ids=rollout.prompt_ids, completion_ids=rollout.completion_ids)
     return Group(rollout.prompt, rollout.completions)

@@ -78,7 +78,9 @@ def start(
     bundles += [{"CPU": _INGRESS_CPUS}] * config.num_ingress
     num_cpus = sum(bundle.get("CPU", 0.0) for bundle in bundles)
     # A vLLM engine or two of rollout actors should find room beside the service.
-    connect(num_cpus + 4, config.num_replicas * resources["num_gpus"], ray_address)
+    connect(
+        num_cpus + 4, config.num_replicas * resources["num_gpus"], ray_address, log_to_driver=False
+    )
     require_resources(bundles)
     serve.start(
         logging_config=_QUIET,

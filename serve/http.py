@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+_TYPE_OF_STATUS = {404: "not_found", 413: "body_too_large"}
+
+
 def build_api() -> FastAPI:
     api = FastAPI(
         title="Rayward",
@@ -44,36 +47,23 @@ class BodyLimit:
         if scope["type"] != "http" or limit is None:
             await self._app(scope, receive, send)
             return
-        refusal = _reply("body_too_large", f"the body is larger than body_limit_bytes = {limit}")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
-            await refusal(scope, receive, send)
+            message = f"the body is larger than body_limit_bytes = {limit}"
+            await _reply("body_too_large", message)(scope, receive, send)
             return
         received = 0
-        started = False
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise _BodyTooLarge
+                # FastAPI turns any other exception of its body's reading into a 400.
+                raise HTTPException(413, f"the body is larger than body_limit_bytes = {limit}")
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, watched)
-        except _BodyTooLarge:
-            if not started:
-                await refusal(scope, receive, send)
-
-
-class _BodyTooLarge(Exception):
-    pass
+        await self._app(scope, counted, send)
 
 
 def _service_error(request: Request, error: Exception) -> Response:
@@ -94,9 +84,10 @@ def _invalid(request: Request, error: Exception) -> Response:
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    type_ = "not_found" if error.status_code == 404 else "invalid_request"
+    type_ = _TYPE_OF_STATUS.get(error.status_code, "invalid_request")
     response = _reply(type_, str(error.detail))
-    response.status_code = error.status_code
+    if error.status_code != 400:  # FastAPI's for a body that is not JSON: as invalid as any other
+        response.status_code = error.status_code
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response

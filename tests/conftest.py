@@ -1,0 +1,107 @@
+"""What the tests share: one Ray cluster, one tiny model and its export, one running service."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Rewards are compared bit for bit in places; thread counts must not change under a test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CORPUS = [
+    "Name two fruits that grow on trees. An apple and a pear.",
+    "How do I boil an egg? Put it into boiling water for seven minutes.",
+    "Which tools belong in a kitchen? A knife, a spoon and a pan, please.",
+    "def add(a, b):\n    return a + b\n",
+    "Ünïcödé, 日本語 and ☀️ must survive the tokenizer.",
+] * 8
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One private Ray cluster for the whole session, with more logical CPUs than real ones."""
+    import ray
+
+    from reward_actor.cluster import connect
+
+    connect(16, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny causal language model with a chat tokenizer, random weights."""
+    from trainer.init_model import init_model
+
+    return init_model(
+        tmp_path_factory.mktemp("base") / "base",
+        CORPUS,
+        vocab_size=400,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=256,
+    )
+
+
+def make_export(base: Path, directory: Path, *, seed: int = 0, format: str = "chat") -> Path:
+    """An export of a random reward model on top of `base`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from reward_actor.checkpoint import export, load_tokenizer
+    from reward_actor.render import contract_for
+
+    torch.manual_seed(seed)
+    network = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32
+    )
+    torch.nn.init.normal_(network.score.weight, std=0.5)
+    tokenizer = load_tokenizer(base)
+    contract = contract_for(tokenizer, network.config, format=format)
+    state_dict = network.state_dict()
+    export(directory, network.config, network, state_dict, tokenizer, contract, {}, "cpu")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def export_dir(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(base_model, tmp_path_factory.mktemp("export") / "reward-model")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def service(ray_cluster: None, export_dir: Path) -> Iterator[str]:
+    """The URL of a real service with two replicas of the exported model."""
+    from ray import serve
+
+    from serve.app import start
+    from serve.config import ServeConfig
+
+    config = ServeConfig(
+        model=str(export_dir),
+        num_replicas=2,
+        device="cpu",
+        cpus_per_replica=0.5,
+        threads_per_replica=1,
+        body_limit_bytes=1_000_000,
+        max_request_samples=500,
+        request_timeout_s=60,
+    )
+    yield start(config, port=free_port())
+    serve.shutdown()

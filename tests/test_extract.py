@@ -1,0 +1,108 @@
+"""Pooling: the last real token, on any padding side, whatever ids pad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_actor.extract import Float32Head, get_reward, last_token_index
+from reward_actor.scorer import RewardScorer
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def network(export_dir: Path) -> Any:
+    return RewardScorer.from_pretrained(export_dir, "cpu").loaded.model.network
+
+
+def alone(network: Any, row: list[int]) -> float:
+    """The reward of one sequence without padding or mask: what every batch must reproduce."""
+    with torch.inference_mode():
+        hidden = network.model(torch.tensor([row]), use_cache=False).last_hidden_state
+        return float(network.score(hidden[0, -1]))
+
+
+def padded(rows: list[list[int]], lefts: list[int], width: int) -> tuple[Any, Any]:
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, (row, left) in enumerate(zip(rows, lefts, strict=True)):
+        ids[index, left : left + len(row)] = torch.tensor(row)
+        mask[index, left : left + len(row)] = 1
+    return ids, mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_with_a_mask_padding_and_pad_ids_in_the_text_change_nothing(
+    network: Any, data: st.DataObject
+) -> None:
+    rows = data.draw(
+        st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=12), min_size=1, max_size=5)
+    )  # id 0 pads, and may stand anywhere in the text, at its end, too
+    width = 16
+    lefts = [data.draw(st.integers(0, width - len(row))) for row in rows]
+    ids, mask = padded(rows, lefts, width)
+    with torch.inference_mode():
+        logits, scores, last = get_reward(network, ids, PAD, 0, mask)
+    assert logits.shape == ids.shape
+    assert last.tolist() == [left + len(row) - 1 for left, row in zip(lefts, rows, strict=True)]
+    expected = [alone(network, row) for row in rows]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=5),
+    context_length=st.integers(0, 1),
+)
+def test_without_a_mask_right_padding_is_right(
+    network: Any, rows: list[list[int]], context_length: int
+) -> None:
+    ids, _ = padded(rows, [0] * len(rows), 14)
+    with torch.inference_mode():
+        _, scores, last = get_reward(network, ids, PAD, context_length)
+    assert last.tolist() == [len(row) - 1 for row in rows]
+    assert scores.tolist() == pytest.approx([alone(network, row) for row in rows], abs=1e-5)
+
+
+def test_without_a_mask_the_result_is_open_instructs(network: Any) -> None:
+    ids = torch.tensor([[5, PAD, 7, 8], [PAD, 5, 6, 7], [5, 6, 7, 8]])
+    with torch.inference_mode():
+        logits, scores, last = get_reward(network, ids, PAD, 0)
+    # The first pad ends a row: inside the text, and at the front, where -1 wraps to the last token.
+    assert last.tolist() == [0, -1, 3]
+    assert scores.tolist() == [logits[0, 0].item(), logits[1, 3].item(), logits[2, 3].item()]
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_row_of_padding_is_named(network: Any, with_mask: bool) -> None:
+    ids = torch.tensor([[5, 6], [PAD, PAD]])
+    mask = (ids != PAD).long() if with_mask else None
+    with pytest.raises(ValueError, match="row 1 holds only padding"):
+        get_reward(network, ids, PAD, 0, mask)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=1))
+def test_the_last_index_is_that_of_the_rightmost_one(rows: list[list[bool]]) -> None:
+    expected = [max(i for i, real in enumerate(row) if real) for row in rows]
+    assert last_token_index(torch.tensor(rows)).tolist() == expected
+
+
+def test_the_head_computes_in_float32() -> None:
+    torch.manual_seed(0)
+    head = Float32Head.of(torch.nn.Linear(64, 1, bias=False).bfloat16())
+    hidden = torch.randn(9, 64).bfloat16()
+    expected = hidden.double() @ head.weight.double().T
+    assert head(hidden).dtype == torch.float32
+    assert torch.allclose(head(hidden).double(), expected, atol=1e-6)
+
+
+def test_a_head_that_is_not_linear_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential"):
+        Float32Head.of(torch.nn.Sequential())

@@ -1,0 +1,44 @@
+"""The core that a trainer's machine installs: neither torch nor ray, and a quick `--help`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = [
+    "reward_actor",
+    "reward_actor.batching",
+    "reward_actor.client",
+    "reward_actor.contract",
+    "reward_actor.files",
+    "reward_actor.groups",
+    "reward_actor.schema",
+    "reward_actor.settings",
+    "serve.config",
+    "trainer.config",
+    "rayward",
+]
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_a_light_module_loads_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["serve"], ["rollout"], ["eval"], ["score"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys, rayward\n"
+        "try: rayward.main(sys.argv[1:])\n"
+        f"finally: print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", code, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: rayward" in done.stdout

@@ -1,0 +1,167 @@
+"""Rendering: a completion ends at its turn-end token, and text and token ids agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_actor.checkpoint import load_tokenizer
+from reward_actor.contract import ScoringContract
+from reward_actor.groups import Group, SampleError
+from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+LLAMA_LIKE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+NO_END_TOKEN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ALTERNATING = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('must begin with user') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_model: Path) -> Any:
+    return load_tokenizer(base_model)
+
+
+def renderer(tokenizer: Any, base_model: Path, template: str | None, **changes: Any) -> Renderer:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base_model)
+    previous = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template or previous
+        contract = contract_for(tokenizer, config, format=changes.pop("format", "chat"), **changes)
+    finally:
+        tokenizer.chat_template = previous
+    return Renderer(tokenizer, contract)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(
+    lambda text: "<|" not in text
+)
+
+
+@pytest.mark.parametrize("template", [None, THINKING, LLAMA_LIKE], ids=["chatml", "think", "llama"])
+@settings(max_examples=60, deadline=None)
+@given(prompt=texts, completion=texts)
+def test_a_completion_ends_at_its_turn_end_token(
+    template: str | None, tokenizer: Any, base_model: Path, prompt: str, completion: str
+) -> None:
+    render = renderer(tokenizer, base_model, template)
+    assert render.contract.turn_end == "<|im_end|>"
+    assert render.render(prompt, completion)[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [None, THINKING, LLAMA_LIKE], ids=["chatml", "think", "llama"])
+@settings(max_examples=60, deadline=None)
+@given(prompt=texts, completion=texts)
+def test_text_and_token_ids_agree_where_retokenising_does(
+    template: str | None, tokenizer: Any, base_model: Path, prompt: str, completion: str
+) -> None:
+    render = renderer(tokenizer, base_model, template)
+    prompt_ids = render.prompt_ids(prompt)
+    sampled = tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)
+    whole = tokenizer.decode(prompt_ids + sampled)
+    if tokenizer.encode(whole, add_special_tokens=False) == prompt_ids + sampled:
+        assert render.render(prompt, completion) == prompt_ids + sampled
+
+
+def test_a_template_without_an_end_token_keeps_no_trailing_blanks(
+    tokenizer: Any, base_model: Path
+) -> None:
+    render = renderer(tokenizer, base_model, NO_END_TOKEN)
+    assert tokenizer.decode(render.render("a", "b")).startswith("user: a\n\nassistant: b")
+
+
+def test_a_string_prompt_is_one_user_message(tokenizer: Any, base_model: Path) -> None:
+    render = renderer(tokenizer, base_model, None)
+    messages = [{"role": "user", "content": "Hi."}]
+    assert render.render("Hi.", "Yes?") == render.render(messages, "Yes?")
+
+
+def test_under_text_a_prompt_is_a_prefix_and_eos_ends_it(tokenizer: Any, base_model: Path) -> None:
+    render = renderer(tokenizer, base_model, None, format="text")
+    ids = render.render("one, ", "two")
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "one, two"
+    assert ids == render.render("", "one, two")
+    with pytest.raises(RenderError, match="needs a chat contract"):
+        render.render([{"role": "user", "content": "Hi."}], "Yes?")
+
+
+def test_what_cannot_be_rendered_is_an_error_of_its_sample(
+    tokenizer: Any, base_model: Path
+) -> None:
+    render = renderer(tokenizer, base_model, None, max_length=64)
+    fine, surrogate, long = render.sequences(Group("Hi.", ["Yes?", "a\ud800", "word " * 99]))
+    assert isinstance(fine, list)
+    assert isinstance(surrogate, SampleError)
+    assert surrogate.type == "unrenderable"
+    assert isinstance(long, SampleError)
+    assert long.type == "too_long"
+    assert "max_length is 64" in long.message
+
+
+def test_a_template_that_refuses_the_roles_is_quoted(tokenizer: Any, base_model: Path) -> None:
+    render = renderer(tokenizer, base_model, ALTERNATING)
+    [refused] = render.sequences(Group([{"role": "assistant", "content": "I begin."}], ["No."]))
+    assert isinstance(refused, SampleError)
+    assert "must begin with user" in refused.message
+
+
+@pytest.mark.parametrize(
+    ("ids", "type_"),
+    [
+        ([], "empty_sequence"),
+        ([10**6], "token_out_of_vocabulary"),
+        ([-1], "token_out_of_vocabulary"),
+    ],
+)
+def test_ids_are_checked(tokenizer: Any, base_model: Path, ids: list[int], type_: str) -> None:
+    [refused] = renderer(tokenizer, base_model, None).sequences(
+        Group(prompt_ids=[], completion_ids=[ids])
+    )
+    assert isinstance(refused, SampleError)
+    assert refused.type == type_
+
+
+def test_the_fingerprint_sees_the_template_and_the_vocabulary(
+    tokenizer: Any, base_model: Path, tmp_path: Path
+) -> None:
+    contract: ScoringContract = renderer(tokenizer, base_model, None).contract
+    own = tokenizer_fingerprint(tokenizer, contract)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    again("pads", padding="max_length", max_length=8, truncation=True)  # leaves settings behind
+    assert tokenizer_fingerprint(again) == own
+    assert (
+        tokenizer_fingerprint(tokenizer, renderer(tokenizer, base_model, THINKING).contract) != own
+    )
+    again.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(again, contract) != own
+
+
+def test_chat_without_a_template_is_refused(base_model: Path) -> None:
+    from transformers import AutoConfig
+
+    bare = load_tokenizer(base_model)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        contract_for(bare, AutoConfig.from_pretrained(base_model), format="chat")

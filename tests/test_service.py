@@ -1,0 +1,367 @@
+"""The service over real HTTP and real Ray handles: right rewards, clear errors, dead replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
+from reward_actor.errors import RewardServiceError
+from reward_actor.handle import AsyncRewardHandle
+
+GROUPS = [
+    Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),
+    Group([{"role": "user", "content": "Hi."}], ["Hello, how can I help?"]),
+    Group(prompt_ids=[5, 6, 7], completion_ids=[[8], [9, 10]]),
+]
+
+
+@pytest.fixture(scope="module")
+def offline(export_dir: Path) -> RewardScorer:
+    return RewardScorer.from_pretrained(export_dir, "cpu")
+
+
+@pytest.fixture(scope="module")
+def http(service: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service, timeout=60) as client:
+        yield client
+
+
+def assert_equal_scores(served: Any, expected: Any) -> None:
+    for ours, theirs in zip(served, expected, strict=True):
+        assert ours.rewards == pytest.approx(theirs.rewards, abs=1e-5)
+        assert ours.raw_scores == pytest.approx(theirs.raw_scores, abs=1e-5)
+        assert ours.num_tokens == theirs.num_tokens
+        assert ours.errors == theirs.errors
+        assert ours.model_version == theirs.model_version
+
+
+def test_every_route_gives_the_offline_rewards(service: str, offline: RewardScorer) -> None:
+    expected = offline.score(GROUPS)
+    with RewardClient(service) as client:
+        assert_equal_scores(client.score_groups(GROUPS), expected)
+        assert_equal_scores([client.score("Name two fruits.", GROUPS[0].completions)], expected[:1])
+    handle = RewardHandle()
+    assert_equal_scores(handle.score_groups(GROUPS), expected)
+
+    async def awaited() -> tuple[Any, Any]:
+        async with AsyncRewardClient(service) as client:
+            over_http = await client.score_groups(GROUPS)
+        return over_http, await AsyncRewardHandle().score_groups(GROUPS)
+
+    for scores in asyncio.run(awaited()):
+        assert_equal_scores(scores, expected)
+
+
+def test_token_rewards_over_http(service: str, offline: RewardScorer) -> None:
+    expected = offline.score(GROUPS, token_rewards=True)
+    with RewardClient(service) as client:
+        served = client.score_groups(GROUPS, token_rewards=True)
+    for ours, theirs in zip(served, expected, strict=True):
+        assert ours.token_rewards is not None
+        assert theirs.token_rewards is not None
+        for row, right in zip(ours.token_rewards, theirs.token_rewards, strict=True):
+            assert row == pytest.approx(right, abs=1e-5)
+
+
+def test_a_request_larger_than_a_batch_is_split_and_put_together(
+    service: str, offline: RewardScorer
+) -> None:
+    groups = [Group(prompt_ids=[5] * 100, completion_ids=[[n] * 100, [n]]) for n in range(6, 130)]
+    with RewardClient(service) as client:
+        assert_equal_scores(client.score_groups(groups), offline.score(groups))
+
+
+def test_what_is_served_can_be_asked(http: httpx.Client, offline: RewardScorer) -> None:
+    assert http.get("/health").json()["status"] == "ok"
+    ready = http.get("/ready").json()
+    assert ready == {"status": "ok", "model_version": offline.model_version, "reason": None}
+    [model] = http.get("/v1/models").json()["data"]
+    assert model["model_version"] == offline.model_version
+    info = http.get("/info").json()
+    assert info["limits"]["max_length"] == offline.contract.max_length
+    assert info["limits"]["body_limit_bytes"] == 1_000_000
+    assert info["dtype"] == "float32"
+    assert "Rayward" in http.get("/docs").text
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/score", "/v1/models", "/info", "/health", "/ready"} <= set(paths)
+
+
+def test_a_bad_sample_is_an_error_of_its_own(http: httpx.Client) -> None:
+    group = {"prompt": "Hi.", "completions": ["fine", "word " * 500, "\ud800"]}
+    reply = http.post("/v1/score", content=json.dumps({"groups": [group]}), headers=JSON)
+    assert reply.status_code == 200
+    [result] = reply.json()["results"]
+    assert [error and error["type"] for error in result["errors"]] == [
+        None,
+        "too_long",
+        "unrenderable",
+    ]
+    assert [reward is None for reward in result["rewards"]] == [False, True, True]
+
+
+JSON = {"Content-Type": "application/json"}
+IDS = {"prompt_ids": [1], "completion_ids": [[2]]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "type_", "message"),
+    [
+        ("{", 422, "invalid_request", "JSON"),
+        ("[]", 422, "invalid_request", "dictionary"),
+        ({"groups": [{"prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
+        ({"groups": [{**IDS, "prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
+        ({"groups": [IDS, {**IDS, "colour": 1}]}, 422, "invalid_request", "colour"),
+        ({"groups": [{**IDS, "prompt_ids": [-1]}]}, 422, "invalid_request", "greater than"),
+        ({"groups": [{**IDS, "prompt_ids": [2**31]}]}, 422, "invalid_request", "less than"),
+        ({"groups": [IDS], "model": "other"}, 404, "not_found", "no model of that name"),
+        ({"groups": [{**IDS, "completion_ids": [[2]] * 501}]}, 413, "too_many_tokens", "501"),
+        (
+            {"groups": [{"prompt": "a" * 10**6, "completions": []}]},
+            413,
+            "body_too_large",
+            "1000000",
+        ),
+        ('{"groups": [{"prompt": NaN, "completions": []}]}', 422, "invalid_request", "prompt"),
+        ('{"groups": [], "\\ud800": 1}', 422, "invalid_request", "unicode"),
+        ('{"groups":' + "[" * 10_000 + "]" * 10_000 + "}", 422, "invalid_request", ""),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(
+    http: httpx.Client, body: Any, status: int, type_: str, message: str
+) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    reply = http.post("/v1/score", content=content, headers=JSON)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert error["type"] == type_
+    assert message in error["message"]
+    assert error["retryable"] is False
+
+
+def test_an_error_names_the_group_and_never_echoes_the_input(http: httpx.Client) -> None:
+    body = {"groups": [IDS, {"prompt": 7, "completions": ["canary-in-a-coal-mine"]}]}
+    reply = http.post("/v1/score", json=body)
+    assert reply.json()["error"]["index"] == 1
+    assert "canary" not in reply.text
+
+
+def test_a_body_without_a_length_is_limited_too(http: httpx.Client) -> None:
+    chunks = (b" " * 100_000 for _ in range(30))
+    reply = http.post("/v1/score", content=chunks, headers=JSON)
+    assert reply.status_code == 413
+    assert reply.json()["error"]["type"] == "body_too_large"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+bodies = st.one_of(
+    st.binary(max_size=200),
+    json_values.map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries(
+        {"groups": st.lists(st.dictionaries(st.sampled_from([*IDS, "prompt"]), json_values))}
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(bodies)
+def test_no_body_breaks_the_service(http: httpx.Client, body: bytes) -> None:
+    assert http.post("/v1/score", content=body, headers=JSON).status_code in (200, 413, 422)
+
+
+def test_unknown_paths_and_methods_are_json_errors(http: httpx.Client) -> None:
+    assert http.get("/nope").json()["error"]["type"] == "not_found"
+    refused = http.get("/v1/score")
+    assert refused.status_code == 405
+    assert refused.json()["error"]["type"] == "invalid_request"
+
+
+def test_a_killed_replica_costs_no_request(service: str, offline: RewardScorer) -> None:
+    """Four clients without retries of their own, while both replicas are killed one by one."""
+    groups = [Group(prompt_ids=[5], completion_ids=[[n]]) for n in range(6, 26)]
+    expected = [result.rewards[0] for result in offline.score(groups)]
+    failures: list[str] = []
+    stop = threading.Event()
+
+    def hammer() -> None:
+        body = {"groups": [{"prompt_ids": [5], "completion_ids": [[n]]} for n in range(6, 26)]}
+        with httpx.Client(base_url=service, timeout=60) as client:
+            while not stop.is_set():
+                reply = client.post("/v1/score", json=body)
+                if reply.status_code != 200:
+                    failures.append(f"{reply.status_code} {reply.text[:200]}")
+                    continue
+                got = [result["rewards"][0] for result in reply.json()["results"]]
+                if got != pytest.approx(expected, abs=1e-5):
+                    failures.append(f"wrong rewards {got}")
+
+    clients = [threading.Thread(target=hammer) for _ in range(4)]
+    for client in clients:
+        client.start()
+    killed = 0
+    for pid in replica_pids():
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGKILL)
+        killed += 1
+    time.sleep(2.0)
+    stop.set()
+    for client in clients:
+        client.join()
+    assert killed == 2
+    assert failures == []
+
+
+def replica_pids() -> list[int]:
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if command.startswith("ray::ServeReplica:rayward:RewardModel"):
+                pids.append(int(entry.name))
+    return pids
+
+
+def test_the_http_port_is_bound_to_loopback_only(service: str) -> None:
+    port = int(service.rsplit(":", 1)[1])
+    addresses = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        local, state = line.split()[1], line.split()[3]
+        address, hex_port = local.split(":")
+        if state == "0A" and int(hex_port, 16) == port:  # 0A: listening
+            addresses.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]))
+    assert addresses == {"127.0.0.1"}
+
+
+def test_ray_asks_for_a_token(ray_cluster: None) -> None:
+    import grpc
+    import ray
+
+    method = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(method)(b"", timeout=30)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_client_raises_typed_errors_and_gives_up_in_time(service: str) -> None:
+    with RewardClient(service) as client, pytest.raises(RewardServiceError) as refused:
+        client.score_groups([Group(prompt_ids=[1], completion_ids=[[2]] * 501)])
+    assert refused.value.type == "too_many_tokens"
+    assert refused.value.retryable is False
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        started = time.monotonic()
+        with RewardClient(url, timeout_s=1.0) as client, pytest.raises(RewardServiceError) as gone:
+            client.score("Hi.", ["Yes?"])
+        assert gone.value.type == "unavailable"
+        assert time.monotonic() - started < 5.0
+    with pytest.raises(ValueError, match="http://"):
+        RewardClient("localhost:8000")
+
+
+def test_errors_keep_their_type_over_a_handle(service: str) -> None:
+    with pytest.raises(RewardServiceError) as refused:
+        RewardHandle().score_groups([Group(prompt_ids=[1], completion_ids=[[2]] * 501)])
+    assert refused.value.type == "too_many_tokens"
+    with pytest.raises(ValueError, match="no Serve application 'nope'"):
+        RewardHandle("nope")
+
+
+def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -> None:
+    import ray
+    from ray import serve
+
+    address = ray.get_runtime_context().gcs_address
+    command = [str(Path(sys.executable).parent / "serve"), "run", "--address", address]
+    command += ["--name", "second", "--route-prefix", "/second", "serve.app:app"]
+    command += [
+        f"model={export_dir}",
+        "device=cpu",
+        "cpus_per_replica=0.5",
+        "threads_per_replica=1",
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        try:
+            with RewardClient(service + "/second", timeout_s=90) as client:
+                while True:
+                    try:
+                        scores = client.score("Hi.", ["Yes?"])
+                        break
+                    except RewardServiceError as error:  # the route is not there yet
+                        assert process.poll() is None, "serve run ended early"
+                        assert error.type in ("not_found", "unavailable", "invalid_request")
+                        time.sleep(0.5)
+            assert scores.errors == [None]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # Ctrl-C would end all of Serve, ours too
+            serve.delete("second")
+
+
+def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rayward", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "{base}"], "no trained reward head"),
+        (["serve", "/nowhere"], "is not a directory"),
+        (["serve", "{export}", "--port", "{port}"], "cannot be used"),
+        (["serve", "{export}", "--num-replicas", "0"], "num_replicas is '0'"),
+        (["serve", "{export}", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
+    ],
+)
+def test_serving_what_cannot_be_served_says_why(
+    service: str, base_model: Path, export_dir: Path, arguments: list[str], message: str
+) -> None:
+    port = service.rsplit(":", 1)[1]
+    filled = [a.format(base=base_model, export=export_dir, port=port) for a in arguments]
+    done = front_door(*filled)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_is_too_small_is_said_at_once(ray_cluster: None, export_dir: Path) -> None:
+    from conftest import free_port
+
+    from serve.app import start
+    from serve.config import ServeConfig
+
+    config = ServeConfig(model=str(export_dir), device="cpu", num_replicas=3, cpus_per_replica=100)
+    with pytest.raises(ValueError, match=r"too small: 300\.25 CPU asked for, 16 CPU there"):
+        start(config, port=free_port())
+
+
+def test_an_unknown_setting_names_the_nearest(export_dir: Path) -> None:
+    from serve.app import app
+
+    with pytest.raises(ValueError, match="unknown key 'num_replica'; did you mean 'num_replicas'"):
+        app({"model": str(export_dir), "num_replica": 2})
+    with pytest.raises(ValueError, match="model is required"):
+        app({})
