@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:  # its options are those of the configuration
         from trainer.__main__ import main as train
 
-        return int(train(arguments[1:]))
+        return train(arguments[1:], prog="rayward train")
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:

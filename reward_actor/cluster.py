@@ -14,7 +14,6 @@ from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
 
-
 _LISTENER_TIMEOUT_S = 5.0
 
 
@@ -29,9 +28,9 @@ def connect(
 
     A private cluster asks for Ray's token on every port of its own and ends with this process. Its
     logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
-    compute, and two real cores would otherwise be too few for Ray's bookkeeping. Does nothing when
-    this process is connected already. `log_to_driver` prints what actors print. Raises ValueError if there is no cluster at the address or a
-    private one has too few GPUs.
+    compute, and two real cores would otherwise be too few for Ray's bookkeeping. `log_to_driver`
+    prints what actors print. Does nothing when this process is connected already. Raises
+    ValueError if there is no cluster at the address or a private one has too few GPUs.
     """
     if ray.is_initialized():
         return
@@ -55,6 +54,7 @@ def connect(
     # that it did; that it is on is what we want.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
+        address="local",  # Ray would otherwise join a cluster that happens to run on this machine
         num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
         include_dashboard=False,
         logging_level=logging.WARNING,

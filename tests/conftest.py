@@ -48,7 +48,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_layers=2,
         num_heads=2,
         num_kv_heads=1,
-        head_dim=16,
+        head_dim=32,  # the smallest that vLLM has a CPU kernel for
         intermediate_size=64,
         max_position_embeddings=256,
     )

@@ -259,9 +259,9 @@ def test_ray_asks_for_a_token(ray_cluster: None) -> None:
     import ray
 
     method = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
-        with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(method)(b"", timeout=30)
+    channel = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
+    with channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(method)(b"", timeout=30)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -307,18 +307,19 @@ def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             with RewardClient(service + "/second", timeout_s=90) as client:
-                while True:
-                    try:
-                        scores = client.score("Hi.", ["Yes?"])
-                        break
-                    except RewardServiceError as error:  # the route is not there yet
-                        assert process.poll() is None, "serve run ended early"
-                        assert error.type in ("not_found", "unavailable", "invalid_request")
-                        time.sleep(0.5)
-            assert scores.errors == [None]
+                wait_until_ready(service + "/second", process)
+                assert client.score("Hi.", ["Yes?"]).errors == [None]
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Ctrl-C would end all of Serve, ours too
             serve.delete("second")
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while httpx.get(url + "/ready", timeout=30).status_code != 200:
+        assert process.poll() is None, "it ended early"
+        assert time.monotonic() < deadline, "it did not become ready"
+        time.sleep(0.5)
 
 
 def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,121 @@
+"""The command line as a user meets it: files in, files out, errors in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+import rayward
+from reward_actor import Group, RewardScorer
+from reward_actor.files import group_of, read_rows
+
+ROWS = [
+    {"prompt": "Name two fruits.", "completions": ["An apple.", "A pear."], "id": 7},
+    {"prompt": [{"role": "user", "content": "Hi."}], "completion": "Hello."},
+    {"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9], [7] * 999]},
+]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_score_writes_rewards_beside_the_rows(
+    export_dir: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write(tmp_path / name, ROWS), tmp_path / "made" / "out.jsonl"
+    assert rayward.main(["score", str(export_dir), str(source), str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows[0]["id"] == 7
+    assert [len(row["rewards"]) for row in rows] == [2, 1, 3]
+    assert rows[2]["rewards"][2] is None
+    assert rows[2]["errors"][2]["type"] == "too_long"
+    scorer = RewardScorer.from_pretrained(export_dir)
+    expected = scorer.score([Group("Name two fruits.", ["An apple.", "A pear."])])[0]
+    assert rows[0]["rewards"] == pytest.approx(expected.rewards, abs=1e-5)
+    assert rows[0]["model_version"] == scorer.model_version
+    printed = capsys.readouterr()
+    assert "scored 5 completions of 3 prompts" in printed.out
+    assert "1 completions have no reward" in printed.err
+
+
+def test_score_through_the_service_gives_the_same_file(
+    service: str, export_dir: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", ROWS)
+    files = [tmp_path / "offline.jsonl", tmp_path / "served.jsonl"]
+    for model, output in zip((str(export_dir), service), files, strict=True):
+        assert rayward.main(["score", model, str(source), str(output)]) == 0
+    offline, served = ([json.loads(row) for row in f.read_text().splitlines()] for f in files)
+    for ours, theirs in zip(offline, served, strict=True):
+        assert ours["rewards"] == pytest.approx(theirs["rewards"], abs=1e-5)
+        assert ours["errors"] == theirs["errors"]
+        assert ours["model_version"] == theirs["model_version"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ("{", "in.jsonl:1: not JSON"),
+        ('{"prompt": "a", "completions": ["b"]}\n\n[1]', "in.jsonl:3: a list, not a JSON object"),
+        ('{"completions": ["b"]}', "in.jsonl:1: needs a prompt"),
+        ('{"prompt": [{"role": "user"}], "completions": []}', "in.jsonl:1: needs a prompt"),
+        ('{"prompt": "a"}', "in.jsonl:1: needs completions"),
+        ('{"prompt": "a", "completions": [1]}', "in.jsonl:1: needs completions"),
+        ('{"prompt_ids": [1], "completion_ids": [["a"]]}', "must be lists of token ids"),
+        ('{"prompt_ids": "ab", "completion_ids": []}', "needs prompt_ids"),
+    ],
+)
+def test_a_bad_input_file_is_told_by_line(
+    export_dir: Path,
+    tmp_path: Path,
+    text: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(text)
+    output = tmp_path / "out.jsonl"
+    assert rayward.main(["score", str(export_dir), str(source), str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not output.exists()
+
+
+def test_a_missing_file_is_named(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rayward.main(["score", str(export_dir), "/no/such.jsonl", "/tmp/out.jsonl"]) == 2
+    assert "error: /no/such.jsonl is not a file" in capsys.readouterr().err
+
+
+def test_rows_of_a_rollout_file_can_be_scored_again(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completions": ["b"], "prompt_ids": [1], "completion_ids": [[2]]}
+    [(place, read)] = read_rows(write(tmp_path / "rollouts.jsonl", [row]))
+    assert group_of(read, place) == Group("a", ["b"])
+
+
+def test_the_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rayward.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for name in ("python", "torch", "ray", "deepspeed", "vllm", "device", "compiler"):
+        assert f"ok    {name}" in report
+
+
+def test_the_doctor_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert rayward.main(["doctor"]) == 1
+    report = capsys.readouterr().out
+    assert "FAIL  ray auth" in report
+    assert "unset RAY_AUTH_MODE" in report
