@@ -1,0 +1,122 @@
+"""The settings of a training: every mistake is told with its key, before anything heavy loads."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import add_arguments, config_from_arguments, leaves, load_config
+
+NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]
+
+
+def parse(*argv: str):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_arguments(parser)
+    return config_from_arguments(*parser.parse_known_args(argv))
+
+
+def test_defaults_and_overrides(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer:\n  learning_rate: 3e-4\ntraining:\nmodel: {path: a}\n")
+    config = load_config(
+        str(file), [("data.train", "b"), ("model.path", "c"), ("model.max_length", "none")]
+    )
+    assert config.optimizer.learning_rate == 3e-4  # a string to YAML
+    assert config.model.path == "c"
+    assert config.model.max_length is None
+    assert config.training.seed == 0
+
+
+def test_every_setting_is_an_option_with_a_description():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for key, field in leaves():
+        assert field.description
+        assert f"--{key.replace('output_dir', 'output-dir')} " in text
+        assert " ".join(field.description.split()) in text
+
+
+@given(st.integers(0, 2**31), st.floats(1e-9, 1e3), st.sampled_from(["true", "false"]))
+def test_what_is_given_arrives(seed: int, rate: float, flag: str):
+    config = parse(
+        "--model.path", "m", "--data.train", "d", "--training.seed", str(seed),
+        "--optimizer.learning_rate", repr(rate), "--training.use_margin", flag,
+        "--output-dir", "out",
+    )  # fmt: skip
+    assert config.training.seed == seed
+    assert config.optimizer.learning_rate == rate
+    assert config.training.use_margin is (flag == "true")
+    assert config.output_dir == "out"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.sed", "1", "unknown key 'training.sed'; did you mean 'training.seed'?"),
+        ("trainig.seed", "1", "unknown key 'trainig'; did you mean 'training'?"),
+        ("training.seed", "x", "training.seed is 'x': input should be a valid integer"),
+        ("distributed.zero_stage", "4", "distributed.zero_stage is '4'"),
+        ("model.dtype", "float16", "model.dtype is 'float16'"),
+        ("optimizer.learning_rate", "nan", "optimizer.learning_rate is"),
+        ("data.eval_fraction", "1", "data.eval_fraction is '1'"),
+        ("checkpoint.num_to_keep", "1", "checkpoint.num_to_keep is '1'"),
+        ("training.micro_batch_pairs", "65", "training.micro_batch_pairs is 65, more than"),
+        ("distributed.num_workers", "65", "distributed.num_workers is 65 but"),
+        ("output_dir.x", "1", "output_dir"),
+    ],
+)
+def test_a_wrong_setting_is_named(key: str, value: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(None, [*NEEDED, (key, value)])
+
+
+def test_what_is_required_is_named():
+    with pytest.raises(ValueError, match=r"model.path is required; data.train is required"):
+        load_config(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1", "holds list"), ("modell: {}", "did you mean 'model'")],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(file), NEEDED)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"cannot read nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(
+        ValueError, match=r"unknown option --training\.sed; did you mean 'training\.seed'"
+    ):
+        parse("--training.sed", "1")
+    with pytest.raises(ValueError, match="unexpected argument 'stray'"):
+        parse("stray")
+
+
+def test_help_and_errors_of_the_command_load_neither_torch_nor_ray():
+    code = (
+        "import sys; from trainer.__main__ import main\n"
+        "status = main(['--model.path', 'm', '--training.sed', '1'])\n"
+        "assert status == 2, status\n"
+        "assert not {'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: unknown option")
+    assert "Traceback" not in done.stderr

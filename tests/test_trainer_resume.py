@@ -1,0 +1,226 @@
+"""Interrupted trainings: real signals to a real `python -m trainer`, and the same command again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from trainer_runs import log_of, overrides, settings, write_pairs
+
+from trainer import resume
+from trainer.config import TrainConfig, load_config
+from trainer.run import resolve_paths, train
+from trainer.training_log import TrainingLog
+
+NUM_STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+def config_for(base_model: Path, data: Path, output_dir: Path) -> TrainConfig:
+    changes = {"training__max_steps": NUM_STEPS, "checkpoint__every_steps": 8}
+    return load_config(None, overrides(settings(base_model, data, output_dir, **changes)))
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(config.model_dump_json())  # JSON is YAML
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "--config", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+    )
+
+
+def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: int, by: int) -> str:
+    """Wait for a checkpoint at `step` or later, send the signal; what was printed."""
+    run_dir = Path(config.output_dir) / resume.RUN_NAME
+    deadline = time.monotonic() + 240
+    while not any(state.step >= step for state in resume.saved_states(run_dir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(by)
+    out, err = process.communicate(timeout=60)
+    assert not (Path(config.output_dir) / "result.json").exists(), "it was too fast to interrupt"
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """The directory of a run that was interrupted, killed and damaged, one that was not, and what
+    the three processes of the first printed."""
+    root = tmp_path_factory.mktemp("resume")
+    whole = config_for(base_model, data, root / "whole")
+    train(whole, say=lambda _: None)
+    config = config_for(base_model, data, root / "broken")
+    run_dir = root / "broken" / resume.RUN_NAME
+    printed = [kill_after_step(start(config), config, 8, signal.SIGINT)]
+    half = run_dir / "checkpoint_half"
+    (half / "state").mkdir(parents=True)
+    (half / "manifest-rank0.json").write_text('{"step": 50, "num_workers": 2, "files": {}}')
+    last = resume.saved_states(run_dir)[0].step
+    printed.append(kill_after_step(start(config), config, last + 16, signal.SIGKILL))
+    assert not half.exists()
+    newest = resume.saved_states(run_dir)[0].path
+    weights = next(newest.rglob("*model_states.pt"))
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    process = start(config)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return root / "broken", root / "whole", [*printed, out + err]
+
+
+def test_the_same_command_ends_with_the_same_weights(interrupted):
+    broken, whole, _ = interrupted
+    ours = load_file(broken / "export" / "model.safetensors")
+    expected = load_file(whole / "export" / "model.safetensors")
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (ours[name] == weight).all(), name
+
+
+def test_the_log_has_every_step_once(interrupted):
+    broken, whole, _ = interrupted
+    ours, expected = log_of(broken), log_of(whole)
+    assert [line["step"] for line in ours] == list(range(1, NUM_STEPS + 1))
+    assert [line["loss"] for line in ours] == [line["loss"] for line in expected]
+
+
+def test_it_is_told_in_plain_words(interrupted):
+    first, _, last = interrupted[2]
+    assert "interrupted; the same command goes on from the last checkpoint" in first
+    assert "Traceback" not in first
+    assert "going on after step" in last
+    assert "the reward model is in" in last
+
+
+def test_only_the_newest_checkpoints_are_kept(interrupted):
+    states = resume.saved_states(interrupted[0] / resume.RUN_NAME)
+    assert states[0].step == NUM_STEPS
+    assert len(states) <= 3  # two, and the damaged one that was passed over
+
+
+def test_a_lost_export_is_written_again(interrupted, ray_cluster):
+    import shutil
+
+    whole = interrupted[1]
+    config = TrainConfig.model_validate_json((whole / "export/resolved_config.json").read_text())
+    before = (whole / "export" / "model.safetensors").read_bytes()
+    shutil.rmtree(whole / "export")
+    said: list[str] = []
+    train(config, say=said.append)
+    assert f"going on after step {NUM_STEPS} of {NUM_STEPS}" in said
+    assert (whole / "export" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.learning_rate", "0.02", "optimizer.learning_rate was 0.01, is now 0.02"),
+        ("distributed.num_workers", "1", "distributed.num_workers was 2, is now 1"),
+        ("data.max_pairs", "30", "the training pairs differ"),
+    ],
+)
+def test_another_run_in_the_same_directory_is_refused(
+    interrupted, base_model, data, key: str, value: str, message: str
+):
+    config = config_for(base_model, data, interrupted[1])
+    other = load_config(None, [*overrides(_flat(config)), (key, value)])
+    with pytest.raises(ValueError, match="holds another run") as error:
+        train(other, say=lambda _: None)
+    assert message in str(error.value)
+
+
+def _flat(config: TrainConfig) -> dict[str, object]:
+    values = config.model_dump()
+    flat = {
+        f"{s}.{k}": v
+        for s, part in values.items()
+        if isinstance(part, dict)
+        for k, v in part.items()
+    }
+    return {**flat, "output_dir": config.output_dir}
+
+
+def test_a_second_training_in_the_same_directory_is_refused(base_model, data, tmp_path: Path):
+    from trainer.run import _locked
+
+    with _locked(tmp_path), pytest.raises(ValueError, match="in use by another training"):
+        train(config_for(base_model, data, tmp_path), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.train", "nowhere.jsonl", r"data.train: .*nowhere.jsonl does not exist"),
+        ("data.eval", "nowhere.jsonl", r"data.eval: .*nowhere.jsonl does not exist"),
+        ("model.path", "/nowhere", "model.path: /nowhere is not a directory with a model"),
+        ("output_dir", "/proc/nowhere", "output_dir: /proc/nowhere cannot be written"),
+    ],
+)
+def test_bad_paths_are_told_before_anything_starts(
+    base_model, data, tmp_path, key: str, value: str, message: str
+):
+    values = settings(base_model, data, tmp_path / "out") | {key: value}
+    with pytest.raises(ValueError, match=message):
+        resolve_paths(load_config(None, overrides(values)))
+
+
+def test_a_relative_output_is_refused_inside_a_ray_job(base_model, data, tmp_path, monkeypatch):
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    config = load_config(None, overrides(settings(base_model, data, Path("outputs"))))
+    with pytest.raises(ValueError, match="a Ray job's working directory is deleted"):
+        resolve_paths(config)
+
+
+def test_a_log_goes_on_after_a_step(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = TrainingLog(path, 2)
+    log.write({"step": 3, "again": True})
+    log.close()
+    assert [json.loads(line) for line in path.open()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def test_incomplete_checkpoints_are_never_chosen(tmp_path: Path):
+    def checkpoint(name: str, step: int, files: dict[str, int], workers: int = 1) -> None:
+        folder = tmp_path / f"checkpoint_{name}"
+        folder.mkdir()
+        (folder / "state.pt").write_bytes(b"1234")
+        manifest = {
+            "step": step,
+            "num_workers": workers,
+            "files": {f: ["", n] for f, n in files.items()},
+        }
+        (folder / "manifest-rank0.json").write_text(json.dumps(manifest))
+
+    checkpoint("a", 1, {"state.pt": 4})
+    checkpoint("b", 2, {"state.pt": 4})
+    checkpoint("short", 3, {"state.pt": 5})
+    checkpoint("absent", 4, {"state.pt": 4, "more.pt": 1})
+    checkpoint("rank", 5, {"state.pt": 4}, workers=2)
+    checkpoint("torn", 6, {"state.pt": 4})
+    (tmp_path / "checkpoint_torn" / "manifest-rank0.json").write_text('{"step": 6')
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{")
+    assert [state.step for state in resume.tidy(tmp_path)] == [2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_a", "checkpoint_b"]

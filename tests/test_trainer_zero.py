@@ -1,0 +1,178 @@
+"""Real trainings: Ray Train workers under each stage of DeepSpeed ZeRO, and what they export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trainer_runs import log_of, overrides, settings, write_pairs
+
+from reward_actor.scorer import RewardScorer
+from trainer import loop
+from trainer.config import TrainConfig, load_config
+from trainer.evaluate import evaluate_pairs
+from trainer.loop import Job
+from trainer.pairs import PairSet
+from trainer.run import TrainResult, prepare, train
+from trainer.zero import TrainingError
+
+STAGES = (0, 1, 2, 3)
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
+    """The directories of trainings under every stage in float32, and in bfloat16 under the first
+    and the last; one group of workers does them in turn, which saves their start-up."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    root = tmp_path_factory.mktemp("runs")
+    jobs = {}
+    for dtype, stage in [*(("float32", s) for s in STAGES), ("bfloat16", 0), ("bfloat16", 3)]:
+        name = f"{dtype}-{stage}"
+        changes = {"model__dtype": dtype, "distributed__zero_stage": stage}
+        config = load_config(None, overrides(settings(base_model, data, root / name, **changes)))
+        (root / name).mkdir()
+        prepared, contract = prepare(config)
+        facts = {"num_pairs": 39, "num_steps": NUM_STEPS, "num_dropped": 0, "dropped": "none"}
+        pairs = ray.put((prepared.train, prepared.heldout))
+        jobs[name] = Job(config, contract, pairs, NUM_STEPS, facts)
+
+    def train_all(jobs: list[Job]) -> None:
+        for job in jobs:
+            loop.train(job)
+
+    scaling = ray.train.ScalingConfig(num_workers=2)
+    run_config = ray.train.RunConfig(name="all", storage_path=str(root))
+    TorchTrainer(
+        train_all,
+        train_loop_config=list(jobs.values()),
+        scaling_config=scaling,
+        run_config=run_config,
+    ).fit()
+    return {name: root / name for name in jobs}
+
+
+@pytest.fixture(scope="module")
+def alone(ray_cluster, base_model, data, tmp_path_factory) -> TrainResult:
+    """The same training from front to back, by one worker and in other forward passes."""
+    changes = {"distributed__num_workers": 1, "training__micro_batch_pairs": 5}
+    output_dir = tmp_path_factory.mktemp("alone") / "run"
+    values = settings(base_model, data, output_dir, **changes)
+    return train(load_config(None, overrides(values)), say=lambda _: None)
+
+
+def heldout_of(run: Path) -> PairSet:
+    return prepare(config_of(run))[0].heldout
+
+
+def config_of(run: Path) -> TrainConfig:
+    text = (run / "export" / "resolved_config.json").read_text(encoding="utf-8")
+    return TrainConfig.model_validate_json(text)
+
+
+def curve(run: Path) -> list[tuple[float, ...]]:
+    keys = ("loss", "grad_norm", "learning_rate", "accuracy", "reward_margin")
+    return [tuple(line[key] for key in keys) for line in log_of(run)]
+
+
+def test_the_stages_train_alike(runs: dict[str, Path]):
+    expected = curve(runs["float32-0"])
+    assert len(expected) == NUM_STEPS
+    for stage in STAGES[1:]:
+        np.testing.assert_allclose(curve(runs[f"float32-{stage}"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_any_number_of_workers_trains_alike(runs: dict[str, Path], alone: TrainResult):
+    """The loss is the mean over the global batch, however it is cut up, last batch included."""
+    one, two = curve(alone.export_dir.parent), curve(runs["float32-2"])
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_training_lowers_the_loss(runs: dict[str, Path]):
+    for name, run in runs.items():
+        losses = [line["loss"] for line in log_of(run)]
+        assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4]), name
+        assert json.loads((run / "result.json").read_text())["heldout_accuracy"] > 0.9, name
+
+
+def test_the_log_tells_every_step(runs: dict[str, Path]):
+    lines = log_of(runs["float32-2"])
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["epoch"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
+    for line in lines:
+        assert line["min_reward"] <= line["mean_reward"] <= line["max_reward"]
+        assert 0 <= line["accuracy"] <= 1
+        assert min(line["pairs_per_s"], line["tokens_per_s"], line["memory_mb"]) > 0
+
+
+def test_every_export_scores_as_its_training_did(runs: dict[str, Path]):
+    """In the dtype of the training, bfloat16 too: the served network is the trained one."""
+    for name, run in runs.items():
+        heldout = heldout_of(run)
+        scorer = RewardScorer.from_pretrained(run / "export")
+        assert scorer.dtype == name.partition("-")[0]
+        result = evaluate_pairs(scorer.score_ids, heldout)
+        trained = json.loads((run / "result.json").read_text())
+        assert trained["heldout_num_pairs"] == len(heldout)
+        for key in ("reward_margin", "min_reward", "mean_reward", "max_reward"):
+            # bfloat16 too: the batches are the same, so the same numbers are rounded.
+            assert getattr(result, key) == pytest.approx(trained[f"heldout_{key}"], abs=1e-4), name
+
+
+def test_the_stages_export_the_same_rewards(runs: dict[str, Path]):
+    heldout = heldout_of(runs["float32-0"])
+    rows = [heldout.chosen(i) for i in range(len(heldout))]
+    scores = [
+        RewardScorer.from_pretrained(runs[f"float32-{stage}"] / "export").score_ids(rows)
+        for stage in STAGES
+    ]
+    for other in scores[1:]:
+        np.testing.assert_allclose(other, scores[0], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_stays_close_to_float32(runs: dict[str, Path]):
+    """Adam's first steps would differ if a stage kept no float32 weights or counted steps wrong."""
+    whole = [line["loss"] for line in log_of(runs["float32-0"])]
+    for stage in (0, 3):
+        rounded = [line["loss"] for line in log_of(runs[f"bfloat16-{stage}"])]
+        np.testing.assert_allclose(rounded[:4], whole[:4], atol=0.02)
+
+
+def test_the_export_tells_where_it_comes_from(alone: TrainResult):
+    export = alone.export_dir
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert f"On {alone.metrics['heldout_num_pairs']} held-out pairs" in card
+    assert "rayward serve" in card
+    log = (export / "training_log.jsonl").read_text()
+    assert log == (export.parent / "training_log.jsonl").read_text()
+    assert json.loads((export / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_a_finished_run_is_not_run_again(alone: TrainResult):
+    said: list[str] = []
+    again = train(config_of(alone.export_dir.parent), say=said.append)
+    assert "this run is finished already; nothing to do" in said
+    assert again.metrics == alone.metrics
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(ray_cluster, base_model, data, tmp_path: Path):
+    changes = {"optimizer__learning_rate": 1e30, "optimizer__warmup_fraction": 0}
+    values = settings(base_model, data, tmp_path / "nan", **changes)
+    with pytest.raises(TrainingError, match=r"step 2, rank \d: the loss of .*lines \d+|norm is"):
+        train(load_config(None, overrides(values)), say=lambda _: None)
+
+
+def test_a_cluster_that_is_too_small_is_told_at_once(ray_cluster, base_model, data, tmp_path: Path):
+    changes = {"distributed__cpus_per_worker": 500}
+    values = settings(base_model, data, tmp_path / "big", **changes)
+    with pytest.raises(ValueError, match="the Ray cluster is too small: 1000 CPU asked for"):
+        train(load_config(None, overrides(values)), say=lambda _: None)

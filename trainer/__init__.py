@@ -1,0 +1,1 @@
+"""From preferences to an exported reward model: Ray Train workers under DeepSpeed ZeRO."""

@@ -1,0 +1,39 @@
+"""`python -m trainer --config FILE [--section.key value ...] [--output-dir DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from trainer.config import add_arguments, config_from_arguments
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
+    """Train as the arguments say; the exit status: 0, 2 for what the user can put right, 1 for a
+    training that failed, 130 for an interrupted one."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        usage=f"{prog} --config FILE [--section.key value ...] [--output-dir DIR]",
+        description="Train a Bradley-Terry reward model. The same command goes on from the last "
+        "checkpoint after an interruption.",
+    )
+    add_arguments(parser)
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        config = config_from_arguments(args, unknown)
+        from trainer.run import train  # imported late: --help and config errors are instant
+
+        train(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
