@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -24,9 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.__main__ import main as train
 
         return train(arguments[1:], prog="rayward train")
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
     command: Command = parsed.command
     try:
+        if unknown:
+            from reward_actor.settings import did_you_mean
+
+            name = unknown[0].partition("=")[0]
+            raise ValueError(f"unknown argument {name}" + did_you_mean(name, parsed.options))
         return command(parsed)
     except (ValueError, OSError, RewardServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,15 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Command, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=run)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(command=run, options=list(sub._option_string_actions))
         return sub
 
     commands.add_parser("train", help="train a reward model from preferences and export it")
 
     sub = command("init-model", _init_model, "make a small base model: tokenizer and network")
     sub.add_argument("directory", metavar="DIR")
-    sub.add_argument("--corpus", required=True, help="text to train the tokenizer on: .jsonl, .txt")
+    sub.add_argument("--corpus", help="text to train the tokenizer on: .jsonl, .jsonl.gz, .txt")
     sub.add_argument("--tokenizer-from", metavar="DIR", help="use this model's tokenizer instead")
     sub.add_argument("--vocab-size", type=int, default=2048)
     sub.add_argument("--hidden-size", type=int, default=128)
@@ -90,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=1.0)
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--num-gpus", type=int, help="GPUs per actor [1 where there is one, else 0]")
+    sub.add_argument("--dtype", default="auto", help="of the policy")
+    sub.add_argument(
+        "--max-model-len", type=int, help="tokens of prompt and completion [what they need]"
+    )
+    sub.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    sub.add_argument("--cpu-kv-cache-gib", type=int, default=1)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
 
@@ -120,9 +132,11 @@ def _init_model(arguments: argparse.Namespace) -> int:
     from trainer.init_model import init_model, texts_from_file
 
     source = arguments.tokenizer_from
+    if not (arguments.corpus or source):
+        raise ValueError("init-model needs --corpus FILE or --tokenizer-from DIR")
     path = init_model(
         Path(arguments.directory),
-        texts_from_file(arguments.corpus),
+        texts_from_file(arguments.corpus) if arguments.corpus else (),
         vocab_size=arguments.vocab_size,
         hidden_size=arguments.hidden_size,
         num_layers=arguments.num_layers,
@@ -171,7 +185,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         signal.signal(signal_number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
-    if arguments.ray_address:
+    if arguments.ray_address or os.environ.get("RAY_ADDRESS"):  # a private cluster ends with us
         from ray import serve as ray_serve
 
         from serve.app import APP_NAME
@@ -187,11 +201,7 @@ def _score(arguments: argparse.Namespace) -> int:
     rows = list(read_rows(arguments.input))
     groups = [group_of(row, place) for place, row in rows]
     with _scorer(arguments) as score:
-        scores = [
-            result
-            for start in range(0, len(groups), 64)
-            for result in score(groups[start : start + 64])
-        ]
+        scores = score(groups)
     num_errors = sum(error is not None for result in scores for error in result.errors)
     write_rows(
         arguments.output,
@@ -223,7 +233,13 @@ def _rollout(arguments: argparse.Namespace) -> int:
 
     from reward_actor.cluster import connect
     from reward_actor.files import prompt_of, read_rows, rollout_row, write_rows
-    from reward_actor.rollout import Engine, Sampling, sample, start_rollout_actors
+    from reward_actor.rollout import (
+        Engine,
+        Sampling,
+        longest_needed,
+        sample,
+        start_rollout_actors,
+    )
 
     prompts = [prompt_of(row, place) for place, row in read_rows(arguments.prompts)]
     num_gpus = arguments.num_gpus
@@ -238,33 +254,40 @@ def _rollout(arguments: argparse.Namespace) -> int:
         arguments.max_tokens,
         arguments.seed,
     )
-    connect(
-        2.0 * arguments.num_actors + 2,
-        num_gpus * arguments.num_actors,
-        arguments.ray_address,
-        log_to_driver=False,
+    engine = Engine(
+        arguments.policy,
+        num_gpus=num_gpus,
+        max_model_len=arguments.max_model_len
+        or longest_needed(arguments.policy, prompts, sampling),
+        dtype=arguments.dtype,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        cpu_kv_cache_gib=arguments.cpu_kv_cache_gib,
     )
+    connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
     scorer: Any = arguments.scorer
     if scorer and Path(scorer).is_dir():
-        from reward_actor.actor import RewardScorerActor
+        from reward_actor.actor import start_scorer_actor
 
-        remote: Any = RewardScorerActor
-        scorer = remote.options(num_gpus=min(num_gpus, 1)).remote(scorer)
-    engine = Engine(arguments.policy, num_gpus=num_gpus)
+        scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
     actors = start_rollout_actors(engine, arguments.num_actors, scorer)
 
     import ray
 
     print(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
     rollouts: dict[int, Any] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("rollouts", total=len(prompts))
-        for index, rollout in sample(actors, prompts, sampling):
-            rollouts[index] = rollout
-            progress.advance(task)
-    write_rows(arguments.output, (rollout_row(rollouts[i]) for i in range(len(prompts))))
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("rollouts", total=len(prompts))
+            for index, rollout in sample(actors, prompts, sampling):
+                rollouts[index] = rollout
+                progress.advance(task)
+    finally:  # what was sampled before a failure is kept
+        write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
     num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
     print(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    num_failed = sum(rollout.error is not None for rollout in rollouts.values())
+    if num_failed:
+        print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
     ray.shutdown()
     return 0
 

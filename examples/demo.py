@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ class Steps:
 
     def __init__(self, total: int) -> None:
         self.seconds: dict[str, float] = {}
-        self.current = ""
+        self.current = "start"
         self._total = total
 
     @contextmanager
@@ -69,11 +70,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the service running at the end")
     keep = parser.parse_args().keep
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
     steps = Steps(9)
     service: subprocess.Popen[bytes] | None = None
     try:
+        require_free_port()
+        shutil.rmtree(OUT, ignore_errors=True)
+        OUT.mkdir(parents=True)
         with steps.step("data", "seeded instruction/answer preferences; the rule is not length"):
             run([PYTHON, str(HERE / "preferences.py"), str(DATA)])
         with steps.step("base", "a byte-level BPE tokenizer with a chat template, a small network"):
@@ -88,7 +90,8 @@ def main() -> int:
             run([*RAYWARD, "train", "--config", config, *options, "--output-dir", str(TRAINING)])
         with steps.step("evaluate", "accuracy on held-out prompts"):
             command = [*RAYWARD, "eval", str(EXPORT), str(DATA / "heldout.jsonl"), "--json"]
-            evaluation = json.loads(run(command, capture=True))
+            with console.status("scoring the held-out pairs"):
+                evaluation = json.loads(run(command, capture=True))
             console.print(
                 f"accuracy {evaluation['accuracy']:.4f} on {evaluation['num_pairs']} pairs"
             )
@@ -110,7 +113,7 @@ def main() -> int:
         summary = summarise(steps, evaluation, rows, served, difference)
         (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         check(summary)
-    except (StepFailed, KeyError, ValueError) as error:
+    except Exception as error:  # whatever it was, the step is named and the service stopped
         keep = False
         console.print(f"\n[bold red]DEMO FAILED[/] in step {steps.current!r}: {error}")
         return 1
@@ -126,7 +129,9 @@ def main() -> int:
     )
     if keep:
         assert service is not None
-        console.print(f"the service stays up: {url}/docs   (stop it with: kill {service.pid})")
+        console.print(f"the API page: {url}/docs   (stop the service with: kill {service.pid})")
+    else:
+        console.print(f"the API page was at {url}/docs; `make demo KEEP=1` leaves it up")
     print("DEMO OK")
     return 0
 
@@ -146,20 +151,37 @@ def run(command: Sequence[str], *, capture: bool = False) -> str:
 def start_service() -> tuple[subprocess.Popen[bytes], str, str]:
     """Start `rayward serve` in the background: (process, URL, Ray address). Raises StepFailed."""
     command = [*RAYWARD, "serve", str(EXPORT), "--num-replicas", "2", "--port", str(PORT)]
+    # A model this small leaves any GPU idle, and vLLM wants it for itself.
+    command += ["--device", "cpu"]
     console.print(Text(f"$ rayward {' '.join(command[3:])} &", style="dim"))
     with SERVE_LOG.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = wait_for_service(process)
+    except BaseException:  # Ctrl-C, too: the service is a process group of its own
+        stop(process)
+        raise
+    return process, f"http://127.0.0.1:{PORT}", address
+
+
+def wait_for_service(process: subprocess.Popen[bytes]) -> str:
+    """The Ray address of the service once it is ready. Raises StepFailed if it never is."""
     deadline = time.monotonic() + SERVE_TIMEOUT_S
     with console.status("loading the model and replaying its golden samples"):
         while time.monotonic() < deadline and process.poll() is None:
             lines = SERVE_LOG.read_text(errors="replace").splitlines()
             if any(line.startswith("ready") for line in lines):
-                [address] = [line.split()[1] for line in lines if line.startswith("Ray ")]
-                return process, f"http://127.0.0.1:{PORT}", address
+                return next(line.split()[1] for line in lines if line.startswith("Ray "))
             time.sleep(0.2)
-    stop(process)
     tail = "\n".join(SERVE_LOG.read_text(errors="replace").splitlines()[-5:])
     raise StepFailed(f"the service did not become ready; the end of {SERVE_LOG}:\n{tail}")
+
+
+def require_free_port() -> None:
+    """Raise StepFailed if a service, of an earlier `make demo KEEP=1` perhaps, holds the port."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            raise StepFailed(f"something listens on port {PORT} already; stop it first")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -185,7 +207,7 @@ def compare_with_offline(rows: Sequence[dict[str, Any]], served: Sequence[Any]) 
     """The largest |served - offline| over every rollout, through HTTP and through the handle."""
     from reward_actor import RewardScorer
 
-    offline = RewardScorer.from_pretrained(EXPORT).score(groups_of(rows))
+    offline = RewardScorer.from_pretrained(EXPORT, "cpu").score(groups_of(rows))
     worst = 0.0
     for row, over_http, here in zip(rows, served, offline, strict=True):
         for rewards in (over_http.rewards, row["rewards"]):

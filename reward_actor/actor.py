@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import ray
 
 from reward_actor import schema
+from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores
 from reward_actor.render import tokenizer_fingerprint
 from reward_actor.scorer import RewardScorer
@@ -33,6 +35,7 @@ class RewardScorerActor:
             dtype=self._scorer.dtype,
             format=contract.format,
             tokenizer_fingerprint=tokenizer_fingerprint(self._scorer.loaded.tokenizer, contract),
+            template_date=contract.template_date,
             normalisation={"mean": contract.mean, "std": contract.std},
             limits={
                 "max_length": contract.max_length,
@@ -40,3 +43,12 @@ class RewardScorerActor:
             },
             versions={name: version(name) for name in ("ray", "torch", "transformers")},
         )
+
+
+def start_scorer_actor(path: str, num_gpus: float = 0.0) -> Any:
+    """A `RewardScorerActor` that has loaded its model. Raises ValueError if the cluster is full."""
+    require_resources([{"CPU": 1.0, "GPU": num_gpus} if num_gpus else {"CPU": 1.0}])
+    remote: Any = RewardScorerActor
+    actor = remote.options(num_cpus=1, num_gpus=num_gpus).remote(path)
+    ray.get(actor.info.remote())
+    return actor

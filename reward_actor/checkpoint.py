@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from reward_actor.contract import (
+    CONTRACT_FILE,
     ScoringContract,
     digests,
     model_version,
@@ -113,9 +114,32 @@ def load(
             f"{directory} does not hold the weights of its own config.json: {absent[0]} "
             f"({len(absent)} in all) is missing or has another shape"
         )
-    model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
+    try:
+        model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    if not (directory / CONTRACT_FILE).exists():
+        _check_pooling(model, directory)
     version = model_version(digests(directory), contract, dtype)
     return LoadedModel(version, model, tokenizer, contract, dtype, directory)
+
+
+def _check_pooling(model: RewardModel, directory: Path) -> None:
+    """Raise CheckpointError unless a foreign network itself scores a row as we do.
+
+    An encoder with a pooler of its own would otherwise get numbers that mean nothing.
+    """
+    device = next(model.parameters()).device
+    row = torch.arange(5, 13, device=device)[None]
+    mask = torch.ones_like(row)
+    with torch.inference_mode():
+        ours = model(row, mask).item()
+        own = model.network(input_ids=row, attention_mask=mask).logits.float().item()
+    if not abs(ours - own) <= 2e-2 * max(1.0, abs(own)):
+        raise CheckpointError(
+            f"{directory}: {type(model.network).__name__} scores {own:.4g} where its head at the "
+            f"last token says {ours:.4g}; it pools in another way than this version knows"
+        )
 
 
 def resolve_device(device: str) -> str:
@@ -213,6 +237,7 @@ def export(
     config.use_cache = True
     network.config = config
     network.save_pretrained(staging, state_dict=dict(state_dict))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
     tokenizer.save_pretrained(staging)
     contract = record(staging, contract, device)
     for name, content in files.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 
 from reward_actor import schema
-from reward_actor.errors import RewardServiceError
+from reward_actor.errors import RewardServiceError, pause_s
 from reward_actor.groups import Group, GroupScores, Prompt, SampleError
 
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 10.0
+# Far below what a service accepts by default, and enough to fill its batches.
+_SAMPLES_PER_REQUEST = 1024
+_JSON = {"Content-Type": "application/json"}
 
 
 class _Calls:
@@ -29,8 +30,23 @@ class _Calls:
         self.timeout_s = timeout_s
 
     @staticmethod
-    def body(groups: Sequence[Group], token_rewards: bool) -> dict[str, Any]:
-        return {"groups": [_to_json(group) for group in groups], "token_rewards": token_rewards}
+    def bodies(groups: Sequence[Group], token_rewards: bool) -> list[bytes]:
+        """One or more requests' bodies, in order; a group is never divided."""
+        parts: list[list[Group]] = [[]]
+        num_samples = 0
+        for group in groups:
+            if parts[-1] and num_samples + len(group) > _SAMPLES_PER_REQUEST:
+                parts.append([])
+                num_samples = 0
+            parts[-1].append(group)
+            num_samples += len(group)
+        # ASCII only: a lone surrogate has no UTF-8 form, and is its own sample's error to get.
+        return [
+            json.dumps(
+                {"groups": [_to_json(group) for group in part], "token_rewards": token_rewards}
+            ).encode("ascii")
+            for part in parts
+        ]
 
     @staticmethod
     def scores(data: dict[str, Any]) -> list[GroupScores]:
@@ -62,14 +78,6 @@ class _Calls:
             retry_after_s=retry_after_s,
         )
 
-    def pause_s(self, error: RewardServiceError, attempt: int, deadline: float) -> float:
-        """Seconds to wait before the next attempt; raises `error` when there must be none."""
-        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-        pause = error.retry_after_s or random.uniform(longest / 2, longest)
-        if not error.retryable or time.monotonic() + pause >= deadline:
-            raise error
-        return pause
-
     def unreachable(self, error: httpx.TransportError) -> RewardServiceError:
         return RewardServiceError(
             "unavailable", f"{self.url}: {type(error).__name__}: {error}", retryable=True
@@ -95,24 +103,29 @@ class RewardClient:
     def score_groups(
         self, groups: Sequence[Group], token_rewards: bool = False
     ) -> list[GroupScores]:
-        body = self._calls.body(groups, token_rewards)
-        return self._calls.scores(self._send("POST", "/v1/score", body))
+        scores: list[GroupScores] = []
+        for body in self._calls.bodies(groups, token_rewards):
+            scores += self._calls.scores(self._send("POST", "/v1/score", body))
+        return scores
 
     def info(self) -> schema.Info:
         return schema.Info.model_validate(self._send("GET", "/info"))
 
-    def _send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def _send(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         deadline = time.monotonic() + self._calls.timeout_s
         attempt = 0
         while True:
             try:
                 left = max(0.1, deadline - time.monotonic())
-                return self._calls.check(self._http.request(method, path, json=body, timeout=left))
+                response = self._http.request(
+                    method, path, content=body, headers=_JSON, timeout=left
+                )
+                return self._calls.check(response)
             except httpx.TransportError as error:
                 failure = self._calls.unreachable(error)
             except RewardServiceError as error:
                 failure = error
-            time.sleep(self._calls.pause_s(failure, attempt, deadline))
+            time.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
 
     def close(self) -> None:
@@ -144,25 +157,29 @@ class AsyncRewardClient:
     async def score_groups(
         self, groups: Sequence[Group], token_rewards: bool = False
     ) -> list[GroupScores]:
-        body = self._calls.body(groups, token_rewards)
-        return self._calls.scores(await self._send("POST", "/v1/score", body))
+        scores: list[GroupScores] = []
+        for body in self._calls.bodies(groups, token_rewards):
+            scores += self._calls.scores(await self._send("POST", "/v1/score", body))
+        return scores
 
     async def info(self) -> schema.Info:
         return schema.Info.model_validate(await self._send("GET", "/info"))
 
-    async def _send(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    async def _send(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         deadline = time.monotonic() + self._calls.timeout_s
         attempt = 0
         while True:
             try:
                 left = max(0.1, deadline - time.monotonic())
-                response = await self._http.request(method, path, json=body, timeout=left)
+                response = await self._http.request(
+                    method, path, content=body, headers=_JSON, timeout=left
+                )
                 return self._calls.check(response)
             except httpx.TransportError as error:
                 failure = self._calls.unreachable(error)
             except RewardServiceError as error:
                 failure = error
-            await asyncio.sleep(self._calls.pause_s(failure, attempt, deadline))
+            await asyncio.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
 
     async def close(self) -> None:

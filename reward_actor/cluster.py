@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ray._private.authentication.authentication_token_setup import (
 )
 
 _LISTENER_TIMEOUT_S = 5.0
+_FREE_TIMEOUT_S = 10.0
 
 
 def connect(
@@ -83,25 +85,50 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def require_resources(bundles: Sequence[dict[str, float]]) -> None:
-    """Raise ValueError unless the cluster, when idle, could hold all bundles at once.
+def capacity(name: str) -> float:
+    """How much of a resource the cluster has, or may grow to if it scales by itself."""
+    now = float(ray.cluster_resources().get(name, 0.0))
+    return max(now, float(_may_grow_to().get(name, 0.0)))
 
-    Compares totals: an autoscaling cluster should be asked with `ray_address` and its maximum
-    already up, since Ray does not tell what it could still grow to.
+
+def require_resources(bundles: Sequence[dict[str, float]]) -> None:
+    """Raise ValueError unless the cluster can hold all bundles beside what runs on it already.
+
+    Compares totals, so bundles that fit together but on no single node are not noticed. A cluster
+    that scales by itself is asked for what it may grow to.
     """
     asked: dict[str, float] = {}
     for bundle in bundles:
         for name, amount in bundle.items():
             asked[name] = asked.get(name, 0.0) + amount
-    there = {name: ray.cluster_resources().get(name, 0.0) for name in asked}
+    there = {name: capacity(name) for name in asked}
     if any(there[name] < asked[name] for name in asked):
         raise ValueError(_too_small(asked, there))
+    deadline = time.monotonic() + _FREE_TIMEOUT_S  # what just ended is given back with a delay
+    while not _may_grow_to():
+        free = {name: float(ray.available_resources().get(name, 0.0)) for name in asked}
+        if all(free[name] >= asked[name] for name in asked):
+            return
+        if time.monotonic() > deadline:
+            raise ValueError(_too_small(asked, there, free))
+        time.sleep(0.2)
 
 
-def _too_small(asked: dict[str, float], there: dict[str, float]) -> str:
-    wanted = ", ".join(f"{amount:g} {name}" for name, amount in sorted(asked.items()))
-    found = ", ".join(f"{there[name]:g} {name}" for name in sorted(asked))
+def _may_grow_to() -> dict[str, float]:
+    """The largest size of a cluster that scales by itself; empty for any other."""
+    from ray._private.state import state
+
+    return dict(state.get_max_resources_from_cluster_config() or {})
+
+
+def _too_small(
+    asked: dict[str, float], there: dict[str, float], free: dict[str, float] | None = None
+) -> str:
+    def listed(amounts: dict[str, float]) -> str:
+        return ", ".join(f"{amounts[name]:g} {name}" for name in sorted(asked))
+
+    taken = "" if free is None else f", of which {listed(free)} free"
     return (
-        f"the Ray cluster is too small: {wanted} asked for, {found} there. "
+        f"the Ray cluster is too small: {listed(asked)} asked for, {listed(there)} there{taken}. "
         "Use fewer workers or replicas, less of each, or a larger cluster."
     )

@@ -69,6 +69,7 @@ class ScoringContract:
     add_special_tokens  whether the tokenizer adds its own (a BOS, say) when it encodes text.
     append_eos          whether a completion given as text is ended by EOS under "text".
     pooling             the last real token, by length, never by token id.
+    template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
     over_long           a sample over max_length tokens is an error for that sample.
     dtype               of the body when nothing else is asked for; the head is always float32.
     mean, std           reward = (raw score - mean) / std.
@@ -84,6 +85,7 @@ class ScoringContract:
     pad_token_id: int
     max_length: int
     vocab_size: int
+    template_date: str | None = None
     dtype: str = "float32"
     head_dtype: Literal["float32"] = "float32"
     pooling: Literal["last_token"] = "last_token"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import time
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 10.0
+
 
 class RewardServiceError(Exception):
     """A request that got no scores. `type` is a word of `reward_actor.schema.ErrorType`."""
@@ -25,6 +31,18 @@ class RewardServiceError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default would call __init__ with the formatted message alone.
         return (_rebuild, (self.type, self.message, self.__dict__))
+
+
+def pause_s(error: RewardServiceError, attempt: int, deadline: float) -> float:
+    """Seconds before attempt `attempt` + 1: growing, random, or as the service asks.
+
+    Raises `error` when it must not be tried again, or not before `deadline` (of time.monotonic).
+    """
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+    pause = error.retry_after_s or random.uniform(longest / 2, longest)
+    if not error.retryable or time.monotonic() + pause >= deadline:
+        raise error
+    return pause
 
 
 def _rebuild(type: str, message: str, state: dict[str, object]) -> RewardServiceError:

@@ -37,6 +37,8 @@ class Float32Head(nn.Linear):
         """The head of a network, its parameters kept. Raises ValueError if it is not linear."""
         if not isinstance(head, nn.Linear):
             raise ValueError(f"the reward head is a {type(head).__name__}, not a linear layer")
+        if head.out_features != 1:
+            raise ValueError(f"the head has {head.out_features} outputs; a reward model has one")
         new = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
         new.weight = head.weight
         new.bias = head.bias

@@ -49,10 +49,20 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    opener = gzip.open if target.suffix == ".gz" else open
+    with opener(partial, "wt", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_to_line(row) + "\n")
     partial.replace(target)
+
+
+def _to_line(row: Mapping[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON, but only as an escape
+        return json.dumps(row)
+    return line
 
 
 def prompt_of(row: Row, place: str) -> Prompt:
@@ -92,6 +102,8 @@ def scored_row(row: Row, scores: GroupScores) -> Row:
 
 def rollout_row(rollout: RolloutGroup) -> Row:
     row = {name: value for name, value in vars(rollout).items() if name != "scores"}
+    if row["error"] is None:
+        del row["error"]
     return row if rollout.scores is None else {**row, **_scores(rollout.scores)}
 
 

@@ -39,6 +39,8 @@ class Group:
     completion_ids: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.completions, str):
+            raise ValueError("completions is one string; give a list of strings")
         if (self.prompt is None) == (self.prompt_ids is None):
             raise ValueError("a group needs exactly one of prompt and prompt_ids")
         if self.prompt_ids is not None and self.completions:
@@ -102,11 +104,12 @@ def assemble(
             if not isinstance(sample, SampleError):
                 index = next(following)
                 raw = float(raw_scores[index])
-                if not math.isfinite(raw):
+                row = [raw] if token_scores is None else token_scores[index]
+                if not all(math.isfinite(score) for score in row):
                     raw = None
                     error = SampleError("non_finite_reward", "the model's reward is not finite")
                 elif token_scores is not None:
-                    tokens = [contract.normalise(float(score)) for score in token_scores[index]]
+                    tokens = [contract.normalise(float(score)) for score in row]
             scores.raw_scores.append(raw)
             scores.rewards.append(None if raw is None else contract.normalise(raw))
             scores.num_tokens.append(0 if isinstance(sample, SampleError) else len(sample))

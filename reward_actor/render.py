@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import replace
+from datetime import date
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError
@@ -39,6 +41,11 @@ class Renderer:
         if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         return ids
+
+    def use_date(self, day: str | None) -> None:
+        """Write this date where the template writes one: a policy's prompts follow its scorer's."""
+        if self.contract.template_date is not None and day is not None:
+            self.contract = replace(self.contract, template_date=day)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """What a policy continues: the prompt with the generation prompt of its template."""
@@ -93,7 +100,12 @@ class Renderer:
         # Templates close a turn with more than its end token (a newline, say); a policy stops at
         # the token, and the pooled token must be the same one.
         end = self.contract.turn_end
-        return text[: text.rfind(end) + len(end)] if end else text
+        if not end:
+            return text.rstrip()
+        cut = text.rfind(end)
+        if cut < 0:
+            raise RenderError(f"the chat template did not end the completion with {end!r}")
+        return text[: cut + len(end)]
 
     def _apply_template(self, messages: Sequence[Message], *, generation: bool) -> str:
         from jinja2 import TemplateError
@@ -104,6 +116,7 @@ class Renderer:
                 chat_template=self.contract.chat_template,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **_clock(self.contract.template_date),
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
@@ -151,34 +164,62 @@ def contract_for(
     limit = min([n for n in limits if n and n < 1e9], default=2048)
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model's positions end at {limit}")
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     eos = tokenizer.eos_token_id
     template = tokenizer.chat_template if format == "chat" else None
     if isinstance(template, dict):
         template = template["default"]
+    today = date.today().isoformat()
+    turn_end = _turn_end(tokenizer, template, today) if template else ""
     return ScoringContract(
         format=cast('Literal["chat", "text"]', format),
         chat_template=template,
-        turn_end=_turn_end(tokenizer, template) if template else "",
+        template_date=today if template and "strftime_now" in template else None,
+        turn_end=turn_end,
         add_special_tokens=format == "text",
         append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,
-        pad_token_id=pad,
+        pad_token_id=_pad_token_id(tokenizer, turn_end),
         max_length=max_length or limit,
         vocab_size=text_config.vocab_size,
         dtype=dtype,
     )
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+def _clock(day: str | None) -> dict[str, Any]:
+    """What makes a template that writes the date write this one, today and next year."""
+    if day is None:
+        return {}
+    return {"strftime_now": date.fromisoformat(day).strftime}
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str) -> int:
+    """A token to pad with that never ends a sequence.
+
+    Ours pools by length, but plain `transformers` pools at the last token that is not this one:
+    with pad == EOS it would read the token before.
+    """
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end or "")}
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id]
+    candidates += [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
+    # The byte 0, as byte-level BPE and SentencePiece write it: no text ends with it, either.
+    candidates += [tokenizer.get_vocab().get(name) for name in ("\u0100", "<0x00>")]
+    fitting = [i for i in candidates if i is not None and i not in ends]
+    if not fitting:
+        raise ValueError(
+            "the tokenizer has no token to pad with that differs from those that end a text; add "
+            'one: tokenizer.add_special_tokens({"pad_token": "<|pad|>"})'
+        )
+    return int(fitting[0])
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str, day: str) -> str:
     """What the template writes after a completion, up to and with its first special token."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}],
         chat_template=template,
         tokenize=False,
+        **_clock(day),
     )
     assert isinstance(text, str)
     if _SENTINEL not in text:

@@ -7,9 +7,10 @@ chat template, so that what is scored is what was sampled; as text otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from reward_actor.client import AsyncRewardClient
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores, Prompt
 from reward_actor.handle import AsyncRewardHandle
-from reward_actor.render import Renderer, contract_for, tokenizer_fingerprint
+from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
 
 # Small enough for a progress bar that moves, large enough to keep vLLM's batch full.
 _PROMPTS_PER_CALL = 8
@@ -56,7 +57,9 @@ class RolloutGroup:
     """The n rollouts of one prompt; index i of every list belongs to completion i.
 
     `completion_ids[i]` end with the policy's stop token where it sampled one; `log_probs[i]` has
-    one value for each of them. `scores` is None where no scorer was asked.
+    one value for each of them, of the distribution that was sampled from (after temperature and
+    top-p). `scores` is None where no scorer was asked. A prompt that could not be sampled has an
+    `error` and empty lists.
     """
 
     prompt: Prompt
@@ -65,7 +68,8 @@ class RolloutGroup:
     completion_ids: list[list[int]]
     log_probs: list[list[float]]
     finish_reasons: list[str]
-    scores: GroupScores | None = field(default=None)
+    scores: GroupScores | None = None
+    error: str | None = None
 
 
 class Scorer(Protocol):
@@ -81,22 +85,18 @@ class RolloutActor:
 
     def __init__(self, engine: Engine, scorer: Any = None) -> None:
         """`scorer`: a service's URL, a Serve application's name, an actor's handle, or None."""
-        from transformers import AutoConfig
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        tokenizer = load_tokenizer(Path(engine.model))
-        config = AutoConfig.from_pretrained(engine.model)
-        format_ = "chat" if tokenizer.chat_template else "text"
-        contract = contract_for(tokenizer, config, format=format_)
-        self._renderer = Renderer(tokenizer, contract)
-        self._fingerprint = tokenizer_fingerprint(tokenizer, contract)
-        self._max_length = engine.max_model_len or contract.max_length
+        self._renderer = _policy_renderer(engine.model)
+        self._max_length = engine.max_model_len or self._renderer.contract.max_length
         arguments: dict[str, Any] = {
             "model": engine.model,
             "dtype": engine.dtype,
             "max_model_len": self._max_length,
             "disable_log_stats": True,
+            # vLLM's default is the logits' own distribution, whatever the temperature.
+            "logprobs_mode": "processed_logprobs",
         }
         if engine.num_gpus:
             arguments["tensor_parallel_size"] = engine.num_gpus
@@ -114,7 +114,9 @@ class RolloutActor:
             return "no scorer"
         if self._by_ids is None:
             info = await self._scorer.info()
-            self._by_ids = info.tokenizer_fingerprint == self._fingerprint
+            self._renderer.use_date(info.template_date)
+            own = tokenizer_fingerprint(self._renderer.tokenizer, self._renderer.contract)
+            self._by_ids = info.tokenizer_fingerprint == own
         return "token ids" if self._by_ids else "text"
 
     async def rollouts(
@@ -129,9 +131,9 @@ class RolloutActor:
         )
         if self._scorer is not None:
             by_ids = await self.ready() == "token ids"
-            groups = [_group(rollout, by_ids) for rollout in rollouts]
-            scores = await self._scorer.score_groups(groups)
-            for rollout, score in zip(rollouts, scores, strict=True):
+            sampled = [rollout for rollout in rollouts if rollout.error is None]
+            scores = await self._scorer.score_groups([_group(r, by_ids) for r in sampled])
+            for rollout, score in zip(sampled, scores, strict=True):
                 rollout.scores = score
         return list(rollouts)
 
@@ -139,13 +141,16 @@ class RolloutActor:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        prompt_ids = self._renderer.prompt_ids(prompt)
+        try:
+            prompt_ids = self._renderer.prompt_ids(prompt)
+        except RenderError as error:
+            return RolloutGroup(prompt, [], [], [], [], [], error=str(error))
         room = self._max_length - len(prompt_ids)
         if room < 1:
-            raise ValueError(
-                f"a prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length} with "
-                "its completion"
+            too_long = (
+                f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
             )
+            return RolloutGroup(prompt, prompt_ids, [], [], [], [], error=too_long)
         parameters = SamplingParams(
             n=sampling.num_completions,
             temperature=sampling.temperature,
@@ -173,13 +178,37 @@ class RolloutActor:
         )
 
 
+def longest_needed(policy: str, prompts: Sequence[Prompt], sampling: Sampling) -> int:
+    """Tokens that the longest prompt and its completion can take, at most what the policy takes.
+
+    An engine of that length spares the memory of a long-context model's full length. Raises
+    ValueError for a policy that is not there.
+    """
+    renderer = _policy_renderer(policy)
+    longest = 0
+    for prompt in prompts:
+        with contextlib.suppress(RenderError):  # becomes this prompt's error when it is sampled
+            longest = max(longest, len(renderer.prompt_ids(prompt)))
+    return min(longest + sampling.max_tokens, renderer.contract.max_length)
+
+
+def _policy_renderer(policy: str) -> Renderer:
+    from transformers import AutoConfig
+
+    if not (Path(policy) / "config.json").exists():
+        raise ValueError(f"{policy} holds no config.json, so no policy to sample from")
+    tokenizer = load_tokenizer(Path(policy))
+    config = AutoConfig.from_pretrained(policy)
+    format_ = "chat" if tokenizer.chat_template else "text"
+    return Renderer(tokenizer, contract_for(tokenizer, config, format=format_))
+
+
 def start_rollout_actors(engine: Engine, num_actors: int, scorer: Any = None) -> list[Any]:
     """Start actors and wait until each has loaded its engine.
 
     Raises ValueError for a policy that is not there or a cluster that is too small.
     """
-    if not (Path(engine.model) / "config.json").exists():
-        raise ValueError(f"{engine.model} holds no config.json, so no policy to sample from")
+    _policy_renderer(engine.model)
     resources = {"CPU": 1.0, "GPU": float(engine.num_gpus)} if engine.num_gpus else {"CPU": 1.0}
     require_resources([resources] * num_actors)
     threads = engine.cpu_threads or max(1, (os.cpu_count() or 1) // num_actors)

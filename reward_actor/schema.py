@@ -149,6 +149,7 @@ class Info(Wire):
     dtype: str
     format: Literal["chat", "text"]
     tokenizer_fingerprint: str
+    template_date: str | None
     normalisation: dict[str, float]
     limits: dict[str, float]
     versions: dict[str, str]

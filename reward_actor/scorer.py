@@ -73,10 +73,12 @@ class RewardScorer:
         """Score every completion of every group; one that cannot be scored carries its error."""
         rendered = [self.renderer.sequences(group) for group in groups]
         sequences = scorable(rendered)
-        raw: Sequence[float] = self.raw_scores(sequences).tolist()
-        per_token = None
         if token_rewards:
             per_token = [row.tolist() for row in self.token_scores(sequences)]
+            raw = [row[-1] for row in per_token]
+        else:
+            per_token = None
+            raw = self.raw_scores(sequences).tolist()
         return assemble(rendered, raw, self.contract, self.model_version, per_token)
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:

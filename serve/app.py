@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
+import ray
 import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from reward_actor.checkpoint import check_directory, load_contract
-from reward_actor.cluster import connect, require_resources
+from reward_actor.checkpoint import check_directory, check_manifest, load_contract
+from reward_actor.cluster import capacity, connect, require_resources
+from reward_actor.handle import DEFAULT_APP_NAME
 from reward_actor.settings import validate
 from serve.config import ServeConfig
 from serve.deployment import RewardModelReplica
@@ -20,7 +23,7 @@ from serve.ingress import Ingress
 if TYPE_CHECKING:
     from ray.serve import Application
 
-APP_NAME = "rayward"
+APP_NAME = DEFAULT_APP_NAME
 
 # Of a CPU: an ingress mostly waits; more of them are asked for when rendering is what limits.
 _INGRESS_CPUS = 0.25
@@ -30,26 +33,33 @@ _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def app(args: dict[str, Any]) -> Application:
-    """The application for `serve run serve.app:app model=DIR [key=value ...]` and `rayward serve`.
+    """The application for `serve run serve.app:app model=DIR [key=value ...]`.
 
-    Raises ValueError for an unknown key, a directory without a trained reward model, or a contract
-    that cannot be read: before anything is started.
+    Raises ValueError for an unknown key, a directory without a trained reward model, a file that
+    differs from its digest, or a contract that cannot be read: before anything is started.
     """
-    return build(validate(ServeConfig, args, "serve"))
+    config = resolve(validate(ServeConfig, args, "serve"))
+    return build(config, _uses_gpu(config))
 
 
-def build(config: ServeConfig) -> Application:
+def resolve(config: ServeConfig) -> ServeConfig:
+    """The config with absolute path and a name, its model checked. Raises ValueError."""
     directory = check_directory(config.model).resolve()
     load_contract(directory, trust_remote_code=config.trust_remote_code)
-    config = config.model_copy(
-        update={"model": str(directory), "name": config.name or directory.name}
-    )
+    check_manifest(directory)
+    name = config.name or directory.name
+    return config.model_copy(update={"model": str(directory), "name": name})
+
+
+def build(config: ServeConfig, use_gpu: bool) -> Application:
     replica: Any = RewardModelReplica
     front: Any = Ingress
     model = replica.options(
         num_replicas=config.num_replicas,
-        ray_actor_options=_replica_resources(config),
+        ray_actor_options=_replica_resources(config, use_gpu),
         logging_config=_QUIET,
+        # A model that fails its golden samples fails them again: say so instead of trying on.
+        max_constructor_retry_count=1,
     ).bind(config)
     ingress = front.options(
         num_replicas=config.num_ingress,
@@ -68,40 +78,69 @@ def start(
 ) -> str:
     """Start the service and return its URL once it is ready.
 
-    Joins the cluster at `ray_address` or starts a private one. Raises ValueError for a port in use
-    or a cluster that is too small.
+    Joins the cluster at `ray_address` or $RAY_ADDRESS, or starts a private one. Raises ValueError
+    for a port in use, a cluster that is too small or serves already, or a model that does not
+    reproduce its golden samples.
     """
-    application = build(config)
+    config = resolve(config)
     _require_free(host, port)
-    resources = _replica_resources(config)
-    bundles = [_bundle(resources)] * config.num_replicas
-    bundles += [{"CPU": _INGRESS_CPUS}] * config.num_ingress
-    num_cpus = sum(bundle.get("CPU", 0.0) for bundle in bundles)
+    cpus = config.num_replicas * config.cpus_per_replica + config.num_ingress * _INGRESS_CPUS
     # A vLLM engine or two of rollout actors should find room beside the service.
-    connect(
-        num_cpus + 4, config.num_replicas * resources["num_gpus"], ray_address, log_to_driver=False
-    )
-    require_resources(bundles)
-    serve.start(
-        logging_config=_QUIET,
-        http_options={"host": host, "port": port, "request_timeout_s": None},
-    )
-    serve.run(application, name=APP_NAME, route_prefix="/")
+    connect(cpus + 4, address=ray_address, log_to_driver=False)
+    use_gpu = _uses_gpu(config)
+    resources = _replica_resources(config, use_gpu)
+    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
+    bundles = [{name: amount for name, amount in bundle.items() if amount}] * config.num_replicas
+    require_resources([*bundles, *[{"CPU": _INGRESS_CPUS}] * config.num_ingress])
+    http_options = {"host": host, "port": port, "request_timeout_s": None}
+    serve.start(logging_config=_QUIET, http_options=http_options)
+    _require_own_address(host, port)
+    if APP_NAME in serve.status().applications:
+        raise ValueError(
+            f"this Ray cluster serves an application {APP_NAME!r} already; end it first "
+            f"(serve.delete({APP_NAME!r})), or use another cluster"
+        )
+    try:
+        serve.run(build(config, use_gpu), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        message = serve.status().applications[APP_NAME].deployments["RewardModel"].message
+        serve.delete(APP_NAME)
+        raise ValueError(f"the model could not be served: {_last_error(message)}") from error
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}"
 
 
-def _replica_resources(config: ServeConfig) -> dict[str, float]:
-    on_gpu = config.device != "cpu" and (config.device != "auto" or torch.cuda.is_available())
+def _uses_gpu(config: ServeConfig) -> bool:
+    """The cluster decides: the node that starts a service often has no GPU itself."""
+    if config.device != "auto":
+        return config.device.startswith("cuda")
+    return capacity("GPU") > 0 if ray.is_initialized() else torch.cuda.is_available()
+
+
+def _replica_resources(config: ServeConfig, use_gpu: bool) -> dict[str, float]:
     return {
         "num_cpus": config.cpus_per_replica,
-        "num_gpus": config.gpus_per_replica if on_gpu else 0,
+        "num_gpus": config.gpus_per_replica if use_gpu else 0,
     }
 
 
-def _bundle(resources: dict[str, float]) -> dict[str, float]:
-    bundle = {"CPU": resources["num_cpus"]}
-    return {**bundle, "GPU": resources["num_gpus"]} if resources["num_gpus"] else bundle
+def _require_own_address(host: str, port: int) -> None:
+    """Raise ValueError if the cluster's Serve listens elsewhere: its first start decided that."""
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client()
+    options = client.http_config
+    if (options.host, options.port) != (host, port):
+        raise ValueError(
+            f"Ray Serve listens on {options.host} port {options.port} in this cluster already; "
+            f"use --host {options.host} --port {options.port}, or another cluster"
+        )
+
+
+def _last_error(message: str) -> str:
+    """The last line of a traceback that names an exception, without its class."""
+    lines = [line for line in message.splitlines() if re.match(r"\S*(Error|Exception): ", line)]
+    return lines[-1].partition(": ")[2] if lines else message
 
 
 def _require_free(host: str, port: int) -> None:

@@ -12,14 +12,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from typing import Any
 
 Sequences = Sequence[Sequence[int]]
-Result = TypeVar("Result")
+ScoreFunction = Callable[[Sequences], Any]
+"""n sequences to n results that can be sliced; runs on the batcher's thread."""
 
 # The rate is unknown until something was scored; a first guess only shapes the first Retry-After.
 _FIRST_TOKENS_PER_S = 10_000.0
@@ -36,9 +33,9 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Scored:
-    """Raw scores of one job's sequences (n,) and the seconds that it waited and was scored."""
+    """What became of one job's n sequences, and the seconds that it waited and was scored."""
 
-    raw_scores: NDArray[np.float32]
+    results: Any
     queue_s: float
     score_s: float
 
@@ -46,25 +43,20 @@ class Scored:
 @dataclass
 class _Job:
     sequences: Sequences
+    score: ScoreFunction
     num_tokens: int
     done: asyncio.Future[Scored]
     submitted: float = field(default_factory=time.monotonic)
+    is_queued: bool = True
 
 
 class Batcher:
-    """Merges the jobs of many callers into batches for one scoring function.
+    """Merges the jobs of many callers into batches for a scoring function.
 
-    `score` runs on a thread of its own, one batch at a time. Use from one event loop.
+    Scoring runs on one thread of its own, one batch at a time. Use from one event loop.
     """
 
-    def __init__(
-        self,
-        score: Callable[[list[Sequence[int]]], NDArray[np.float32]],
-        *,
-        max_batch_tokens: int,
-        max_queued_tokens: int,
-    ) -> None:
-        self._score = score
+    def __init__(self, *, max_batch_tokens: int, max_queued_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._jobs: deque[_Job] = deque()
@@ -74,8 +66,10 @@ class Batcher:
         self.queued_tokens = 0
         self.tokens_per_s = _FIRST_TOKENS_PER_S
 
-    async def submit(self, sequences: Sequences) -> Scored:
-        """Score the sequences of one job. A caller that is cancelled takes its job with it.
+    async def submit(self, sequences: Sequences, score: ScoreFunction) -> Scored:
+        """Score the sequences of one job, in a batch with others for the same function.
+
+        A caller that is cancelled takes its job with it.
 
         Raises QueueFull, unless the queue is empty: a job above the bound must have a way in.
         """
@@ -84,26 +78,14 @@ class Batcher:
             raise QueueFull(max(0.1, self.queued_tokens / self.tokens_per_s))
         if self._loop_task is None:
             self._loop_task = asyncio.get_running_loop().create_task(self._run())
-        job = _Job(sequences, num_tokens, asyncio.get_running_loop().create_future())
+        job = _Job(sequences, score, num_tokens, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self.queued_tokens += num_tokens
+        job.done.add_done_callback(lambda _: self._forget(job))
         self._arrived.set()
         return (
             await job.done
         )  # when the caller is cancelled, so is the future, and `_take` skips it
-
-    async def alone(self, function: Callable[[Sequences], Result], sequences: Sequences) -> Result:
-        """Run something else on the device, between two batches."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, function, sequences)
-
-    async def close(self) -> None:
-        """Stop scoring; jobs that still wait are cancelled."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-        for job in self._jobs:
-            job.done.cancel()
-        self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -115,7 +97,7 @@ class Batcher:
             started = time.monotonic()
             sequences = [sequence for job in batch for sequence in job.sequences]
             try:
-                scores = await loop.run_in_executor(self._thread, self._score, sequences)
+                results = await loop.run_in_executor(self._thread, batch[0].score, sequences)
             except Exception as error:  # whatever the model raises belongs to the callers
                 for job in batch:
                     if not job.done.done():
@@ -128,22 +110,31 @@ class Batcher:
                 end = start + len(job.sequences)
                 if not job.done.done():
                     waited = started - job.submitted
-                    job.done.set_result(Scored(scores[start:end], waited, seconds))
+                    job.done.set_result(Scored(results[start:end], waited, seconds))
                 start = end
 
     def _take(self) -> list[_Job]:
-        """The jobs of the next batch, oldest first: at least one, as many as the budget holds."""
+        """The next batch, oldest first: at least one job, as many alike as the budget holds."""
         batch: list[_Job] = []
         room = self._max_batch_tokens
-        while self._jobs and (not batch or self._jobs[0].num_tokens <= room):
+        while self._jobs:
+            first = self._jobs[0]
+            if batch and (first.num_tokens > room or first.score != batch[0].score):
+                break
             job = self._jobs.popleft()
-            self.queued_tokens -= job.num_tokens
+            self._forget(job)
             if not job.done.done():
                 batch.append(job)
                 room -= job.num_tokens
         if not self._jobs:
             self._arrived.clear()
         return batch
+
+    def _forget(self, job: _Job) -> None:
+        """Count the job no more: its batch begins, or its caller has hung up before that."""
+        if job.is_queued:
+            job.is_queued = False
+            self.queued_tokens -= job.num_tokens
 
     def _measure(self, num_tokens: int, seconds: float) -> None:
         rate = num_tokens / max(seconds, 1e-6)

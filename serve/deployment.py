@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import torch
 from ray import serve
 
 from reward_actor.scorer import RewardScorer
-from serve.batcher import Batcher, QueueFull
+from serve.batcher import Batcher, QueueFull, ScoreFunction
 from serve.config import ServeConfig
 from serve.wire import Description, FlatSequences, ReplicaReply
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+logger = logging.getLogger("ray.serve")
 
 
 @serve.deployment(name="RewardModel", max_ongoing_requests=10_000)
@@ -29,32 +26,47 @@ class RewardModelReplica:
         torch.set_num_threads(max(1, threads))
         self._scorer = RewardScorer.from_pretrained(
             config.model,
-            config.device,
-            config.dtype,
-            config.max_batch_tokens,
-            config.trust_remote_code,
+            device=config.device,
+            dtype=config.dtype,
+            max_batch_tokens=config.max_batch_tokens,
+            trust_remote_code=config.trust_remote_code,
         )
         self._batcher = Batcher(
-            self._raw_scores,
-            max_batch_tokens=config.max_batch_tokens,
-            max_queued_tokens=config.max_queued_tokens,
+            max_batch_tokens=config.max_batch_tokens, max_queued_tokens=config.max_queued_tokens
         )
+        self._device_lost: str | None = None
 
     async def score(self, sequences: FlatSequences, token_scores: bool = False) -> ReplicaReply:
-        """Raw scores of the sequences, if they were rendered for the model held here."""
+        """Raw scores of the sequences, if they were rendered for the model held here.
+
+        `token_scores` asks for those of every token, too, from the same forward pass.
+        """
         held = self._scorer.model_version
         if sequences.model_version != held:
             return ReplicaReply("other_version", held)
-        rows = sequences.rows()
+        function: ScoreFunction = (
+            self._scorer.token_scores if token_scores else self._scorer.raw_scores
+        )
         try:
-            scored = await self._batcher.submit(rows)
+            scored = await self._batcher.submit(sequences.rows(), function)
         except QueueFull as full:
             return ReplicaReply("overloaded", held, retry_after_s=full.retry_after_s)
-        per_token = None
-        if token_scores:
-            per_token = await self._batcher.alone(self._scorer.token_scores, rows)
+        except torch.cuda.OutOfMemoryError as error:
+            logger.error("out of memory while scoring: %s", error)
+            return ReplicaReply("failed", held, reason="the device ran out of memory")
+        except RuntimeError as error:
+            logger.error("scoring failed: %s", error)
+            if "CUDA error" in str(error):  # the process has lost its device for good
+                self._device_lost = str(error)
+            return ReplicaReply("failed", held, reason="the model could not be run")
+        results = scored.results
         return ReplicaReply(
-            "ok", held, scored.raw_scores, per_token, scored.queue_s, scored.score_s
+            "ok",
+            held,
+            raw_scores=[float(row[-1]) for row in results] if token_scores else list(results),
+            token_scores=list(results) if token_scores else None,
+            queue_s=scored.queue_s,
+            score_s=scored.score_s,
         )
 
     def describe(self) -> Description:
@@ -66,5 +78,7 @@ class RewardModelReplica:
             versions={name: version(name) for name in ("ray", "torch", "transformers")},
         )
 
-    def _raw_scores(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
-        return self._scorer.raw_scores(rows)
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if self._device_lost is not None:
+            raise RuntimeError(self._device_lost)

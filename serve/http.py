@@ -31,6 +31,7 @@ def build_api() -> FastAPI:
     api.add_exception_handler(RewardServiceError, _service_error)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Exception, _our_bug)
     api.add_middleware(BodyLimit, api=api)
     return api
 
@@ -91,6 +92,11 @@ def _http_error(request: Request, error: Exception) -> Response:
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
+
+
+def _our_bug(request: Request, error: Exception) -> Response:
+    """Starlette logs the exception; the caller learns only that it was not his fault."""
+    return _reply("internal", f"{type(error).__name__} in the service; its log says more")
 
 
 def _reply(

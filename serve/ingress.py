@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # How long to wait before a request goes out again, after a replica died or its queue was full.
 _PAUSE_S = 0.05
 
+# A probe wants to know whether a replica answers now, not whether one will.
+_STATUS_TIMEOUT_S = 2.0
+
 api = build_api()
 
 
@@ -121,7 +124,7 @@ class Ingress:
 
     async def info(self) -> schema.Info:
         """What is served. Raises RewardServiceError while no replica is ready."""
-        model = await self._within_deadline(self._current_model(refresh=True))
+        model = await self._within_deadline(self._current_model(refresh=True), _STATUS_TIMEOUT_S)
         contract = model.contract
         return schema.Info(
             model=self._name,
@@ -129,6 +132,7 @@ class Ingress:
             dtype=model.description.dtype,
             format=contract.format,
             tokenizer_fingerprint=model.fingerprint,
+            template_date=contract.template_date,
             normalisation={"mean": contract.mean, "std": contract.std},
             limits={**self._config.limits(), "max_length": contract.max_length},
             versions=model.description.versions,
@@ -177,9 +181,12 @@ class Ingress:
     async def ready_route(self) -> JSONResponse:
         """A model is loaded and its golden samples passed."""
         try:
-            model = await self._within_deadline(self._current_model(refresh=True))
-        except RewardServiceError as error:
-            status = schema.Status(status="not_ready", reason=error.message)
+            model = await self._within_deadline(
+                self._current_model(refresh=True), _STATUS_TIMEOUT_S
+            )
+        except RewardServiceError:
+            reason = "no replica has its model loaded"
+            status = schema.Status(status="not_ready", reason=reason)
             return JSONResponse(status.model_dump(), status_code=503)
         version = model.description.model_version
         return JSONResponse(schema.Status(status="ok", model_version=version).model_dump())
@@ -205,8 +212,8 @@ class Ingress:
             self._check_size(rendered)
             version = model.description.model_version
             parts = _parts(rendered, self._config.max_batch_tokens)
-            replies = await asyncio.gather(
-                *(self._ask(FlatSequences.of(part, version), token_rewards) for part in parts)
+            replies = await self._ask_all(
+                [FlatSequences.of(part, version) for part in parts], token_rewards
             )
             if all(reply.status == "ok" for reply in replies):
                 timings["queue"] = 1e3 * max((r.queue_s for r in replies), default=0.0)
@@ -214,14 +221,31 @@ class Ingress:
                 return _assemble(rendered, replies, model, token_rewards)
             refresh = True
 
+    async def _ask_all(
+        self, parts: Sequence[FlatSequences], token_scores: bool
+    ) -> list[ReplicaReply]:
+        """Every part's reply, in order. When one fails, nobody waits for the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._ask(part, token_scores)) for part in parts]
+        except* RewardServiceError as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
     async def _ask(self, sequences: FlatSequences, token_scores: bool) -> ReplicaReply:
-        """One part's reply; asks again when a replica died with it. Raises when overloaded."""
+        """One part's reply; asks again when a replica died with it. Raises RewardServiceError."""
         while True:
+            response = self._reward_model.score.remote(sequences, token_scores)
             try:
-                reply: ReplicaReply = await self._reward_model.score.remote(sequences, token_scores)
+                reply: ReplicaReply = await response
+            except asyncio.CancelledError:
+                response.cancel()  # or the replica would score for a caller who has gone
+                raise
             except (RayActorError, DeploymentUnavailableError, BackPressureError):
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            if reply.status == "failed":
+                raise RewardServiceError("internal", reply.reason)
             if reply.status == "overloaded":
                 raise RewardServiceError(
                     "overloaded",
@@ -250,14 +274,15 @@ class Ingress:
         model = await self._within_deadline(self._current_model())
         return cast("str", model.description.model_version)
 
-    async def _within_deadline(self, work: Any) -> Any:
+    async def _within_deadline(self, work: Any, timeout_s: float | None = None) -> Any:
+        timeout_s = timeout_s or self._config.request_timeout_s
         try:
-            async with asyncio.timeout(self._config.request_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await work
         except TimeoutError:
             raise RewardServiceError(
                 "deadline_exceeded",
-                f"no scores within request_timeout_s = {self._config.request_timeout_s:g}",
+                f"no answer of the reward model within {timeout_s:g} s",
                 retryable=True,
             ) from None
 

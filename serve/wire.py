@@ -36,19 +36,21 @@ class FlatSequences:
 
 @dataclass(frozen=True)
 class ReplicaReply:
-    """Raw scores (n,) float32, or why there are none.
+    """Raw scores of n sequences, or why there are none.
 
     "other_version": this replica holds another model than the ids were rendered for.
     "overloaded": its queue is full; `retry_after_s` is when there should be room.
+    "failed": the model could not be run; `reason` says why.
     """
 
-    status: Literal["ok", "other_version", "overloaded"]
+    status: Literal["ok", "other_version", "overloaded", "failed"]
     model_version: str
-    raw_scores: NDArray[np.float32] | None = None
+    raw_scores: Sequence[float] | None = None
     token_scores: list[NDArray[np.float32]] | None = None
     queue_s: float = 0.0
     score_s: float = 0.0
     retry_after_s: float = 0.0
+    reason: str = ""
 
 
 @dataclass(frozen=True)

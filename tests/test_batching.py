@@ -43,10 +43,9 @@ sequences = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=20), min_s
 @given(st.lists(sequences, min_size=1, max_size=12), st.integers(1, 200))
 def test_every_caller_gets_its_own_scores(jobs: list[list[list[int]]], budget: int) -> None:
     async def run() -> list[list[float]]:
-        batcher = Batcher(sums, max_batch_tokens=budget, max_queued_tokens=10**9)
-        scored = await asyncio.gather(*(batcher.submit(job) for job in jobs))
-        await batcher.close()
-        return [result.raw_scores.tolist() for result in scored]
+        batcher = Batcher(max_batch_tokens=budget, max_queued_tokens=10**9)
+        scored = await asyncio.gather(*(batcher.submit(job, sums) for job in jobs))
+        return [result.results.tolist() for result in scored]
 
     assert asyncio.run(run()) == [[float(sum(row)) for row in job] for job in jobs]
 
@@ -68,16 +67,15 @@ def test_what_arrives_while_the_device_is_busy_becomes_one_batch() -> None:
     gate = Gate()
 
     async def run() -> None:
-        batcher = Batcher(gate, max_batch_tokens=1000, max_queued_tokens=10**9)
-        calls = [asyncio.create_task(batcher.submit([[1]]))]
+        batcher = Batcher(max_batch_tokens=1000, max_queued_tokens=10**9)
+        calls = [asyncio.create_task(batcher.submit([[1]], gate))]
         while not gate.batches:
             await asyncio.sleep(0.001)
-        calls += [asyncio.create_task(batcher.submit([[1], [2]])) for _ in range(5)]
+        calls += [asyncio.create_task(batcher.submit([[1], [2]], gate)) for _ in range(5)]
         await asyncio.sleep(0.01)
         gate.open.set()
         await asyncio.gather(*calls)
         assert batcher.queued_tokens == 0
-        await batcher.close()
 
     asyncio.run(run())
     assert gate.batches == [1, 10]
@@ -87,18 +85,17 @@ def test_a_caller_that_hangs_up_takes_its_work_with_it() -> None:
     gate = Gate()
 
     async def run() -> None:
-        batcher = Batcher(gate, max_batch_tokens=1000, max_queued_tokens=10**9)
-        first = asyncio.create_task(batcher.submit([[1]]))
+        batcher = Batcher(max_batch_tokens=1000, max_queued_tokens=10**9)
+        first = asyncio.create_task(batcher.submit([[1]], gate))
         while not gate.batches:
             await asyncio.sleep(0.001)
-        left = asyncio.create_task(batcher.submit([[2]] * 7))
-        stays = asyncio.create_task(batcher.submit([[3]]))
+        left = asyncio.create_task(batcher.submit([[2]] * 7, gate))
+        stays = asyncio.create_task(batcher.submit([[3]], gate))
         await asyncio.sleep(0.01)
         left.cancel()
         gate.open.set()
-        assert (await stays).raw_scores.tolist() == [3.0]
+        assert (await stays).results.tolist() == [3.0]
         await first
-        await batcher.close()
 
     asyncio.run(run())
     assert gate.batches == [1, 1]
@@ -108,19 +105,18 @@ def test_a_full_queue_refuses_and_says_when_there_is_room() -> None:
     gate = Gate()
 
     async def run() -> None:
-        batcher = Batcher(gate, max_batch_tokens=10, max_queued_tokens=15)
-        calls = [asyncio.create_task(batcher.submit([[1] * 10]))]
+        batcher = Batcher(max_batch_tokens=10, max_queued_tokens=15)
+        calls = [asyncio.create_task(batcher.submit([[1] * 10], gate))]
         while not gate.batches:
             await asyncio.sleep(0.001)
-        calls.append(asyncio.create_task(batcher.submit([[1] * 10])))
+        calls.append(asyncio.create_task(batcher.submit([[1] * 10], gate)))
         await asyncio.sleep(0.01)
         with pytest.raises(QueueFull) as refused:
-            await batcher.submit([[1] * 10])
+            await batcher.submit([[1] * 10], gate)
         assert refused.value.retry_after_s > 0
         gate.open.set()
         await asyncio.gather(*calls)
-        assert (await batcher.submit([[1] * 100])).raw_scores.tolist() == [100.0]
-        await batcher.close()
+        assert (await batcher.submit([[1] * 100], gate)).results.tolist() == [100.0]
 
     asyncio.run(run())
 
@@ -132,13 +128,12 @@ def test_an_error_of_the_model_reaches_its_callers_and_the_queue_goes_on() -> No
         return sums(rows)
 
     async def run() -> None:
-        batcher = Batcher(score, max_batch_tokens=1, max_queued_tokens=10**9)
-        bad = asyncio.create_task(batcher.submit([[0]]))
-        good = asyncio.create_task(batcher.submit([[5]]))
+        batcher = Batcher(max_batch_tokens=1, max_queued_tokens=10**9)
+        bad = asyncio.create_task(batcher.submit([[0]], score))
+        good = asyncio.create_task(batcher.submit([[5]], score))
         with pytest.raises(MemoryError, match="the device is full"):
             await bad
-        assert (await good).raw_scores.tolist() == [5.0]
-        await batcher.close()
+        assert (await good).results.tolist() == [5.0]
 
     asyncio.run(run())
 
@@ -152,10 +147,9 @@ def test_the_oldest_job_goes_first() -> None:
         return sums(rows)
 
     async def run() -> None:
-        batcher = Batcher(score, max_batch_tokens=3, max_queued_tokens=10**9)
+        batcher = Batcher(max_batch_tokens=3, max_queued_tokens=10**9)
         sizes = [5, 1, 1, 4, 2]
-        await asyncio.gather(*(batcher.submit([[n] * size]) for n, size in enumerate(sizes)))
-        await batcher.close()
+        await asyncio.gather(*(batcher.submit([[n] * size], score) for n, size in enumerate(sizes)))
 
     asyncio.run(run())
     assert order == sorted(order)

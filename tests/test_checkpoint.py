@@ -130,6 +130,40 @@ def test_a_foreign_directory_is_read_with_a_warning(copy: Path, export_dir: Path
     assert foreign.model_version != ours.model_version
 
 
+def test_an_encoder_with_a_pooler_of_its_own_is_refused(copy: Path) -> None:
+    """Its head is linear, but it does not read the last token."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    (copy / "scoring_contract.json").unlink()
+    (copy / "MANIFEST.json").unlink()
+    bert = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, num_labels=1,
+        )
+    )  # fmt: skip
+    bert.save_pretrained(copy)
+    with (
+        pytest.warns(UserWarning, match="scoring_contract"),
+        pytest.raises(CheckpointError, match="pools in another way"),
+    ):
+        RewardScorer.from_pretrained(copy)
+
+
+def test_two_outputs_are_refused(copy: Path) -> None:
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        weights["score.weight"] = weights["score.weight"].repeat(2, 1)
+
+    change_weights(copy, widen)
+    config = json.loads((copy / "config.json").read_text())
+    config["id2label"] = {"0": "a", "1": "b"}
+    config["label2id"] = {"a": 0, "b": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    write_manifest(copy)
+    with pytest.raises(CheckpointError, match="2 outputs"):
+        RewardScorer.from_pretrained(copy)
+
+
 def test_a_contract_that_is_not_json_is_refused(copy: Path) -> None:
     (copy / "scoring_contract.json").write_text("{")
     with pytest.raises(ContractError, match="is not JSON"):

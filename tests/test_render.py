@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,42 @@ def test_a_template_without_an_end_token_keeps_no_trailing_blanks(
     tokenizer: Any, base_model: Path
 ) -> None:
     render = renderer(tokenizer, base_model, NO_END_TOKEN)
-    assert tokenizer.decode(render.render("a", "b")).startswith("user: a\n\nassistant: b")
+    assert tokenizer.decode(render.render("a", "b")) == "user: a\n\nassistant: b"
+
+
+def test_a_completion_that_its_template_does_not_end_is_refused(
+    tokenizer: Any, base_model: Path
+) -> None:
+    conditional = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if 'stop' not in m.content %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    render = renderer(tokenizer, base_model, conditional)
+    with pytest.raises(RenderError, match="did not end the completion"):
+        render.render("stop a", "stop b")
+
+
+def test_a_template_that_writes_the_date_writes_that_of_its_contract(
+    tokenizer: Any, base_model: Path
+) -> None:
+    dated = "{{ strftime_now('%d %B %Y') }}: " + LLAMA_LIKE
+    render = renderer(tokenizer, base_model, dated)
+    assert render.contract.template_date is not None
+    old = Renderer(tokenizer, replace(render.contract, template_date="2024-07-26"))
+    assert tokenizer.decode(old.render("a", "b")).startswith("26 July 2024: [user] a")
+    assert old.prompt_ids("a") != render.prompt_ids("a")
+    assert renderer(tokenizer, base_model, None).contract.template_date is None
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>", None])
+def test_what_pads_never_ends_a_text(base_model: Path, pad: str | None) -> None:
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(base_model)
+    tokenizer.pad_token = pad
+    for format in ("chat", "text"):
+        contract = contract_for(tokenizer, AutoConfig.from_pretrained(base_model), format=format)
+        assert contract.pad_token_id != tokenizer.eos_token_id
 
 
 def test_a_string_prompt_is_one_user_message(tokenizer: Any, base_model: Path) -> None:

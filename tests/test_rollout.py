@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from reward_actor import Group, RewardScorer
 from reward_actor.rollout import Engine, Sampling, sample, start_rollout_actors
@@ -24,7 +25,8 @@ def actors(service: str, base_model: Path) -> Iterator[list[Any]]:
     """One engine for the module; its completions are scored by the service over its handle."""
     import ray
 
-    engine = Engine(str(base_model), max_model_len=128, dtype="float32", cpu_threads=2)
+    num_gpus = int(torch.cuda.is_available())
+    engine = Engine(str(base_model), num_gpus, max_model_len=128, dtype="float32", cpu_threads=2)
     started = start_rollout_actors(engine, 1, "rayward")
     yield started
     for actor in started:
@@ -69,11 +71,27 @@ def test_the_same_seed_samples_the_same(actors: list[Any]) -> None:
     assert ids[0] != ids[1]
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error(actors: list[Any]) -> None:
-    import ray
+def test_a_prompt_that_leaves_no_room_harms_no_other(actors: list[Any]) -> None:
+    rollouts = dict(sample(actors, ["word " * 200, "Hi."], SAMPLING))
+    assert rollouts[0].error is not None
+    assert "the policy takes 128" in rollouts[0].error
+    assert rollouts[0].completions == []
+    assert rollouts[0].scores is None
+    assert rollouts[1].error is None
+    assert len(rollouts[1].completions) == 3
+    assert rollouts[1].scores is not None
 
-    with pytest.raises(ray.exceptions.RayTaskError, match="the policy takes 128"):
-        list(sample(actors, ["word " * 200], SAMPLING))
+
+def test_log_probabilities_are_of_what_was_sampled_from(actors: list[Any]) -> None:
+    """Near temperature 0 the sampled token is almost certain; at 1 this policy knows nothing."""
+    cold = Sampling(num_completions=1, max_tokens=12, temperature=0.01)
+    warm = Sampling(num_completions=1, max_tokens=12, temperature=1.0)
+    means = []
+    for sampling in (cold, warm):
+        [(_, group)] = sample(actors, ["Hi."], sampling)
+        means.append(sum(group.log_probs[0]) / len(group.log_probs[0]))
+    assert means[0] > -1.0
+    assert means[1] < -3.0
 
 
 def test_other_tokenizers_travel_as_text(

@@ -45,7 +45,9 @@ def test_text_messages_and_ids_are_one_route(scorer: RewardScorer) -> None:
         ),
     ]
     text, messages, ids = scorer.score(groups)
-    assert text == messages == ids
+    for scores in (messages, ids):
+        assert scores.rewards == pytest.approx(text.rewards, abs=1e-5)
+        assert scores.num_tokens == text.num_tokens
     assert text.errors == [None, None, None]
 
 
@@ -107,4 +109,4 @@ def test_bfloat16_stays_within_its_recorded_bound(export_dir: Path, scorer: Rewa
     assert 1e-3 <= bound < 1.0
     groups = [Group("Name two fruits.", ["An apple.", "No, thank you.", "A pear and a plum."])]
     exact, rough = scorer.score(groups)[0], half.score(groups)[0]
-    assert rough.rewards == pytest.approx(exact.rewards, abs=2 * bound)
+    assert rough.rewards == pytest.approx(exact.rewards, abs=bound)

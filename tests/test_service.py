@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
+from reward_actor.checkpoint import write_manifest
 from reward_actor.errors import RewardServiceError
 from reward_actor.handle import AsyncRewardHandle
 
@@ -200,58 +203,61 @@ def test_a_killed_replica_costs_no_request(service: str, offline: RewardScorer) 
     groups = [Group(prompt_ids=[5], completion_ids=[[n]]) for n in range(6, 26)]
     expected = [result.rewards[0] for result in offline.score(groups)]
     failures: list[str] = []
+    num_right = 0
     stop = threading.Event()
 
     def hammer() -> None:
         body = {"groups": [{"prompt_ids": [5], "completion_ids": [[n]]} for n in range(6, 26)]}
+        nonlocal num_right
         with httpx.Client(base_url=service, timeout=60) as client:
             while not stop.is_set():
-                reply = client.post("/v1/score", json=body)
+                try:
+                    reply = client.post("/v1/score", json=body)
+                except httpx.HTTPError as error:
+                    failures.append(repr(error))
+                    return
                 if reply.status_code != 200:
                     failures.append(f"{reply.status_code} {reply.text[:200]}")
                     continue
                 got = [result["rewards"][0] for result in reply.json()["results"]]
                 if got != pytest.approx(expected, abs=1e-5):
                     failures.append(f"wrong rewards {got}")
+                num_right += 1
 
     clients = [threading.Thread(target=hammer) for _ in range(4)]
     for client in clients:
         client.start()
-    killed = 0
-    for pid in replica_pids():
+    pids = replica_pids()
+    assert len(pids) == 2
+    served = []
+    for pid in pids:
         time.sleep(1.0)
         os.kill(pid, signal.SIGKILL)
-        killed += 1
-    time.sleep(2.0)
+        served.append(num_right)
+    deadline = time.monotonic() + 60
+    while num_right < served[-1] + 20 and time.monotonic() < deadline:
+        time.sleep(0.1)
     stop.set()
     for client in clients:
         client.join()
-    assert killed == 2
     assert failures == []
+    assert 0 < served[0] <= served[1]
+    assert num_right >= served[1] + 20
 
 
 def replica_pids() -> list[int]:
-    pids = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_text()
-            except OSError:
-                continue
-            if command.startswith("ray::ServeReplica:rayward:RewardModel"):
-                pids.append(int(entry.name))
-    return pids
+    """Those of this session's cluster; another service may run on the machine."""
+    return [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if process.cmdline()[:1] == ["ray::ServeReplica:rayward:RewardModel"]
+    ]
 
 
 def test_the_http_port_is_bound_to_loopback_only(service: str) -> None:
     port = int(service.rsplit(":", 1)[1])
-    addresses = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        local, state = line.split()[1], line.split()[3]
-        address, hex_port = local.split(":")
-        if state == "0A" and int(hex_port, 16) == port:  # 0A: listening
-            addresses.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]))
-    assert addresses == {"127.0.0.1"}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening if c.laddr.port == port} == {"127.0.0.1"}
 
 
 def test_ray_asks_for_a_token(ray_cluster: None) -> None:
@@ -334,6 +340,7 @@ def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["serve", "/nowhere"], "is not a directory"),
         (["serve", "{export}", "--port", "{port}"], "cannot be used"),
         (["serve", "{export}", "--num-replicas", "0"], "num_replicas is '0'"),
+        (["serve", "{export}", "--num-replica", "2"], "did you mean '--num-replicas'"),
         (["serve", "{export}", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
     ],
 )
@@ -346,6 +353,37 @@ def test_serving_what_cannot_be_served_says_why(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_fails_its_golden_samples_is_not_served(
+    export_dir: Path, tmp_path: Path
+) -> None:
+    """A service of its own: the replica refuses the model, and the command says why and ends."""
+    from conftest import free_port
+
+    bad = Path(shutil.copytree(export_dir, tmp_path / "bad"))
+    contract = json.loads((bad / "scoring_contract.json").read_text())
+    contract["golden"]["raw_scores"]["float32"][0] += 0.1
+    (bad / "scoring_contract.json").write_text(json.dumps(contract))
+    done = front_door("serve", str(bad), "--port", str(free_port()))
+    assert done.returncode == 2
+    assert "differs from its digest" in done.stderr
+    write_manifest(bad)
+    done = front_door("serve", str(bad), "--port", str(free_port()))
+    assert done.returncode == 2
+    assert "golden sample 0 scores" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_service_in_one_cluster_is_refused(service: str, export_dir: Path) -> None:
+    from conftest import free_port
+
+    from serve.app import start
+    from serve.config import ServeConfig
+
+    config = ServeConfig(model=str(export_dir), device="cpu", cpus_per_replica=0.5)
+    with pytest.raises(ValueError, match=r"Ray Serve listens on 127\.0\.0\.1"):
+        start(config, port=free_port())
 
 
 def test_a_cluster_that_is_too_small_is_said_at_once(ray_cluster: None, export_dir: Path) -> None:
