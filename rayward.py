@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from reward_actor.settings import did_you_mean
 
             name = unknown[0].partition("=")[0]
-            raise ValueError(f"unknown argument {name}" + did_you_mean(name, parsed.options))
+            raise ValueError(
+                f"unknown argument {name}"
+                + did_you_mean(name, list(parsed.parser._option_string_actions))
+            )
         return command(parsed)
     except (ValueError, OSError, RewardServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Command, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(command=run, options=list(sub._option_string_actions))
+        sub.set_defaults(command=run, parser=sub)
         return sub
 
     commands.add_parser("train", help="train a reward model from preferences and export it")

@@ -27,6 +27,8 @@ from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_f
 # Small enough for a progress bar that moves, large enough to keep vLLM's batch full.
 _PROMPTS_PER_CALL = 8
 
+_CPU_BATCH_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -103,6 +105,10 @@ class RolloutActor:
             arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
         else:
             arguments["enforce_eager"] = True  # compiling costs more than a CPU run gains
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt is only half read,
+            # and PyTorch's CPU generator cannot be rewound: the engine would die.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, self._max_length)
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._scorer = _connect_scorer(scorer)
         self._by_ids: bool | None = None

@@ -129,9 +129,10 @@ def test_other_tokenizers_travel_as_text(
         assert row["rewards"] == pytest.approx(offline.rewards, abs=1e-5)
 
 
-def test_a_policy_that_is_not_there_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_policy_that_is_not_there_is_refused(
+    ray_cluster: None, tmp_path: Path, base_model: Path
+) -> None:
     with pytest.raises(ValueError, match="no policy to sample from"):
         start_rollout_actors(Engine(str(tmp_path)), 1)
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="too small"):
-        start_rollout_actors(Engine(str(tmp_path)), 1000)
+        start_rollout_actors(Engine(str(base_model)), 1000)

@@ -19,7 +19,7 @@ from trainer.config import TrainConfig, load_config
 from trainer.run import resolve_paths, train
 from trainer.training_log import TrainingLog
 
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     (half / "state").mkdir(parents=True)
     (half / "manifest-rank0.json").write_text('{"step": 50, "num_workers": 2, "files": {}}')
     last = resume.saved_states(run_dir)[0].step
-    printed.append(kill_after_step(start(config), config, last + 16, signal.SIGKILL))
+    printed.append(kill_after_step(start(config), config, last + 8, signal.SIGKILL))
     assert not half.exists()
     newest = resume.saved_states(run_dir)[0].path
     weights = next(newest.rglob("*model_states.pt"))
@@ -110,8 +110,7 @@ def test_it_is_told_in_plain_words(interrupted):
 
 def test_only_the_newest_checkpoints_are_kept(interrupted):
     states = resume.saved_states(interrupted[0] / resume.RUN_NAME)
-    assert states[0].step == NUM_STEPS
-    assert len(states) <= 3  # two, and the damaged one that was passed over
+    assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - 8]
 
 
 def test_a_lost_export_is_written_again(interrupted, ray_cluster):
@@ -169,7 +168,7 @@ def test_a_second_training_in_the_same_directory_is_refused(base_model, data, tm
         ("data.train", "nowhere.jsonl", r"data.train: .*nowhere.jsonl does not exist"),
         ("data.eval", "nowhere.jsonl", r"data.eval: .*nowhere.jsonl does not exist"),
         ("model.path", "/nowhere", "model.path: /nowhere is not a directory with a model"),
-        ("output_dir", "/proc/nowhere", "output_dir: /proc/nowhere cannot be written"),
+        ("output_dir", "/dev/null/x", "output_dir: /dev/null/x cannot be written"),
     ],
 )
 def test_bad_paths_are_told_before_anything_starts(

@@ -12,11 +12,11 @@ from trainer_runs import log_of, overrides, settings, write_pairs
 from reward_actor.scorer import RewardScorer
 from trainer import loop
 from trainer.config import TrainConfig, load_config
+from trainer.errors import TrainingError
 from trainer.evaluate import evaluate_pairs
 from trainer.loop import Job
 from trainer.pairs import PairSet
 from trainer.run import TrainResult, prepare, train
-from trainer.zero import TrainingError
 
 STAGES = (0, 1, 2, 3)
 NUM_STEPS = 12

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config import add_arguments, config_from_arguments
+from trainer.errors import TrainingError
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

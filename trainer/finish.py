@@ -20,6 +20,7 @@ from trainer.batches import micro_batches
 from trainer.card import model_card
 from trainer.config import TrainConfig
 from trainer.evaluate import summarise
+from trainer.network import base_config
 from trainer.pairs import PairSet
 from trainer.training_log import LOG_FILE
 
@@ -70,7 +71,7 @@ def export(
     if dist.get_rank() != 0:
         return
     output_dir = Path(config.output_dir)
-    network_config = zero.base_config(config.model.path)
+    network_config = base_config(config.model.path)
     network_config.dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):  # only its class and configuration are needed beside the weights
         network = AutoModelForSequenceClassification.from_config(network_config)

@@ -18,9 +18,9 @@ from reward_actor.cluster import connect, require_resources
 from reward_actor.contract import ScoringContract
 from trainer import loop, progress, resume
 from trainer.config import TrainConfig
+from trainer.errors import TrainingError
 from trainer.pairs import Prepared
 from trainer.training_log import LOG_FILE
-from trainer.zero import TrainingError
 
 
 def launch(
@@ -85,7 +85,6 @@ def _fit(
             name=resume.RUN_NAME,
             storage_path=config.output_dir,
             failure_config=ray.train.FailureConfig(max_failures=config.distributed.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -94,17 +93,15 @@ def _fit(
     def fit() -> None:
         try:
             outcome.append(trainer.fit())
-        except ray.train.TrainingFailedError as error:
+        except Exception as error:  # raised again below, on the main thread
             outcome.append(error)
 
     # Not on the main thread: there Ray Train takes over Ctrl-C and waits for the workers.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     progress.show(Path(config.output_dir) / LOG_FILE, start, job.num_steps, thread.is_alive)
-    if not outcome:
-        raise TrainingError("the connection to the Ray cluster was lost")
-    result = outcome[0]
-    if isinstance(result, ray.train.TrainingFailedError):
+    (result,) = outcome
+    if isinstance(result, Exception):
         raise _cause(result)
     final: dict[str, Any] = result.return_value
     return final
@@ -119,7 +116,7 @@ class _PrivateTrainer(TorchTrainer):
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
-def _cause(error: ray.train.TrainingFailedError) -> Exception:
+def _cause(error: Exception) -> Exception:
     """What our own code raised on a worker, or Ray's error if it was something else."""
     for failure in getattr(error, "worker_failures", {}).values():
         while failure is not None:

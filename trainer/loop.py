@@ -28,6 +28,7 @@ from reward_actor.contract import ScoringContract
 from trainer import finish, resume, zero
 from trainer.batches import global_batch, micro_batches, steps_per_epoch
 from trainer.config import TrainConfig
+from trainer.errors import TrainingError
 from trainer.loss import bradley_terry, correct
 from trainer.pairs import PairSet
 from trainer.training_log import LOG_FILE, TrainingLog
@@ -54,14 +55,15 @@ def train(job: Job) -> dict[str, Any]:
     pairs, heldout = ray.get(job.data)
 
     engine = zero.initialize(config, job.num_steps)
-    start = resume.restore(engine, output_dir / resume.RUN_NAME)
+    run_dir = output_dir / resume.RUN_NAME
+    start = resume.restore(engine, run_dir)
     log = TrainingLog(output_dir / LOG_FILE, start) if dist.get_rank() == 0 else None
     for index in range(start, job.num_steps):
         metrics = train_step(engine, config, pairs, index)
         if log is not None:
             log.write(metrics)
         if (index + 1) % config.checkpoint.every_steps == 0 or index + 1 == job.num_steps:
-            resume.save(engine, index + 1, metrics)
+            resume.save(engine, index + 1, metrics, run_dir, config.checkpoint.num_to_keep)
     if log is not None:
         log.close()
     result = finish.evaluate(engine, config, heldout)
@@ -136,7 +138,7 @@ def _check_finite(losses: Tensor, pairs: PairSet, mine: Sequence[int], index: in
     bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy())
     if len(bad):
         lines = ", ".join(str(pairs.rows[mine[i]]) for i in bad[:3])
-        raise zero.TrainingError(
+        raise TrainingError(
             f"step {index + 1}, rank {dist.get_rank()}: the loss of {len(bad)} pairs is not finite "
             f"(data.train lines {lines}); try a lower optimizer.learning_rate"
         )

@@ -5,12 +5,14 @@ Each rank adds a manifest with the size and sha256 of its files. A folder is com
 manifests and all their files are there in full; the digests are checked before anything is loaded,
 because DeepSpeed reads its files by pickle.
 
-What to resume from is read from the folders, not from Ray Train's own list of them: it names only
-the newest one, and a kill can cut it short.
+What there is to resume from, and to delete, is read from the folders. Ray Train's own list of them
+lags behind a kill or is cut short by it, and Ray refuses to start when it names a missing folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import tempfile
@@ -107,32 +109,23 @@ def saved_states(run_dir: Path) -> list[SavedState]:
 
 
 def tidy(run_dir: Path) -> list[SavedState]:
-    """Delete half-written checkpoints and Ray Train's list of them where the two disagree.
-
-    Returns the complete ones, newest first. Without its list Ray Train starts a new one; with one
-    that names a missing folder it would refuse to start.
-    """
+    """Delete half-written checkpoints before a run goes on; the complete ones, newest first."""
     states = saved_states(run_dir)
-    complete = {state.path.name for state in states}
+    complete = {state.path for state in states}
     for folder in run_dir.glob("checkpoint_*"):
-        if folder.is_dir() and folder.name not in complete:
+        if folder.is_dir() and folder not in complete:
             shutil.rmtree(folder)
-    snapshot = run_dir / _SNAPSHOT
-    if snapshot.exists() and not _lists(snapshot, complete):
-        snapshot.unlink()
+    (run_dir / _SNAPSHOT).unlink(missing_ok=True)
     return states
 
 
-def _lists(snapshot: Path, complete: set[str]) -> bool:
-    try:
-        results = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
-    except (ValueError, KeyError):  # Ray Train overwrites it in place; a kill may cut it short
-        return False
-    return {result["checkpoint_dir_name"] for result in results} == complete
+def save(
+    engine: DeepSpeedEngine, step: int, metrics: Mapping[str, Any], run_dir: Path, num_to_keep: int
+) -> None:
+    """Report a checkpoint to Ray Train, on every worker at once, and delete the oldest ones.
 
-
-def save(engine: DeepSpeedEngine, step: int, metrics: Mapping[str, Any]) -> None:
-    """Report a checkpoint to Ray Train, on every worker at once; returns when it is stored."""
+    Returns when it is stored.
+    """
     import ray.train
 
     context = ray.train.get_context()
@@ -153,6 +146,9 @@ def save(engine: DeepSpeedEngine, step: int, metrics: Mapping[str, Any]) -> None
         ray.train.report({**metrics, "step": step}, checkpoint=checkpoint)
     finally:
         shutil.rmtree(folder)
+    if context.get_world_rank() == 0:
+        for state in saved_states(run_dir)[num_to_keep:]:
+            shutil.rmtree(state.path)
 
 
 def restore(engine: DeepSpeedEngine, run_dir: Path) -> int:
@@ -170,7 +166,9 @@ def restore(engine: DeepSpeedEngine, run_dir: Path) -> int:
         whole = torch.tensor(int(_is_whole(state.path, dist.get_rank())), device=engine.device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
         if whole:
-            engine.load_checkpoint(str(state.path), tag=_TAG)
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
+                loaded, _ = engine.load_checkpoint(str(state.path), tag=_TAG)
+            assert loaded is not None, "DeepSpeed did not find what it has saved"
             return state.step
     if found[0]:
         raise ValueError(f"every checkpoint in {run_dir} is damaged; delete it to start again")

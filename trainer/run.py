@@ -100,6 +100,8 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
     if model.exists() or model.is_absolute() or config.model.path.startswith("."):
         if not (model / "config.json").is_file():
             raise ValueError(f"model.path: {model.absolute()} is not a directory with a model")
+        if not any(model.glob("*.safetensors")):
+            raise ValueError(f"model.path: {model.absolute()} holds no .safetensors weights")
         resolved.model.path = str(model.absolute())
     check_source(config.data.train, "data.train")
     if is_file_name(config.data.train):
@@ -118,7 +120,7 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
     # Only now, so that an unreadable file is told at once.
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import Renderer, contract_for
-    from trainer.zero import base_config
+    from trainer.network import base_config
 
     network = base_config(config.model.path)
     tokenizer = load_tokenizer(Path(config.model.path))

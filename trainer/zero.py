@@ -18,26 +18,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    get_scheduler,
-)
+from transformers import get_scheduler
 
-from reward_actor.extract import RewardModel, head_name
 from reward_actor.scorer import pad_right
 from trainer.config import TrainConfig
+from trainer.errors import TrainingError
+from trainer.network import build_model
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _SHARED_MEMORY = Path("/dev/shm")
-
-
-class TrainingError(RuntimeError):
-    """The training cannot go on; the message says where it stands and why."""
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
@@ -73,24 +64,8 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def base_config(path: str) -> PretrainedConfig:
-    """The network's configuration: one label, no dropout. Raises ValueError for no such model."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: {path} cannot be loaded: {error}") from error
-    config.num_labels = 1
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            # Dropout would make the loss another function than the reward that is served.
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-    return cast("PretrainedConfig", config)
-
-
 def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
-    """The engine around a `RewardModel`, on every worker at once. The head's weights start from
-    the seed (std 1/sqrt(hidden + 1), Stiennon et al. 2020) unless the model has a trained one."""
+    """The engine around the network, with optimizer and schedule, on every worker at once."""
     _sweep_shared_memory()
     settings = deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
@@ -98,7 +73,7 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed()
-        model = _build_model(config, settings)
+        model = build_model(config, settings)
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(model.parameters()),
@@ -120,81 +95,6 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
 
 def _schedule_settings(schedule: str) -> dict[str, float]:
     return {"min_lr_rate": 0.1} if schedule == "cosine_with_min_lr" else {}
-
-
-def _build_model(config: TrainConfig, settings: dict[str, Any]) -> RewardModel:
-    import deepspeed
-    from transformers.integrations.deepspeed import (
-        set_hf_deepspeed_config,
-        unset_hf_deepspeed_config,
-    )
-
-    sharded = config.distributed.zero_stage == 3
-    sharded_loading = _ShardedLoading(settings)  # transformers only keeps a weak reference
-    if sharded:
-        set_hf_deepspeed_config(sharded_loading)
-    torch.manual_seed(config.training.seed)
-    network, report = AutoModelForSequenceClassification.from_pretrained(
-        config.model.path,
-        config=base_config(config.model.path),
-        dtype=getattr(torch, config.model.dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    unset_hf_deepspeed_config()
-    if sharded:
-        _restore_computed_buffers(network)
-    head = getattr(network, head_name(network))
-    absent = set(report["missing_keys"])
-    ours = {f"{head_name(network)}.{name}" for name, _ in head.named_parameters()}
-    if absent - ours:
-        raise ValueError(
-            f"model.path: {config.model.path} lacks weights that its config.json asks for, such "
-            f"as {min(absent - ours)}"
-        )
-    if absent & ours:
-        generator = torch.Generator().manual_seed(config.training.seed)
-        parameters = list(head.parameters())
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded):
-            if not sharded or dist.get_rank() == 0:
-                std = 1 / math.sqrt(head.in_features + 1)
-                first = torch.normal(
-                    0.0, std, (head.out_features, head.in_features), generator=generator
-                )
-                head.weight.data.copy_(first)
-                if head.bias is not None:
-                    head.bias.data.zero_()
-    return RewardModel(network)
-
-
-def _restore_computed_buffers(network: PreTrainedModel) -> None:
-    """Compute the buffers that are not saved (rotary frequencies) again, in float32.
-
-    ZeRO 3's loading rounds every tensor that a network makes for itself to the weights' dtype, and
-    a bfloat16 frequency turns late positions by a wrong angle.
-    """
-    for module in network.modules():
-        own = dict(module.named_buffers(recurse=False))
-        computed = [name for name in own if name in module._non_persistent_buffers_set]
-        if computed and not list(module.parameters(recurse=False)):
-            for name in computed:
-                if own[name].is_floating_point():
-                    module.register_buffer(name, own[name].float(), persistent=False)
-            network._init_weights(module)
-
-
-class _ShardedLoading:
-    """What `from_pretrained` asks, while this lives, to shard each weight as it is read.
-
-    In place of `transformers.integrations.HfDeepSpeedConfig`, which is the same for this purpose
-    but needs `accelerate`.
-    """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def is_zero3(self) -> bool:
-        return True
 
 
 def forward(engine: DeepSpeedEngine, rows: Sequence[Sequence[int]]) -> Tensor:
