@@ -71,6 +71,16 @@ def test_the_same_seed_samples_the_same(actors: list[Any]) -> None:
     assert ids[0] != ids[1]
 
 
+def test_a_crowd_of_prompts_is_sampled(actors: list[Any]) -> None:
+    """More prompt tokens at once than vLLM reads in a step, all with seeds of their own."""
+    prompts = [f"{number} " + "word " * 70 for number in range(150)]
+    rollouts = dict(sample(actors, prompts, Sampling(num_completions=2, max_tokens=4)))
+    assert len(rollouts) == 150
+    assert all(group.error is None and len(group.completions) == 2 for group in rollouts.values())
+    tokens = sum(len(group.prompt_ids) for group in rollouts.values())
+    assert tokens > 8192
+
+
 def test_a_prompt_that_leaves_no_room_harms_no_other(actors: list[Any]) -> None:
     rollouts = dict(sample(actors, ["word " * 200, "Hi."], SAMPLING))
     assert rollouts[0].error is not None

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trainer_runs import overrides, settings, write_pairs
 
 from reward_actor.checkpoint import load_tokenizer
 from reward_actor.render import Renderer, contract_for
 from trainer.batches import global_batch, micro_batches, steps_per_epoch
-from trainer.config import DataConfig
+from trainer.config import DataConfig, load_config
 from trainer.data import check_source, read_rows
 from trainer.pairs import PairSet, Prepared, choose_format, render_rows, split_by_prompt
+from trainer.run import prepare, resolve_paths
 
 COLUMNS = DataConfig.model_validate({"train": "-"})
 USER, GOOD, BAD = (
@@ -256,3 +258,17 @@ def test_workers_share_a_batch_evenly(lengths: list[int], micro: int, workers: i
     assert all(len(part) <= micro for plan in plans for part in plan)
     counts = [sum(map(len, plan)) for plan in plans]
     assert max(counts) - min(counts) <= 1
+
+
+def test_without_a_base_one_is_made_from_the_data_once(tmp_path: Path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    values = settings(tmp_path, data, tmp_path / "out")
+    del values["model.path"]
+    config = resolve_paths(load_config(None, overrides(values)))
+    first, contract = prepare(config)
+    base = tmp_path / "out" / "base"
+    stamp = (base / "model.safetensors").stat().st_mtime_ns
+    again, _ = prepare(config)
+    assert contract.format == "chat"
+    assert first.train.digest() == again.train.digest()
+    assert (base / "model.safetensors").stat().st_mtime_ns == stamp

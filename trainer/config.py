@@ -21,9 +21,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(
-        min_length=1, description="directory or Hugging Face name of the network to start from"
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="directory or Hugging Face name of the network to start from; none: a small "
+        "one from scratch, with a tokenizer trained on the data",
     )
+
+    @property
+    def directory(self) -> str:
+        """`path` once it is resolved: a training always has a base model."""
+        assert self.path is not None
+        return self.path
+
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of the body; the head, the loss and the optimizer use float32"
     )

@@ -71,7 +71,7 @@ def export(
     if dist.get_rank() != 0:
         return
     output_dir = Path(config.output_dir)
-    network_config = base_config(config.model.path)
+    network_config = base_config(config.model.directory)
     network_config.dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):  # only its class and configuration are needed beside the weights
         network = AutoModelForSequenceClassification.from_config(network_config)
@@ -80,7 +80,7 @@ def export(
         network_config,
         network,
         weights,
-        checkpoint.load_tokenizer(Path(config.model.path)),
+        checkpoint.load_tokenizer(Path(config.model.directory)),
         contract,
         files={
             "resolved_config.json": config.model_dump_json(indent=2) + "\n",

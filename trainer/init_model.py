@@ -168,7 +168,7 @@ def _read_texts(path: Path, fields: Sequence[str] | None) -> Iterator[str]:
                 raise ValueError(f"corpus: {path} line {number} is not JSON: {error}") from error
             if fields is not None and isinstance(row, dict):
                 row = {key: value for key, value in row.items() if key in fields}
-        for text in _strings(row):
+        for text in texts_of(row):
             num_texts += 1
             yield text
     if not num_texts:
@@ -185,17 +185,18 @@ def _read_lines(path: Path) -> Iterator[str]:
         raise ValueError(f"corpus: {path} cannot be read as UTF-8 text: {error}") from error
 
 
-def _strings(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
+    """Every string that is not blank, at any depth; of a chat message only its content."""
     if isinstance(value, str):
         if value.strip():
             yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from texts_of(item)
     elif isinstance(value, dict):
         # A chat message: "user" and "assistant" are not words of the corpus.
         is_message = "role" in value and "content" in value
-        yield from _strings(value["content"] if is_message else list(value.values()))
+        yield from texts_of(value["content"] if is_message else list(value.values()))
 
 
 def _check_sizes(vocab_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:

@@ -52,8 +52,8 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> RewardModel:
         set_hf_deepspeed_config(sharded_loading)
     torch.manual_seed(config.training.seed)
     network, report = AutoModelForSequenceClassification.from_pretrained(
-        config.model.path,
-        config=base_config(config.model.path),
+        config.model.directory,
+        config=base_config(config.model.directory),
         dtype=getattr(torch, config.model.dtype),
         use_safetensors=True,
         output_loading_info=True,
@@ -66,8 +66,8 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> RewardModel:
     ours = {f"{head_name(network)}.{name}" for name, _ in head.named_parameters()}
     if absent - ours:
         raise ValueError(
-            f"model.path: {config.model.path} lacks weights that its config.json asks for, such "
-            f"as {min(absent - ours)}"
+            f"model.path: {config.model.directory} lacks weights that its config.json asks for, "
+            f"such as {min(absent - ours)}"
         )
     if absent & ours:
         generator = torch.Generator().manual_seed(config.training.seed)

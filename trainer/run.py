@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,17 @@ from reward_actor.contract import sha256_file, sha256_text
 from trainer import resume
 from trainer.batches import steps_per_epoch
 from trainer.config import TrainConfig
-from trainer.data import check_source, is_file_name, read_rows
+from trainer.data import Row, check_source, is_file_name, read_rows
 from trainer.pairs import PairSet, Prepared, choose_format, render_rows, split_by_prompt
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
 
 DEFAULT_MAX_LENGTH = 2048
+
+# Beside the checkpoints: the base model of a training that was given none.
+SCRATCH_DIR = "base"
+_SCRATCH_VOCAB_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,10 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"output_dir: {output_dir} cannot be written ({existing} is in the way)")
     resolved = config.model_copy(deep=True)
     resolved.output_dir = str(output_dir)
-    model = Path(config.model.path).expanduser()
-    if model.exists() or model.is_absolute() or config.model.path.startswith("."):
-        if not (model / "config.json").is_file():
-            raise ValueError(f"model.path: {model.absolute()} is not a directory with a model")
-        if not any(model.glob("*.safetensors")):
-            raise ValueError(f"model.path: {model.absolute()} holds no .safetensors weights")
-        resolved.model.path = str(model.absolute())
+    if config.model.path is None:
+        resolved.model.path = str(output_dir / SCRATCH_DIR)
+    else:
+        resolved.model.path = _resolve_model(config.model.path)
     check_source(config.data.train, "data.train")
     if is_file_name(config.data.train):
         resolved.data.train = str(Path(config.data.train).expanduser().absolute())
@@ -113,17 +114,41 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
     return resolved
 
 
+def _resolve_model(path: str) -> str:
+    """An absolute directory that holds a model, or a Hugging Face name as it is."""
+    model = Path(path).expanduser()
+    if not (model.exists() or model.is_absolute() or path.startswith(".")):
+        return path
+    if not (model / "config.json").is_file():
+        raise ValueError(f"model.path: {model.absolute()} is not a directory with a model")
+    if not any(model.glob("*.safetensors")):
+        raise ValueError(f"model.path: {model.absolute()} holds no .safetensors weights")
+    return str(model.absolute())
+
+
+def _make_base(directory: Path, rows: Sequence[Row], seed: int) -> None:
+    """A small network from scratch, its tokenizer trained on the texts of `rows`."""
+    from trainer.init_model import init_model, texts_of
+
+    sides = (side for row in rows for side in (row.chosen, row.rejected))
+    texts = (text for side in sides for text in texts_of([side.prompt, side.completion]))
+    init_model(directory, texts, vocab_size=_SCRATCH_VOCAB_SIZE, seed=seed)
+
+
 def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
     """Read, check, render and split the data, and say how it is scored. Raises ValueError."""
     rows = read_rows(config.data.train, config.data, config.data.max_pairs)
     eval_rows = read_rows(config.data.eval, config.data) if config.data.eval else None
+    base = Path(config.model.directory)
+    if base == Path(config.output_dir) / SCRATCH_DIR and not (base / "config.json").exists():
+        _make_base(base, rows, config.training.seed)
     # Only now, so that an unreadable file is told at once.
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import Renderer, contract_for
     from trainer.network import base_config
 
-    network = base_config(config.model.path)
-    tokenizer = load_tokenizer(Path(config.model.path))
+    network = base_config(config.model.directory)
+    tokenizer = load_tokenizer(base)
     limit = contract_for(tokenizer, network, format="text").max_length
     contract = contract_for(
         tokenizer,
@@ -176,8 +201,8 @@ def _locked(output_dir: Path) -> Iterator[None]:
 
 def _model_digest(config: TrainConfig) -> str:
     """Tells two base models apart without reading gigabytes: the configuration, names and sizes."""
-    directory = Path(config.model.path)
+    directory = Path(config.model.directory)
     if not directory.is_dir():
-        return config.model.path
+        return config.model.directory
     sizes = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
     return sha256_text(f"{sha256_file(directory / 'config.json')} {sizes}")
