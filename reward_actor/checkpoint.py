@@ -127,18 +127,22 @@ def load(
 def _check_pooling(model: RewardModel, directory: Path) -> None:
     """Raise CheckpointError unless a foreign network itself scores a row as we do.
 
-    An encoder with a pooler of its own would otherwise get numbers that mean nothing.
+    An encoder with a pooler of its own, or one that attends to what follows (our padding), would
+    otherwise get numbers that mean nothing.
     """
     device = next(model.parameters()).device
-    row = torch.arange(5, 13, device=device)[None]
-    mask = torch.ones_like(row)
+    pad = model.network.config.pad_token_id  # where plain transformers would stop reading
+    row = torch.tensor([[i for i in range(5, 14) if i != pad]], device=device)
+    padded = torch.cat([row, torch.zeros_like(row)], dim=1)
+    length = torch.tensor([row.shape[1]], device=device)
     with torch.inference_mode():
-        ours = model(row, mask).item()
-        own = model.network(input_ids=row, attention_mask=mask).logits.float().item()
+        ours = model(padded, length).item()
+        own = model.network(input_ids=row).logits.float().item()
     if not abs(ours - own) <= 2e-2 * max(1.0, abs(own)):
         raise CheckpointError(
             f"{directory}: {type(model.network).__name__} scores {own:.4g} where its head at the "
-            f"last token says {ours:.4g}; it pools in another way than this version knows"
+            f"last token says {ours:.4g}; it pools or attends in another way than this version "
+            "knows"
         )
 
 

@@ -54,6 +54,10 @@ class RewardModel(nn.Module):
 
     The one network that is trained, evaluated and served. `network` is saved and loaded by
     `transformers` itself; its head is made to compute in float32.
+
+    Rows are padded on the right and come with their lengths, without a mask: causal attention
+    never looks right, so a real token cannot see padding, and the attention kernels without a mask
+    are the fast ones.
     """
 
     def __init__(self, network: PreTrainedModel) -> None:
@@ -62,19 +66,20 @@ class RewardModel(nn.Module):
         setattr(network, name, Float32Head.of(getattr(network, name)))
         self.network = network
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask, padded on any side -> (B,) float32 raw scores.
-
-        Raises ValueError naming the row if a row has no real token.
-        """
-        hidden = _hidden_states(self.network, input_ids, attention_mask)
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) ids padded on the right, (B,) lengths of at least 1 -> (B,) float32 raw scores."""
+        hidden = self._hidden_states(input_ids)
         rows = torch.arange(len(hidden), device=hidden.device)
-        pooled = hidden[rows, last_token_index(attention_mask)]
-        return self._head(pooled).squeeze(-1)
+        return self._head(hidden[rows, lengths - 1]).squeeze(-1)
 
-    def token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, T) float32: what the head says at every token."""
-        return self._head(_hidden_states(self.network, input_ids, attention_mask)).squeeze(-1)
+    def token_scores(self, input_ids: Tensor) -> Tensor:
+        """(B, T) ids padded on the right -> (B, T) float32: what the head says at every token."""
+        return self._head(self._hidden_states(input_ids)).squeeze(-1)
+
+    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+        backbone = getattr(self.network, self.network.base_model_prefix)
+        output = backbone(input_ids=input_ids, use_cache=False)
+        return cast("Tensor", output.last_hidden_state)
 
     def _head(self, hidden: Tensor) -> Tensor:
         head = getattr(self.network, head_name(self.network))
@@ -118,22 +123,16 @@ def get_reward(
         width = is_pad.shape[1]
         first_pad = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1), width)
         last = first_pad - 1 + context_length
-    hidden = _hidden_states(model, query_responses, mask)
+    real = mask.long()
+    backbone = getattr(model, model.base_model_prefix)
+    hidden = backbone(
+        input_ids=query_responses.masked_fill(real == 0, 0),  # padding's content never matters
+        attention_mask=real,
+        position_ids=real.cumsum(dim=1) - real,
+        use_cache=False,
+    ).last_hidden_state
     head = getattr(model, head_name(model))
     # On a copy of the hidden states in the head's dtype when it is not our Float32Head.
     logits = head(hidden.to(head.weight.dtype)).float().squeeze(-1)
     rows = torch.arange(len(logits), device=logits.device)
     return logits, logits[rows, last], last
-
-
-def _hidden_states(network: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T) -> (B, T, H) of the backbone's last layer. Padding's content never matters."""
-    mask = attention_mask.long()
-    backbone = getattr(network, network.base_model_prefix)
-    output = backbone(
-        input_ids=input_ids.masked_fill(mask == 0, 0),
-        attention_mask=mask,
-        position_ids=mask.cumsum(dim=1) - mask,
-        use_cache=False,
-    )
-    return cast("Tensor", output.last_hidden_state)

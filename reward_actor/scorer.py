@@ -103,14 +103,14 @@ class RewardScorer:
     def raw_scores(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """The head's output for sequences that `Renderer.checked` has passed: (n,) float32."""
         scores = np.empty(len(sequences), dtype=np.float32)
-        for indices, input_ids, mask in self._batches(sequences):
-            scores[indices] = self.loaded.model(input_ids, mask).cpu().numpy()
+        for indices, input_ids, lengths in self._batches(sequences):
+            scores[indices] = self.loaded.model(input_ids, lengths).cpu().numpy()
         return scores
 
     def token_scores(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         rows: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
-        for indices, input_ids, mask in self._batches(sequences):
-            batch = self.loaded.model.token_scores(input_ids, mask).cpu().numpy()
+        for indices, input_ids, _ in self._batches(sequences):
+            batch = self.loaded.model.token_scores(input_ids).cpu().numpy()
             for row, index in zip(batch, indices, strict=True):
                 rows[index] = row[: len(sequences[index])]
         return rows
@@ -121,8 +121,8 @@ class RewardScorer:
         device = next(self.loaded.model.parameters()).device
         with torch.inference_mode():
             for indices in plan_batches([len(s) for s in sequences], self.max_batch_tokens):
-                input_ids, mask = pad_right([sequences[i] for i in indices])
-                yield indices, input_ids.to(device), mask.to(device)
+                input_ids, lengths = pad_right([sequences[i] for i in indices])
+                yield indices, input_ids.to(device), lengths.to(device)
 
     def _valid(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         rows = []
@@ -135,11 +135,9 @@ class RewardScorer:
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """n rows of ids -> (n, T) ids and (n, T) mask; what stands under the mask's zeros is 0."""
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    """n rows of ids -> (n, T) ids, padded with 0 on the right, and their (n,) lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-        mask[index, : len(row)] = 1
-    return input_ids, mask
+    return input_ids, lengths

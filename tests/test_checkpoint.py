@@ -142,10 +142,12 @@ def test_an_encoder_with_a_pooler_of_its_own_is_refused(copy: Path) -> None:
             intermediate_size=32, num_labels=1,
         )
     )  # fmt: skip
+    torch.nn.init.constant_(bert.classifier.weight, 1.0)  # an untrained head says about nothing
+    torch.nn.init.normal_(bert.bert.pooler.dense.weight, std=1.0)
     bert.save_pretrained(copy)
     with (
         pytest.warns(UserWarning, match="scoring_contract"),
-        pytest.raises(CheckpointError, match="pools in another way"),
+        pytest.raises(CheckpointError, match="pools or attends in another way"),
     ):
         RewardScorer.from_pretrained(copy)
 

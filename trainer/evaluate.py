@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reward_actor.groups import Group, GroupScores
+from reward_actor.groups import Group
 from trainer.config import DataConfig
 from trainer.data import Row, check_source, read_rows
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Score = Callable[[list[list[int]]], "NDArray[np.float32]"]
 """n token sequences -> (n,) rewards."""
-
-_GROUPS_PER_REQUEST = 64
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,10 @@ def _evaluate_service(url: str, rows: Sequence[Row]) -> tuple[EvalResult, str]:
         for row in rows
         for side in (row.chosen, row.rejected)
     ]
-    scores: list[GroupScores] = []
     with RewardClient(url) as client:
         if client.info().format == "chat" and any(row.is_dialogue for row in rows):
             raise ValueError(f"{url} scores chats; whole dialogues as text cannot be framed")
-        for start in range(0, len(groups), _GROUPS_PER_REQUEST):
-            scores += client.score_groups(groups[start : start + _GROUPS_PER_REQUEST])
+        scores = client.score_groups(groups)
     versions = sorted({score.model_version for score in scores})
     if len(versions) != 1:
         raise ValueError(f"{url} answered with {len(versions)} model versions: {versions}")

@@ -99,8 +99,8 @@ def _schedule_settings(schedule: str) -> dict[str, float]:
 
 def forward(engine: DeepSpeedEngine, rows: Sequence[Sequence[int]]) -> Tensor:
     """B rows of token ids -> (B,) float32 rewards, through the engine's hooks."""
-    input_ids, mask = pad_right(rows)
-    return cast("Tensor", engine(input_ids.to(engine.device), mask.to(engine.device)))
+    input_ids, lengths = pad_right(rows)
+    return cast("Tensor", engine(input_ids.to(engine.device), lengths.to(engine.device)))
 
 
 def step(engine: DeepSpeedEngine) -> float:
