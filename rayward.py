@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(arguments[1:], prog="rayward train")
     parsed, unknown = _parser().parse_known_args(arguments)
     command: Command = parsed.command
+    # Loading weights shows a bar, and warns of settings that matter to other uses.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if unknown:
             from reward_actor.settings import did_you_mean

@@ -70,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the service running at the end")
     keep = parser.parse_args().keep
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of loading weights
     steps = Steps(9)
     service: subprocess.Popen[bytes] | None = None
     try:
@@ -138,14 +139,18 @@ def main() -> int:
 
 def run(command: Sequence[str], *, capture: bool = False) -> str:
     """Run one step's command on this terminal. Raises StepFailed if it fails."""
-    shown = " ".join(
-        "rayward" if part == "-m" else part for part in command[1:] if part != "rayward"
-    )
-    console.print(Text(f"$ {shown}" if command[1] == "-m" else f"$ python {shown}", style="dim"))
+    show_command(command)
     done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
     if done.returncode != 0:
         raise StepFailed(f"the command above ended with exit code {done.returncode}")
     return done.stdout or ""
+
+
+def show_command(command: Sequence[str], end: str = "") -> None:
+    """The command as a user would type it."""
+    is_rayward = list(command[: len(RAYWARD)]) == RAYWARD
+    typed = ["rayward", *command[len(RAYWARD) :]] if is_rayward else ["python", *command[1:]]
+    console.print(Text(f"$ {' '.join(typed)}{end}", style="dim"))
 
 
 def start_service() -> tuple[subprocess.Popen[bytes], str, str]:
@@ -153,7 +158,7 @@ def start_service() -> tuple[subprocess.Popen[bytes], str, str]:
     command = [*RAYWARD, "serve", str(EXPORT), "--num-replicas", "2", "--port", str(PORT)]
     # A model this small leaves any GPU idle, and vLLM wants it for itself.
     command += ["--device", "cpu"]
-    console.print(Text(f"$ rayward {' '.join(command[3:])} &", style="dim"))
+    show_command(command, " &")
     with SERVE_LOG.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
