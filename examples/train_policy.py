@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trainer.init_model import copy_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     Example = tuple[list[int], int]  # token ids of prompt and completion, length of the prompt
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def read_examples(corpus: Path, tokenizer: Any, max_length: int) -> list[Example]:
@@ -120,9 +120,7 @@ def train_policy(
             advance(float(loss.detach()))
 
     model.save_pretrained(out_dir)
-    for name in TOKENIZER_FILES:  # copied: policy and reward model share one tokenizer to the byte
-        if base_dir.resolve() != out_dir.resolve() and (base_dir / name).is_file():
-            shutil.copyfile(base_dir / name, out_dir / name)
+    copy_tokenizer(base_dir, out_dir)  # policy and reward model share one, to the byte
     return out_dir
 
 

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_actor.contract import TOKENIZER_FILES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -18,13 +20,6 @@ PAD_TOKEN = "<|endoftext|>"
 TURN_START_TOKEN = "<|im_start|>"
 EOS_TOKEN = "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, TURN_START_TOKEN, EOS_TOKEN)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 ROLES = "system\nuser\nassistant\n"
 # Byte-level BPE starts from one token per byte, which is why any text can be encoded.
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -72,7 +67,7 @@ def init_model(
         tokenizer.save_pretrained(out_dir)
     else:
         tokenizer = _load_tokenizer(Path(tokenizer_from))
-        _copy_tokenizer(Path(tokenizer_from), out_dir)
+        copy_tokenizer(Path(tokenizer_from), out_dir)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -226,8 +221,8 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _copy_tokenizer(source: Path, out_dir: Path) -> None:
-    # Byte for byte: loading and saving adds keys, and the files' digests are part of a version.
+def copy_tokenizer(source: Path, out_dir: Path) -> None:
+    """Copy a tokenizer's files byte for byte: loading and saving it would add keys to them."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != out_dir.resolve():

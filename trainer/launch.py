@@ -14,7 +14,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
-from reward_actor.cluster import connect, require_resources
+from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.contract import ScoringContract
 from trainer import loop, progress, resume
 from trainer.config import TrainConfig
@@ -49,7 +49,7 @@ def launch(
         settings.num_workers if settings.device == "cuda" else 0,
     )
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
+        gpus = capacity("GPU")
         use_gpu = settings.device == "cuda" or (
             settings.device == "auto" and gpus >= settings.num_workers
         )
