@@ -73,7 +73,7 @@ def test_the_same_seed_samples_the_same(actors: list[Any]) -> None:
 
 def test_a_crowd_of_prompts_is_sampled(actors: list[Any]) -> None:
     """More prompt tokens at once than vLLM reads in a step, all with seeds of their own."""
-    prompts = [f"{number} " + "word " * 70 for number in range(150)]
+    prompts = [f"{number} " + "and a pear " * 25 for number in range(150)]
     rollouts = dict(sample(actors, prompts, Sampling(num_completions=2, max_tokens=4)))
     assert len(rollouts) == 150
     assert all(group.error is None and len(group.completions) == 2 for group in rollouts.values())

@@ -19,7 +19,9 @@ from trainer.config import TrainConfig, load_config
 from trainer.run import resolve_paths, train
 from trainer.training_log import TrainingLog
 
-NUM_STEPS = 40
+# Many more than a worker takes while a signal is on its way.
+NUM_STEPS = 200
+EVERY = 25
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(base_model: Path, data: Path, output_dir: Path) -> TrainConfig:
-    changes = {"training__max_steps": NUM_STEPS, "checkpoint__every_steps": 8}
+    changes = {"training__max_steps": NUM_STEPS, "checkpoint__every_steps": EVERY}
     return load_config(None, overrides(settings(base_model, data, output_dir, **changes)))
 
 
@@ -68,12 +70,12 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     train(whole, say=lambda _: None)
     config = config_for(base_model, data, root / "broken")
     run_dir = root / "broken" / resume.RUN_NAME
-    printed = [kill_after_step(start(config), config, 8, signal.SIGINT)]
+    printed = [kill_after_step(start(config), config, EVERY, signal.SIGINT)]
     half = run_dir / "checkpoint_half"
     (half / "state").mkdir(parents=True)
     (half / "manifest-rank0.json").write_text('{"step": 50, "num_workers": 2, "files": {}}')
     last = resume.saved_states(run_dir)[0].step
-    printed.append(kill_after_step(start(config), config, last + 8, signal.SIGKILL))
+    printed.append(kill_after_step(start(config), config, last + EVERY, signal.SIGKILL))
     assert not half.exists()
     newest = resume.saved_states(run_dir)[0].path
     weights = next(newest.rglob("*model_states.pt"))
@@ -110,7 +112,7 @@ def test_it_is_told_in_plain_words(interrupted):
 
 def test_only_the_newest_checkpoints_are_kept(interrupted):
     states = resume.saved_states(interrupted[0] / resume.RUN_NAME)
-    assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - 8]
+    assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - EVERY]
 
 
 def test_a_lost_export_is_written_again(interrupted, ray_cluster):
