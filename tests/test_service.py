@@ -246,7 +246,7 @@ def test_a_killed_replica_costs_no_request(service: str, offline: RewardScorer) 
 
 
 def replica_pids() -> list[int]:
-    """Those of this session's cluster; another service may run on the machine."""
+    """Those of these tests' own cluster; another service may run on the machine."""
     return [
         process.pid
         for process in psutil.Process().children(recursive=True)
