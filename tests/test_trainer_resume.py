@@ -20,8 +20,8 @@ from trainer.run import resolve_paths, train
 from trainer.training_log import TrainingLog
 
 # Many more than a worker takes while a signal is on its way.
-NUM_STEPS = 200
-EVERY = 25
+NUM_STEPS = 120
+EVERY = 20
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,10 @@ def config_for(base_model: Path, data: Path, output_dir: Path) -> TrainConfig:
     return load_config(None, overrides(settings(base_model, data, output_dir, **changes)))
 
 
+def listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(config: TrainConfig) -> subprocess.Popen[str]:
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
@@ -44,6 +48,8 @@ def start(config: TrainConfig) -> subprocess.Popen[str]:
         text=True,
         cwd=Path(__file__).parent.parent,
         env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        # Under a shell's `&` the tests themselves ignore Ctrl-C, and their children would, too.
+        preexec_fn=listen_to_interrupts,
     )
 
 
