@@ -1,0 +1,98 @@
+"""Tiny random reward models of every family that the scorer supports, for tests.
+
+Every one has 3 layers, so that a sliding window and a full layer can alternate, and a vocabulary of
+`VOCAB_SIZE`. Weights are drawn wide: attention that went wrong must show in the score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+VOCAB_SIZE = 400
+WINDOW = 8
+"""Tokens that a sliding layer sees; short, so that tiny sequences reach past it."""
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _SIZES),
+    "qwen2": ("qwen2", {k: v for k, v in _SIZES.items() if k != "head_dim"}),
+    "qwen3": ("qwen3", _SIZES),
+    "mistral": ("mistral", {**_SIZES, "sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**_SIZES, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_SIZES,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 32,
+            "layer_types": _LAYERS,
+        },
+    ),
+    "phi3": ("phi3", {k: v for k, v in _SIZES.items() if k != "head_dim"}),
+    "olmo2": ("olmo2", {k: v for k, v in _SIZES.items() if k != "head_dim"}),
+    "qwen3_moe": ("qwen3_moe", {**_SIZES, **_MOE, "num_experts": 4}),
+    "mixtral": ("mixtral", {**_SIZES, "num_experts_per_tok": 2, "num_local_experts": 4}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 512}),
+    "opt": (
+        "opt",
+        {
+            "hidden_size": 64,
+            "ffn_dim": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 512,
+            "word_embed_proj_dim": 64,
+        },
+    ),
+    "bloom": ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 2}),
+    "gpt_neox": (
+        "gpt_neox",
+        {k: v for k, v in _SIZES.items() if k not in ("head_dim", "num_key_value_heads")},
+    ),
+}
+FAMILIES = tuple(_SETTINGS)
+
+
+def make_network(family: str, *, seed: int = 0, num_labels: int = 1, **more: Any) -> PreTrainedModel:
+    """A `*ForSequenceClassification` in float32 and evaluation mode; `more` are config settings."""
+    model_type, settings = _SETTINGS[family]
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            **settings,
+            "vocab_size": VOCAB_SIZE,
+            "num_labels": num_labels,
+            "pad_token_id": 3,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "use_cache": False,
+            **more,
+        },
+    )
+    for name in list(vars(config)):
+        if "drop" in name and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    torch.manual_seed(seed)
+    network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                fan_in = parameter.shape[-1]
+                torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else fan_in**-0.5)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
