@@ -16,26 +16,17 @@ Three ways to the same result:
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from reward_actor.forest import Forest
+from reward_actor.attention_plan import AttentionPlan
 
 NAME = "rayward_forest"
 """The name under which `transformers` knows the attention of a packed forest."""
-
-# A run of shared keys shorter than this is read again by each segment below it: joining two parts
-# of a softmax costs more than so few keys.
-_LEAST_SHARED_KEYS = 16
 
 # What some families pass to their attention and no function here computes.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask")
@@ -43,106 +34,6 @@ _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mas
 
 class UnsupportedAttention(ValueError):
     """This network's attention cannot run over a packed forest."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Consecutive queries that see the same path: run r is queries [cu_queries[r], cu_queries[r+1])
-    and keys key_rows[cu_keys[r]:cu_keys[r+1]]; the last query sees the last key."""
-
-    key_rows: Tensor
-    cu_queries: Tensor
-    cu_keys: Tensor
-    max_queries: int
-    max_keys: int
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One product of the cascade. `keys` are rows, `queries` are places among the queries.
-
-    A causal part has the rows `keys` as its queries, too, of which the last ones are `queries`.
-    """
-
-    queries: slice
-    keys: slice | Tensor
-    is_causal: bool
-
-
-class AttentionPlan:
-    """What every layer's attention needs to know of a forest; built once for each of its forms.
-
-    With `pooled`, the queries are the rows at the end of the segments that end a sequence
-    (`query_rows`), otherwise all rows in order.
-    """
-
-    def __init__(self, forest: Forest, device: torch.device, *, pooled: bool = False) -> None:
-        self.forest = forest
-        self.device = device
-        self.pooled = pooled
-        self._segments: NDArray[np.int64] = (
-            np.unique(forest.last_segments) if pooled else np.arange(len(forest.starts))
-        )
-        self.query_rows: NDArray[np.int64] = (
-            forest.ends[self._segments] - 1 if pooled else np.arange(forest.num_rows)
-        )
-        self.longest_path = int(forest.position_ids.max()) + 1
-
-    @cached_property
-    def runs(self) -> Runs:
-        forest = self.forest
-        paths = [forest.path_rows(int(segment)) for segment in self._segments]
-        num_queries = np.ones(len(paths), dtype=np.int64)
-        if not self.pooled:
-            num_queries = forest.ends - forest.starts
-        num_keys = np.array([len(path) for path in paths])
-        return Runs(
-            torch.from_numpy(np.concatenate(paths)).to(self.device),
-            _cumulative(num_queries).to(self.device),
-            _cumulative(num_keys).to(self.device),
-            int(num_queries.max()),
-            int(num_keys.max()),
-        )
-
-    @cached_property
-    def parts(self) -> list[_Part]:
-        """The products of the cascade, such that every query's first one is its own segment's."""
-        forest = self.forest
-        own: list[_Part] = []
-        shared: list[_Part] = []
-        # The rows above a segment that no shared part covers: each segment reads them itself.
-        above: dict[int, NDArray[np.int64]] = {-1: np.empty(0, np.int64)}
-        for segment in range(len(forest.starts)):
-            start, end = int(forest.starts[segment]), int(forest.ends[segment])
-            tree_end = int(forest.tree_ends[segment])
-            carried = above[int(forest.parents[segment])]
-            keys = self._rows(carried, start, end)
-            queries = self._queries(start, end)
-            if queries.start < queries.stop:
-                own.append(_Part(queries, keys, is_causal=not self.pooled))
-            below = self._queries(end, tree_end)
-            if len(carried) + end - start < _LEAST_SHARED_KEYS:
-                above[segment] = np.concatenate([carried, np.arange(start, end)])
-                continue
-            above[segment] = above[-1]
-            if below.start < below.stop:
-                shared.append(_Part(below, keys, is_causal=False))
-        return own + shared
-
-    def _rows(self, carried: NDArray[np.int64], start: int, end: int) -> slice | Tensor:
-        if not len(carried):
-            return slice(start, end)
-        return torch.from_numpy(np.concatenate([carried, np.arange(start, end)]))
-
-    def _queries(self, start: int, end: int) -> slice:
-        if not self.pooled:
-            return slice(start, end)
-        first, last = np.searchsorted(self.query_rows, [start, end])
-        return slice(int(first), int(last))
-
-
-def _cumulative(counts: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
 
 def attend(
@@ -161,8 +52,9 @@ def attend(
         window = None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(query, key, value, plan, scale, window)
-    needs_gradient = torch.is_grad_enabled() and query.requires_grad
-    if query.device.type == "cpu" and window is None and not needs_gradient:
+    # In half precision each part would be rounded before they are joined: twice the noise.
+    is_float32_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+    if is_float32_cpu and window is None and not _needs_gradient(query):
         return cascade_attention(query, key, value, plan, scale)
     return path_attention(query, key, value, plan, scale, window)
 
@@ -175,29 +67,78 @@ def path_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The reference: a masked product for each run of queries."""
+    """The reference: a product for each run of queries, masked where it must be."""
     runs = plan.runs
+    on_cpu = query.device.type == "cpu" and not _needs_gradient(query)
     outputs = []
     cu_queries, cu_keys = runs.cu_queries.tolist(), runs.cu_keys.tolist()
     for run in range(len(cu_queries) - 1):
         rows = runs.key_rows[cu_keys[run] : cu_keys[run + 1]]
         queries = query[cu_queries[run] : cu_queries[run + 1]]
-        # The position of each query and key on the path; the last query stands at the last key.
-        at_key = torch.arange(len(rows), device=query.device)
-        at_query = at_key[len(rows) - len(queries) :, None]
-        visible = at_key <= at_query
-        if window is not None:
-            visible &= at_key > at_query - window
-        output = nn.functional.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            key[rows].transpose(0, 1)[None],
-            value[rows].transpose(0, 1)[None],
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(output[0].transpose(0, 1))
+        is_square = len(queries) == len(rows) and window is None
+        mask = None if is_square else _visible(len(queries), len(rows), window, rows.device)
+        if on_cpu:
+            output, _ = _cpu_flash(queries, key[rows], value[rows], is_square, scale, mask)
+        else:
+            output = nn.functional.scaled_dot_product_attention(
+                _heads_first(queries),
+                _heads_first(key[rows]),
+                _heads_first(value[rows]),
+                attn_mask=mask,
+                is_causal=is_square,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )[0].transpose(0, 1)
+        outputs.append(output)
     return torch.cat(outputs)
+
+
+def _needs_gradient(query: Tensor) -> bool:
+    return torch.is_grad_enabled() and query.requires_grad
+
+
+def _heads_first(rows: Tensor) -> Tensor:
+    """(M, H, D) -> (1, H, M, D), without a copy."""
+    return rows.transpose(0, 1)[None]
+
+
+def _cpu_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(M, Hq, D), (N, Hkv, D), (N, Hkv, D) -> (M, Hq, D) and the log-sum-exps (M, Hq).
+
+    Called by name: `scaled_dot_product_attention` takes another way, of other rounding, for some
+    masks and head counts, and it does not give the log-sum-exp.
+    """
+    if mask is not None:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _heads_first(query),
+        _heads_first(key),
+        _heads_first(value),
+        0.0,
+        is_causal,
+        attn_mask=mask,
+        scale=scale,
+    )
+    return output[0].transpose(0, 1), log_sums[0].transpose(0, 1)
+
+
+def _visible(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """(queries, keys) whether a query sees a key; the last query stands at the last key."""
+    if num_queries == 1 and (window is None or window >= num_keys):
+        return None
+    at_key = torch.arange(num_keys, device=device)
+    at_query = at_key[num_keys - num_queries :, None]
+    visible = at_key <= at_query
+    return visible if window is None else visible & (at_key > at_query - window)
 
 
 def varlen_attention(
@@ -262,7 +203,7 @@ def cascade_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None
 ) -> Tensor:
     """Every product of `AttentionPlan.parts`, joined (CPU, no gradients)."""
-    num_queries, num_heads, width = query.shape
+    num_queries, num_heads = query.shape[:2]
     output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=torch.float32)
     log_sum = torch.empty(num_queries, num_heads, dtype=torch.float32)
     seen = 0
@@ -274,17 +215,9 @@ def cascade_attention(
             queries = query[part.keys]
         else:
             queries = query[rows]
-        values_out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries.transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            0.0,
-            part.is_causal,
-            scale=scale,
-        )
+        new, new_sum = _cpu_flash(queries, keys, values, part.is_causal, scale)
         num_rows = rows.stop - rows.start
-        new = values_out[0].transpose(0, 1)[-num_rows:].float()
-        new_sum = sums[0].transpose(0, 1)[-num_rows:]
+        new, new_sum = new[-num_rows:].float(), new_sum[-num_rows:]
         if rows.start == seen:
             output[rows], log_sum[rows] = new, new_sum
             seen = rows.stop
@@ -320,8 +253,8 @@ def forest_attention(
     if unsupported:
         raise UnsupportedAttention(f"{type(module).__name__} needs {unsupported[0]}")
     assert forest is not None
-    rows = (t[0].transpose(0, 1) for t in (query, key, value))
-    return attend(*rows, forest, scaling, sliding_window)[None], None
+    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return attend(query, key, value, forest, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(NAME, forest_attention)

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reward_actor.attention import AttentionPlan, attend
+from reward_actor.attention import attend
+from reward_actor.attention_plan import AttentionPlan
 
 # Rows of a block. On a CPU the widest activation of a block should stay in the last-level cache;
 # a GPU needs many rows to be busy, and a bound on the memory of the widest activation.
@@ -47,7 +48,9 @@ class Decoder:
         if parts != _LAYER_PARTS or inner - _ATTENTION_NORMS != _ATTENTION_PARTS:
             raise ValueError(f"{type(layer).__name__} is not built like Llama's layer")
 
-    def pooled(self, forest: AttentionPlan, pooled: AttentionPlan, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def pooled(
+        self, forest: AttentionPlan, pooled: AttentionPlan, token_ids: Tensor, position_ids: Tensor
+    ) -> Tensor:
         """(N,) ids and positions -> (M, H): the final hidden states of `pooled`'s query rows."""
         hidden, rotary = self._embed(token_ids, position_ids)
         for layer in self.backbone.layers[:-1]:
@@ -66,7 +69,9 @@ class Decoder:
             hidden[block] = self.backbone.norm(hidden[block])
         return hidden
 
-    def _embed(self, token_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _embed(
+        self, token_ids: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         hidden = self.backbone.embed_tokens(token_ids)
         cos, sin = self.backbone.rotary_emb(hidden[None], position_ids[None])
         return hidden, (cos[0, :, None], sin[0, :, None])
@@ -80,7 +85,7 @@ class Decoder:
         kept: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
-        """Update `hidden` (N, H) in place; with `kept`, only those (M, H) `rows` of it, in `kept`."""
+        """Update `hidden` (N, H) in place; given `kept` (M, H), its `rows`, update only `kept`."""
         attention = layer.self_attn
         cos, sin = rotary
         width = attention.head_dim
@@ -99,7 +104,10 @@ class Decoder:
             value[block] = attention.v_proj(normed).view(-1, key.shape[1], width)
         if query is None:
             query = _heads(attention, "q", layer.input_layernorm(kept), (cos[rows], sin[rows]))
-        window = getattr(attention, "sliding_window", None)
+        # Mistral and Mixtral slide in every layer; the others say it of each.
+        window = getattr(
+            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
+        )
         seen = attend(query, key, value, plan, attention.scaling, window).flatten(1)
         del query, key, value
         target = hidden if kept is None else kept
@@ -123,4 +131,5 @@ def _heads(attention: Any, name: str, normed: Tensor, turn: tuple[Tensor, Tensor
         heads = norm(heads)
     cos, sin = turn
     first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.cat([-second, first], dim=-1) * sin
+    return cast("Tensor", turned + heads * cos)

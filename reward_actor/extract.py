@@ -1,11 +1,11 @@
 """From hidden states to rewards: where the last real token is, and what the head says there.
 
-Shapes: B sequences, T tokens (padded), H hidden units.
+Shapes: B sequences, T tokens (padded), H hidden units, K heads (1 but in an ensemble of heads).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def head_name(network: nn.Module) -> str:
 
 
 class Float32Head(nn.Linear):
-    """A linear head that computes in float32 whatever its weight's dtype: (..., H) -> (..., 1).
+    """A linear head that computes in float32 whatever its weight's dtype: (..., H) -> (..., K).
 
     A bfloat16 head would round rewards to three digits, and ties would follow.
     """
@@ -37,8 +37,6 @@ class Float32Head(nn.Linear):
         """The head of a network, its parameters kept. Raises ValueError if it is not linear."""
         if not isinstance(head, nn.Linear):
             raise ValueError(f"the reward head is a {type(head).__name__}, not a linear layer")
-        if head.out_features != 1:
-            raise ValueError(f"the head has {head.out_features} outputs; a reward model has one")
         new = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
         new.weight = head.weight
         new.bias = head.bias
@@ -50,10 +48,11 @@ class Float32Head(nn.Linear):
 
 
 class RewardModel(nn.Module):
-    """A `transformers` sequence classifier with one label, pooled at the last real token.
+    """A `transformers` sequence classifier, pooled at the last real token.
 
     The one network that is trained, evaluated and served. `network` is saved and loaded by
-    `transformers` itself; its head is made to compute in float32.
+    `transformers` itself; its head is made to compute in float32. It has one label, or one for
+    each head of an ensemble.
 
     Rows are padded on the right and come with their lengths, without a mask: causal attention
     never looks right, so a real token cannot see padding, and the attention kernels without a mask
@@ -67,23 +66,28 @@ class RewardModel(nn.Module):
         self.network = network
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T) ids padded on the right, (B,) lengths of at least 1 -> (B,) float32 raw scores."""
-        hidden = self._hidden_states(input_ids)
+        """(B, T) ids padded on the right, (B,) lengths of at least 1 -> float32 raw scores:
+        (B,), or (B, K) with several heads."""
+        hidden = self.hidden_states(input_ids)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self._head(hidden[rows, lengths - 1]).squeeze(-1)
+        return cast("Tensor", self.head(hidden[rows, lengths - 1]).squeeze(-1))
 
-    def token_scores(self, input_ids: Tensor) -> Tensor:
-        """(B, T) ids padded on the right -> (B, T) float32: what the head says at every token."""
-        return self._head(self._hidden_states(input_ids)).squeeze(-1)
-
-    def _hidden_states(self, input_ids: Tensor) -> Tensor:
-        backbone = getattr(self.network, self.network.base_model_prefix)
-        output = backbone(input_ids=input_ids, use_cache=False)
+    def hidden_states(self, input_ids: Tensor, **forward: Any) -> Tensor:
+        """(B, T) ids -> (B, T, H): the last hidden states, and no others are kept."""
+        output = self.backbone(input_ids=input_ids, use_cache=False, **forward)
         return cast("Tensor", output.last_hidden_state)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        head = getattr(self.network, head_name(self.network))
-        return cast("Tensor", head(hidden))
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", getattr(self.network, self.network.base_model_prefix))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def head(self) -> Float32Head:
+        return cast("Float32Head", getattr(self.network, head_name(self.network)))
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:

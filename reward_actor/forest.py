@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,7 +118,11 @@ def _cuts(lengths: list[int], shared: list[int], budget: int) -> list[tuple[int,
             num_rows.append(more)
             end += 1
         if end < len(lengths):
-            full = [i for i in range(first + 1, end + 1) if num_rows[i - first - 1] >= budget * _LEAST_FILL]
+            full = [
+                i
+                for i in range(first + 1, end + 1)
+                if num_rows[i - first - 1] >= budget * _LEAST_FILL
+            ]
             end = min(full or [end], key=lambda i: (shared[i], -i))
         ranges.append((first, end))
         first = end
@@ -152,8 +157,9 @@ def _forest(arrays: list[Ints], shared: list[int], indices: list[int]) -> Forest
         while first < end and len(arrays[first]) == bottom:
             last_segments[first] = parent
             first += 1
-        splits = [first, *(int(i) for i in np.flatnonzero(branch[first + 1 : end] == bottom) + first + 1), end]
-        children = [(a, b, bottom, parent) for a, b in zip(splits, splits[1:]) if a < b]
+        inner = branch[first + 1 : end]
+        splits = [first, *(np.flatnonzero(inner == bottom) + first + 1).tolist(), end]
+        children = [(a, b, bottom, parent) for a, b in pairwise(splits) if a < b]
         pending.extend(reversed(children))
     tree_ends = list(ends)
     for segment in range(len(starts) - 1, 0, -1):

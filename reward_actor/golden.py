@@ -63,7 +63,7 @@ def replay(scorer: RewardScorer) -> None:
                 "is not the one that the model was trained with"
             )
     scores = scorer.raw_scores([sample.input_ids for sample in golden.samples])
-    check_scores(scorer.contract, scorer.dtype, scores.tolist(), "the padded path")
+    check_scores(scorer.contract, scorer.dtype, scores.tolist(), f"the {scorer.engine.path} path")
 
 
 def _load(directory: Path, device: str, dtype: str) -> RewardScorer:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from reward_actor.batching import plan_batches
 from reward_actor.checkpoint import LoadedModel, load
+from reward_actor.engine import Attention, Engine
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
 from reward_actor.render import Renderer
 
@@ -20,18 +18,21 @@ if TYPE_CHECKING:
 
     from reward_actor.contract import ScoringContract
 
-DEFAULT_MAX_BATCH_TOKENS = 16_384
-
 
 class RewardScorer:
     """One loaded reward model. A reward depends on its own sequence, never on its neighbours."""
 
     def __init__(
-        self, loaded: LoadedModel, *, max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS
+        self,
+        loaded: LoadedModel,
+        *,
+        attention: Attention = "auto",
+        max_batch_tokens: int | None = None,
     ) -> None:
+        """Raises ValueError as `Engine` does."""
         self.loaded = loaded
         self.renderer = Renderer(loaded.tokenizer, loaded.contract)
-        self.max_batch_tokens = max_batch_tokens
+        self.engine = Engine(loaded.model, attention, max_batch_tokens)
 
     @classmethod
     def from_pretrained(
@@ -39,18 +40,20 @@ class RewardScorer:
         path: str | Path,
         device: str = "auto",
         dtype: str = "auto",
+        attention: Attention = "auto",
         max_batch_tokens: int | None = None,
         trust_remote_code: bool = False,
         check_golden: bool = True,
     ) -> RewardScorer:
-        """Load a reward model and replay its golden samples.
+        """Load a reward model, find its fastest exact path and replay its golden samples.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda:0", ...; dtype: "auto" (the
-        contract's), "float32", "bfloat16", "float16"; max_batch_tokens: padded tokens in one
-        forward pass. Raises CheckpointError or ContractError (both ValueError).
+        contract's), "float32", "bfloat16", "float16"; attention: "auto", "forest" (shared prefixes
+        once) or "padded"; max_batch_tokens: rows in one forward pass, chosen from free memory when
+        not given. Raises CheckpointError or ContractError (both ValueError).
         """
         loaded = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        scorer = cls(loaded, max_batch_tokens=max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS)
+        scorer = cls(loaded, attention=attention, max_batch_tokens=max_batch_tokens)
         if check_golden and loaded.contract.golden.samples:
             from reward_actor.golden import replay
 
@@ -68,6 +71,10 @@ class RewardScorer:
     @property
     def dtype(self) -> str:
         return self.loaded.dtype
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return self.engine.max_batch_tokens
 
     def score(self, groups: Sequence[Group], token_rewards: bool = False) -> list[GroupScores]:
         """Score every completion of every group; one that cannot be scored carries its error."""
@@ -102,27 +109,11 @@ class RewardScorer:
 
     def raw_scores(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """The head's output for sequences that `Renderer.checked` has passed: (n,) float32."""
-        scores = np.empty(len(sequences), dtype=np.float32)
-        for indices, input_ids, lengths in self._batches(sequences):
-            scores[indices] = self.loaded.model(input_ids, lengths).cpu().numpy()
-        return scores
+        return self.engine.raw_scores(sequences)[:, 0]
 
     def token_scores(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        rows: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
-        for indices, input_ids, _ in self._batches(sequences):
-            batch = self.loaded.model.token_scores(input_ids).cpu().numpy()
-            for row, index in zip(batch, indices, strict=True):
-                rows[index] = row[: len(sequences[index])]
-        return rows
-
-    def _batches(
-        self, sequences: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        device = next(self.loaded.model.parameters()).device
-        with torch.inference_mode():
-            for indices in plan_batches([len(s) for s in sequences], self.max_batch_tokens):
-                input_ids, lengths = pad_right([sequences[i] for i in indices])
-                yield indices, input_ids.to(device), lengths.to(device)
+        """The head's output at every token of such sequences."""
+        return [scores[:, 0] for scores in self.engine.token_scores(sequences)]
 
     def _valid(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         rows = []
@@ -132,12 +123,3 @@ class RewardScorer:
                 raise ValueError(f"sequence {index}: {checked.message}")
             rows.append(checked)
         return rows
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """n rows of ids -> (n, T) ids, padded with 0 on the right, and their (n,) lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
-    return input_ids, lengths

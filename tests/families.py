@@ -67,7 +67,9 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_SETTINGS)
 
 
-def make_network(family: str, *, seed: int = 0, num_labels: int = 1, **more: Any) -> PreTrainedModel:
+def make_network(
+    family: str, *, seed: int = 0, num_labels: int = 1, **more: Any
+) -> PreTrainedModel:
     """A `*ForSequenceClassification` in float32 and evaluation mode; `more` are config settings."""
     model_type, settings = _SETTINGS[family]
     config = AutoConfig.for_model(

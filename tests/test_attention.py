@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reward_actor.attention import AttentionPlan, attend, cascade_attention, path_attention
+from reward_actor.attention import attend, cascade_attention, path_attention
+from reward_actor.attention_plan import AttentionPlan
 from reward_actor.forest import Forest, plan_forests
 
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def test_the_shared_prefix_gets_the_gradient_of_every_sequence() -> None:
 def test_runs_line_up_queries_with_the_end_of_their_keys(
     pooled: bool, sequences: list[list[int]]
 ) -> None:
-    """What the CUDA kernel is given: cumulative counts, and each run's last query at its last key."""
+    """What the CUDA kernel is given: cumulative counts, each run's last query at its last key."""
     [forest] = plan_forests(sequences, 10**6)
     plan = AttentionPlan(forest, CPU, pooled=pooled)
     runs = plan.runs

@@ -1,4 +1,4 @@
-"""The packed forest: every distinct prefix once, every sequence whole, every batch in its budget."""
+"""The packed forest: every prefix once, every sequence whole, every batch in its budget."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def test_the_drawing_of_the_docstring_is_true() -> None:
 
 def test_a_cut_falls_between_groups() -> None:
     """Four groups of three with 10 + 3 x 5 tokens; a budget of 60 holds two and a half of them."""
-    groups = [
-        [[g] * 10 + [100 + c] * 5 for c in range(3)] for g in range(4)
-    ]
+    groups = [[[g] * 10 + [100 + c] * 5 for c in range(3)] for g in range(4)]
     forests = plan_forests([s for group in groups for s in group], 60)
     assert [f.num_rows for f in forests] == [50, 50]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import get_scheduler
 
-from reward_actor.scorer import pad_right
+from reward_actor.paths import pad_right
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.network import build_model
