@@ -123,10 +123,9 @@ def get_reward(
     mask = query_responses != pad_token_id if attention_mask is None else attention_mask.bool()
     last = last_token_index(mask)  # an all-padding row fails here under either rule
     if attention_mask is None:
-        is_pad = query_responses[:, context_length:] == pad_token_id
-        width = is_pad.shape[1]
-        first_pad = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1), width)
-        last = first_pad - 1 + context_length
+        # One pad more: what is never padded, or has no completion at all, ends at the last column.
+        tails = nn.functional.pad(query_responses[:, context_length:], (0, 1), value=pad_token_id)
+        last = context_length + (tails == pad_token_id).int().argmax(dim=1) - 1
     real = mask.long()
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(
