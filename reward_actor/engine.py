@@ -1,9 +1,10 @@
 """Token sequences through a reward model by the fastest path that is exact for it. No Ray.
 
-Legend: n sequences, K heads. Three paths; the first that the probe finds exact is taken:
-  forest in blocks   `Decoder`, for networks built like Llama
-  forest             `transformers`' own forward with our attention function
-  padded             one row a sequence, padded on the right, like lengths together
+Legend: n sequences, K heads. Four paths; the first that the probe finds exact is taken:
+  forest in compiled blocks   `Decoder`, for networks built like Llama, on CUDA
+  forest in blocks            the same without `torch.compile`
+  forest                      `transformers`' own forward with our attention function
+  padded                      one row a sequence, padded on the right, like lengths together
 """
 
 from __future__ import annotations
@@ -132,6 +133,10 @@ def _choose(model: RewardModel, attention: Attention) -> tuple[Path, str | None]
         candidates: list[Path] = [ForestPath(model)]
         try:
             candidates.insert(0, ForestPath(model, Decoder(model.backbone)))
+            # On a CPU the compiler takes a minute at every start for nothing measurable.
+            if model.device.type == "cuda":
+                compiled = Decoder(model.backbone, compiled=True)
+                candidates.insert(0, ForestPath(model, compiled))
         except ValueError as error:
             logger.debug("no forest in blocks: %s", error)
         for path in candidates:

@@ -95,7 +95,9 @@ class ForestPath:
     def __init__(self, model: RewardModel, decoder: Decoder | None = None) -> None:
         self._model = model
         self._decoder = decoder
-        self.name = "forest" if decoder is None else "forest in blocks"
+        self.name = "forest"
+        if decoder is not None:
+            self.name += " in compiled blocks" if decoder.is_compiled else " in blocks"
 
     def plan(self, sequences: Sequences, budget: int) -> list[_ForestBatch]:
         forests = plan_forests(sequences, budget)

@@ -52,6 +52,10 @@ class Probe:
         """
         try:
             apart = self._apart(path)
+            # Alone and of one token, too: a compiler specialises on sizes of 1, and does it now.
+            for alone in (self.sequences[0], self.sequences[-1]):
+                with torch.inference_mode():
+                    path.plan([alone], 10**9)[0].pooled()
         except Exception as error:  # third-party networks raise whatever they like
             return f"{type(error).__name__}: {error}"
         if not torch.isfinite(apart).all():
