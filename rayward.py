@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("input", metavar="INPUT", help=".jsonl rows of prompt and completions")
     sub.add_argument("output", metavar="OUTPUT", help=".jsonl rows with rewards")
     _add_device(sub)
+    sub.add_argument(
+        "--attention", default="auto", help="auto (the fastest exact path), forest, padded"
+    )
 
     sub = command("rollout", _rollout, "sample completions with vLLM and score them")
     sub.add_argument("policy", metavar="POLICY", help="directory of the policy")
@@ -110,6 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--cpu-kv-cache-gib", type=int, default=1)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
+
+    sub = command("convert", _convert, "turn another system's reward model into ours")
+    sub.add_argument("source", metavar="SRC", help="directory of the reward model or adapter")
+    sub.add_argument("destination", metavar="DST", help="directory to write; must not exist")
+    sub.add_argument("--tokenizer-from", metavar="DIR", help="use this directory's tokenizer")
+    sub.add_argument("--format", choices=("chat", "text"), help="[chat where there is a template]")
+    sub.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
+    sub.add_argument("--device", default="cpu", help="where the golden samples are scored")
+    sub.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that SRC comes with"
+    )
+
+    sub = command("ensemble", _ensemble, "make several reward models one, for score and serve")
+    sub.add_argument("directory", metavar="DIR", help="directory to write ensemble.json into")
+    sub.add_argument("members", metavar="MEMBER", nargs="+", help="directories of reward models")
+    sub.add_argument(
+        "--combine",
+        choices=("mean", "min", "mean_minus_std"),
+        default="mean",
+        help="how their rewards become one [%(default)s]",
+    )
+    sub.add_argument("--k", type=float, default=1.0, help="of mean_minus_std [%(default)s]")
 
     command("doctor", _doctor, "check the installation and the devices, and say what to do")
     return parser
@@ -230,7 +255,9 @@ def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
         return
     from reward_actor.scorer import RewardScorer
 
-    yield RewardScorer.from_pretrained(arguments.model, arguments.device, arguments.dtype).score
+    yield RewardScorer.from_pretrained(
+        arguments.model, arguments.device, arguments.dtype, arguments.attention
+    ).score
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
@@ -295,6 +322,35 @@ def _rollout(arguments: argparse.Namespace) -> int:
     if num_failed:
         print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
     ray.shutdown()
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from reward_actor.convert import convert
+
+    contract = convert(
+        arguments.source,
+        arguments.destination,
+        tokenizer_from=arguments.tokenizer_from,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(f"reward model: {arguments.destination}")
+    print(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")
+    if (contract.mean, contract.std) != (0.0, 1.0):
+        print(f"reward = (raw score - {contract.mean:g}) / {contract.std:g}")
+    return 0
+
+
+def _ensemble(arguments: argparse.Namespace) -> int:
+    from reward_actor.ensemble import write_ensemble
+
+    readout = write_ensemble(arguments.directory, arguments.members, arguments.combine, arguments.k)
+    print(f"ensemble: {arguments.directory}")
+    k = f", k {readout.k:g}" if readout.combine == "mean_minus_std" else ""
+    print(f"{readout.combine} of {len(readout)} members{k}: {', '.join(readout.names)}")
     return 0
 
 

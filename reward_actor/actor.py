@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ class RewardScorerActor:
     """Holds one `RewardScorer`. Start with `RewardScorerActor.options(num_gpus=1).remote(path)`."""
 
     def __init__(self, path: str, device: str = "auto", dtype: str = "auto") -> None:
+        self._name = Path(path).resolve().name
         self._scorer = RewardScorer.from_pretrained(path, device, dtype)
 
     def score_groups(
@@ -28,20 +30,23 @@ class RewardScorerActor:
         return self._scorer.score(groups, token_rewards)
 
     def info(self) -> schema.Info:
-        contract = self._scorer.contract
+        scorer = self._scorer
+        contract = scorer.contract
         return schema.Info(
-            model=self._scorer.loaded.path.name,
-            model_version=self._scorer.model_version,
-            dtype=self._scorer.dtype,
+            model=self._name,
+            model_version=scorer.model_version,
+            dtype=scorer.dtype,
+            path=scorer.path,
             format=contract.format,
-            tokenizer_fingerprint=tokenizer_fingerprint(self._scorer.loaded.tokenizer, contract),
+            tokenizer_fingerprint=tokenizer_fingerprint(scorer.renderer.tokenizer, contract),
             template_date=contract.template_date,
-            normalisation={"mean": contract.mean, "std": contract.std},
+            normalisation=scorer.readout.normalisation,
             limits={
                 "max_length": contract.max_length,
-                "max_batch_tokens": self._scorer.max_batch_tokens,
+                "max_batch_tokens": scorer.max_batch_tokens,
             },
             versions={name: version(name) for name in ("ray", "torch", "transformers")},
+            ensemble=schema.Info.ensemble_of(scorer.readout),
         )
 
 

@@ -7,30 +7,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from reward_actor.contract import (
-    CONTRACT_FILE,
-    ScoringContract,
-    digests,
-    model_version,
-    sha256_file,
-    weight_files,
-)
-from reward_actor.extract import HEAD_NAMES, RewardModel
+from reward_actor.contract import CONTRACT_FILE, ScoringContract, model_version, sha256_file
+from reward_actor.extract import RewardModel
+from reward_actor.headers import CheckpointError as CheckpointError
+from reward_actor.layouts import Layout, recognise, tokenizer_directory
+from reward_actor.networks import load_network, own_score
 from reward_actor.render import contract_for
 
 if TYPE_CHECKING:
@@ -38,9 +27,9 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "MANIFEST.json"
 
-
-class CheckpointError(ValueError):
-    """This directory cannot be served; the message says what to do."""
+# vLLM finds a network by the name of its class, and some families by another than `transformers`
+# gives; `transformers` goes by model_type, so that either name serves it.
+_VLLM_NAMES = {"Gemma3TextForSequenceClassification": "Gemma3ForSequenceClassification"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,8 @@ class LoadedModel:
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a directory. Raises CheckpointError without one."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    directory = tokenizer_directory(path)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
     return cast("PreTrainedTokenizerFast", tokenizer)
@@ -68,17 +58,40 @@ def load_contract(path: Path, *, trust_remote_code: bool = False) -> ScoringCont
     contract = ScoringContract.load(path)
     if contract is not None:
         return contract
+    layout = recognise(path)
+    layout.require_trust(trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    format_ = "chat" if tokenizer.chat_template else "text"
+    contract = infer_contract(layout, tokenizer)
     warnings.warn(
-        f"{path} has no scoring_contract.json; inferred format {format_!r} from its tokenizer. "
-        "Nothing proves that these rewards are the ones of its training.",
+        f"{path} has no scoring_contract.json; inferred format {contract.format!r} from its "
+        "tokenizer. Nothing proves that these rewards are the ones of its training.",
         stacklevel=2,
     )
-    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    # Whoever made a foreign directory decided about EOS without us; its text is scored as it comes.
-    return contract_for(tokenizer, config, format=format_, append_eos=False, dtype=dtype)
+    return contract
+
+
+def infer_contract(
+    layout: Layout, tokenizer: PreTrainedTokenizerFast, format: str | None = None
+) -> ScoringContract:
+    """The contract of a foreign directory, under the rules of the system that wrote it.
+
+    `format` is "chat" by default where the tokenizer has a chat template. The caller has checked
+    that the model's own code may run.
+    """
+    config = AutoConfig.from_pretrained(layout.base, trust_remote_code=layout.kind == "remote_code")
+    mean, std = layout.normalisation
+    # OpenRLHF ends every text with EOS and lets the tokenizer add nothing (reward_dataset.py).
+    # Whoever made another directory decided about EOS without us; its text is scored as it comes.
+    openrlhf = layout.kind == "openrlhf"
+    contract = contract_for(
+        tokenizer,
+        config,
+        format=format or ("chat" if tokenizer.chat_template else "text"),
+        append_eos=openrlhf,
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+    )
+    add_special_tokens = contract.add_special_tokens and not openrlhf
+    return replace(contract, mean=mean, std=std, add_special_tokens=add_special_tokens)
 
 
 def load(
@@ -90,37 +103,33 @@ def load(
 ) -> LoadedModel:
     """Load a reward model for scoring: evaluation mode, no gradients.
 
-    Raises CheckpointError for a missing directory, a causal model without a trained head, pickled
-    weights, weights that do not fit the network or that differ from the manifest; ContractError
-    for a damaged contract.
+    Any layout of `reward_actor.layouts`. Raises CheckpointError for a missing directory, a causal
+    model without a trained head, pickled weights, code of the model's own without
+    `trust_remote_code`, weights that do not fit the network or that differ from the manifest;
+    ContractError for a damaged contract.
     """
-    directory = check_directory(path)
+    layout = recognise(path)
+    layout.require_trust(trust_remote_code)
+    directory = layout.directory
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     contract = load_contract(directory, trust_remote_code=trust_remote_code)
+    if layout.num_outputs != len(contract.heads):
+        raise CheckpointError(
+            f"{directory}: the head has {layout.num_outputs} outputs but the contract names "
+            f"{len(contract.heads)} ({', '.join(contract.heads)}); name every output in its heads"
+        )
     check_manifest(directory)
     dtype = contract.dtype if dtype == "auto" else dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
-    network, report = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-    if absent:
-        raise CheckpointError(
-            f"{directory} does not hold the weights of its own config.json: {absent[0]} "
-            f"({len(absent)} in all) is missing or has another shape"
-        )
+    network = load_network(layout, getattr(torch, dtype), trust_remote_code=trust_remote_code)
     try:
         model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if not (directory / CONTRACT_FILE).exists():
         _check_pooling(model, directory)
-    version = model_version(digests(directory), contract, dtype)
+    version = model_version(layout.digests(), contract, dtype)
     return LoadedModel(version, model, tokenizer, contract, dtype, directory)
 
 
@@ -132,12 +141,13 @@ def _check_pooling(model: RewardModel, directory: Path) -> None:
     """
     device = next(model.parameters()).device
     pad = model.network.config.pad_token_id  # where plain transformers would stop reading
-    row = torch.tensor([[i for i in range(5, 14) if i != pad]], device=device)
+    ids = [i for i in range(5, 14) if i != pad]
+    row = torch.tensor([ids], device=device)
     padded = torch.cat([row, torch.zeros_like(row)], dim=1)
     length = torch.tensor([row.shape[1]], device=device)
     with torch.inference_mode():
         ours = model(padded, length).item()
-        own = model.network(input_ids=row).logits.float().item()
+    own = own_score(model.network, ids)
     if not abs(ours - own) <= 2e-2 * max(1.0, abs(own)):
         raise CheckpointError(
             f"{directory}: {type(model.network).__name__} scores {own:.4g} where its head at the "
@@ -154,46 +164,7 @@ def resolve_device(device: str) -> str:
 
 def check_directory(path: str | Path) -> Path:
     """The directory as a path. Raises CheckpointError unless it holds a trained reward model."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory; give the export of a training (its export/ folder)"
-        )
-    config_file = directory / "config.json"
-    if not config_file.exists():
-        hint = "; did you mean its export/ folder?" if (directory / "export").is_dir() else ""
-        raise CheckpointError(f"{directory} holds no config.json, so no model{hint}")
-    names = _weight_names(directory)
-    if not names:
-        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
-        raise CheckpointError(
-            f"{directory} holds no .safetensors weights"
-            + (
-                f" ({pickled[0].name} is a pickle, which can run code when it is read; save the "
-                "model with safe_serialization=True)"
-                if pickled
-                else ""
-            )
-        )
-    if not any(name.split(".")[-2:-1] and name.split(".")[-2] in HEAD_NAMES for name in names):
-        architecture = json.loads(config_file.read_text()).get("architectures") or ["a network"]
-        raise CheckpointError(
-            f"{directory} has no trained reward head: {architecture[0]} without any of "
-            f"{', '.join(h + '.weight' for h in HEAD_NAMES)}. Serving it would score with random "
-            "numbers. Train it first: rayward train --model.path " + str(directory)
-        )
-    return directory
-
-
-def _weight_names(directory: Path) -> set[str]:
-    names: set[str] = set()
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="np") as file:
-                names.update(file.keys())
-        except Exception as error:  # safetensors' own error type is not exported everywhere
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-    return names
+    return recognise(path).directory
 
 
 def check_manifest(directory: Path) -> None:
@@ -233,14 +204,15 @@ def export(
     staging = directory.with_name(directory.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    config.num_labels = 1
-    config.id2label = {0: "reward"}
-    config.label2id = {"reward": 0}
+    config.num_labels = len(contract.heads)
+    config.id2label = dict(enumerate(contract.heads))
+    config.label2id = {name: index for index, name in enumerate(contract.heads)}
     config.problem_type = "regression"  # without it vLLM puts a sigmoid on the reward
     config.pad_token_id = contract.pad_token_id
     config.use_cache = True
     network.config = config
     network.save_pretrained(staging, state_dict=dict(state_dict))
+    _name_for_vllm(staging / "config.json")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
     tokenizer.save_pretrained(staging)
     contract = record(staging, contract, device)
@@ -257,6 +229,12 @@ def export(
     os.replace(staging, directory)
     shutil.rmtree(previous, ignore_errors=True)
     return contract
+
+
+def _name_for_vllm(config_file: Path) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["architectures"] = [_VLLM_NAMES.get(name, name) for name in config["architectures"]]
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_manifest(directory: Path) -> None:

@@ -218,4 +218,6 @@ def _from_reply(reply: schema.GroupReply, model_version: str) -> GroupScores:
         model_version=model_version,
         token_rewards=reply.token_rewards,
         tokens=reply.tokens,
+        members=reply.members,
+        spread=reply.spread,
     )

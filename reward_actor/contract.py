@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 CONTRACT_FILE = "scoring_contract.json"
 
@@ -19,6 +20,9 @@ CONTRACT_FILE = "scoring_contract.json"
 FLOAT32_TOLERANCE = 1e-5
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+Combine = Literal["mean", "min", "mean_minus_std"]
+"""How several rewards of one sample become one; `reward_actor.readout` has the formulas."""
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -72,7 +76,9 @@ class ScoringContract:
     template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
     over_long           a sample over max_length tokens is an error for that sample.
     dtype               of the body when nothing else is asked for; the head is always float32.
-    mean, std           reward = (raw score - mean) / std.
+    heads               names of the head's outputs; several are an ensemble in one network.
+    combine, combine_k  how the rewards of several heads become one, and k of mean_minus_std.
+    mean, std           reward = (raw score - mean) / std, for every head.
     """
 
     format: Literal["chat", "text"]
@@ -91,6 +97,8 @@ class ScoringContract:
     pooling: Literal["last_token"] = "last_token"
     over_long: Literal["error"] = "error"
     heads: list[str] = field(default_factory=lambda: ["reward"])
+    combine: Combine = "mean"
+    combine_k: float = 1.0
     mean: float = 0.0
     std: float = 1.0
     golden: Golden = field(default_factory=Golden)
@@ -107,6 +115,9 @@ class ScoringContract:
             raise ContractError(f"max_length is {self.max_length}; it must be at least 1")
         if not self.std > 0:
             raise ContractError(f"std is {self.std}; it must be above 0")
+        if not self.heads or len(set(self.heads)) < len(self.heads):
+            raise ContractError(f"heads is {self.heads!r}; every output needs a name of its own")
+        check_rule(self.combine, self.combine_k, "combine_k")
         for name, known in (("pooling", "last_token"), ("over_long", "error")):
             if getattr(self, name) != known:
                 raise ContractError(
@@ -121,9 +132,6 @@ class ScoringContract:
     @property
     def chat_template_sha256(self) -> str | None:
         return None if self.chat_template is None else sha256_text(self.chat_template)
-
-    def normalise(self, raw_score: float) -> float:
-        return (raw_score - self.mean) / self.std
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
@@ -169,6 +177,16 @@ class ScoringContract:
         if not isinstance(data, dict):
             raise ContractError(f"{path} does not hold a JSON object")
         return cls.from_json(data)
+
+
+def check_rule(combine: object, k: object, k_name: str = "k") -> None:
+    """Raise ContractError unless `combine` is a known rule and `k` a finite number, at least 0."""
+    if combine not in get_args(Combine):
+        known = ", ".join(get_args(Combine))
+        raise ContractError(f"combine is {combine!r}; it must be one of {known}")
+    is_number = isinstance(k, (int, float)) and not isinstance(k, bool)
+    if not is_number or not math.isfinite(k) or k < 0:  # type: ignore[arg-type,operator]
+        raise ContractError(f"{k_name} is {k!r}; it must be a finite number of at least 0")
 
 
 def sha256_text(text: str) -> str:

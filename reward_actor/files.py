@@ -108,9 +108,13 @@ def rollout_row(rollout: RolloutGroup) -> Row:
 
 
 def _scores(scores: GroupScores) -> Row:
+    ensemble = (
+        {} if scores.members is None else {"members": scores.members, "spread": scores.spread}
+    )
     return {
         "rewards": scores.rewards,
         "raw_scores": scores.raw_scores,
+        **ensemble,
         "num_tokens": scores.num_tokens,
         "errors": [None if error is None else asdict(error) for error in scores.errors],
         "model_version": scores.model_version,

@@ -17,9 +17,12 @@ from reward_actor.contract import (
     ScoringContract,
     check_scores,
 )
+from reward_actor.readout import Readout
 from reward_actor.render import Renderer
 
 if TYPE_CHECKING:
+    from reward_actor.checkpoint import LoadedModel
+    from reward_actor.engine import Engine
     from reward_actor.scorer import RewardScorer
 
 # Written for this purpose, so that no export carries a line of anybody's data. Lengths differ, so
@@ -51,36 +54,53 @@ def golden_samples(renderer: Renderer) -> list[GoldenSample]:
     return fitting
 
 
-def replay(scorer: RewardScorer) -> None:
-    """Score the golden samples through this scorer. Raises ContractError at the first mismatch."""
-    golden = scorer.contract.golden
-    for index, sample in enumerate(golden.samples):
-        ids = scorer.renderer.render(sample.prompt, sample.completion)
+def replay(loaded: LoadedModel, engine: Engine) -> None:
+    """Score the contract's golden samples, if it has any, through the engine of this very model.
+
+    Raises ContractError at the first mismatch.
+    """
+    contract = loaded.contract
+    samples = contract.golden.samples
+    if not samples:
+        return
+    renderer = Renderer(loaded.tokenizer, contract)
+    for index, sample in enumerate(samples):
+        ids = renderer.render(sample.prompt, sample.completion)
         if ids != sample.input_ids:
             raise ContractError(
                 f"golden sample {index} renders to other token ids than at export "
                 f"({len(ids)} against {len(sample.input_ids)}): the tokenizer or the chat template "
                 "is not the one that the model was trained with"
             )
-    scores = scorer.raw_scores([sample.input_ids for sample in golden.samples])
-    check_scores(scorer.contract, scorer.dtype, scores.tolist(), f"the {scorer.engine.path} path")
+    scores = engine.raw_scores([sample.input_ids for sample in samples])
+    combined = Readout.of(contract).read(scores).raw_scores
+    check_scores(contract, loaded.dtype, combined.tolist(), f"the {engine.path} path")
 
 
 def _load(directory: Path, device: str, dtype: str) -> RewardScorer:
-    """The exported weights on the device, or on the CPU if the device has no room for them."""
+    """The exported weights on the device, or on the CPU if the device has no room for them.
+
+    Without a cache: a sample alone and the same one in a batch are compared.
+    """
     import torch
 
     from reward_actor.scorer import RewardScorer
 
+    def on(place: str) -> RewardScorer:
+        return RewardScorer.from_pretrained(
+            directory, place, dtype, check_golden=False, cache_size=0
+        )
+
     try:
-        return RewardScorer.from_pretrained(directory, device, dtype, check_golden=False)
+        return on(device)
     except torch.cuda.OutOfMemoryError:
-        return RewardScorer.from_pretrained(directory, "cpu", dtype, check_golden=False)
+        return on("cpu")
 
 
 def record(directory: Path, contract: ScoringContract, device: str = "auto") -> ScoringContract:
     """Score the golden samples with the weights in `directory` and save the completed contract.
 
+    Of several heads the expected raw score is the one that the contract's rule makes of them.
     float32 is held to 1e-5, unless alone and in a batch already differ by more here: then to four
     times that, with a warning. bfloat16 is held to four times the largest difference between its
     scores (alone and in a batch) and the float32 ones. Raises ValueError for scores that are not
@@ -94,11 +114,14 @@ def record(directory: Path, contract: ScoringContract, device: str = "auto") -> 
         scorer = _load(directory, device, dtype)
         samples = golden_samples(scorer.renderer)
         rows = [sample.input_ids for sample in samples]
-        raw_scores[dtype] = np.array([scorer.raw_scores([row])[0] for row in rows])
+        read = scorer.readout.read
+        alone = read(np.concatenate([scorer.raw_scores([row]) for row in rows]))
+        raw_scores[dtype] = alone.raw_scores
         apart = 0.0
         scale = np.maximum(1.0, np.abs(raw_scores["float32"]))
-        for scores in (raw_scores[dtype], scorer.raw_scores(rows)):
-            if not np.isfinite(scores).all():
+        for reading in (alone, read(scorer.raw_scores(rows))):
+            scores = reading.raw_scores
+            if not reading.finite.all():
                 raise ValueError(
                     f"the golden samples score {scores.tolist()} in {dtype}: the weights are not "
                     "finite, so the export is not saved"

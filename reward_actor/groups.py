@@ -1,16 +1,23 @@
 """What goes into a scorer and what comes out: plain values, no dependency.
 
-Shapes: a group holds one prompt and n completions; every list of its scores has length n.
+Shapes: a group holds one prompt and n completions; every list of its scores has length n. A scorer
+has K members.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
-from reward_actor.contract import ScoringContract
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from reward_actor.readout import Readout
+
+    Scores = NDArray[np.float32]
 
 Message = Mapping[str, Any]
 """One chat turn, {"role": str, "content": str}."""
@@ -58,6 +65,9 @@ class GroupScores:
 
     `rewards` are normalised by the contract, `raw_scores` are the head's output, `num_tokens`
     counts prompt + completion. Where `errors[i]` is set, `rewards[i]` and `raw_scores[i]` are None.
+
+    Of an ensemble, both are its members' combined by the rule; `members[i]` are the members' own
+    rewards in the order of their names, and `spread[i]` is the standard deviation of those.
     """
 
     rewards: list[float | None]
@@ -68,6 +78,8 @@ class GroupScores:
     model_version: str
     token_rewards: list[list[float] | None] | None = None
     tokens: list[list[str] | None] | None = None
+    members: list[list[float] | None] | None = None
+    spread: list[float | None] | None = None
 
 
 Rendered = list[int] | SampleError
@@ -81,40 +93,65 @@ def scorable(rendered: Sequence[Sequence[Rendered]]) -> list[list[int]]:
 
 def assemble(
     rendered: Sequence[Sequence[Rendered]],
-    raw_scores: Sequence[float],
-    contract: ScoringContract,
+    raw_scores: Scores,
+    readout: Readout,
     model_version: str,
-    token_scores: Sequence[Sequence[float]] | None = None,
+    token_scores: Sequence[Scores] | None = None,
 ) -> list[GroupScores]:
-    """Lay the raw scores of `scorable(rendered)` back into the groups and normalise them.
+    """Lay the raw scores (n, K) of `scorable(rendered)` back into the groups as rewards.
 
-    A raw score that is not finite becomes an error of its sample. `token_scores` are the raw scores
-    of every token, one list for each scorable sample.
+    A member's score that is not finite becomes an error of its sample. `token_scores` are the raw
+    scores of every token, one (tokens, K) for each scorable sample.
     """
-    assert len(raw_scores) == len(scorable(rendered)), "one raw score for each scorable sample"
-    following = iter(range(len(raw_scores)))
+    assert len(raw_scores) == len(scorable(rendered)), "one row for each scorable sample"
+    read = _read(raw_scores, readout, token_scores)
     results = []
     for group in rendered:
-        scores = GroupScores([], [], [], [], [], model_version)
-        per_token: list[list[float] | None] = []
-        for sample in group:
-            error = sample if isinstance(sample, SampleError) else None
-            raw: float | None = None
-            tokens: list[float] | None = None
-            if not isinstance(sample, SampleError):
-                index = next(following)
-                raw = float(raw_scores[index])
-                row = [raw] if token_scores is None else token_scores[index]
-                if not all(math.isfinite(score) for score in row):
-                    raw = None
-                    error = SampleError("non_finite_reward", "the model's reward is not finite")
-                elif token_scores is not None:
-                    tokens = [contract.normalise(float(score)) for score in row]
-            scores.raw_scores.append(raw)
-            scores.rewards.append(None if raw is None else contract.normalise(raw))
-            scores.num_tokens.append(0 if isinstance(sample, SampleError) else len(sample))
-            scores.truncated.append(False)
-            scores.errors.append(error)
-            per_token.append(tokens)
-        results.append(scores if token_scores is None else replace(scores, token_rewards=per_token))
+        samples = [s if isinstance(s, SampleError) else next(read) for s in group]
+        good = [None if isinstance(s, SampleError) else s for s in samples]
+        scores = GroupScores(
+            rewards=[None if s is None else s.reward for s in good],
+            raw_scores=[None if s is None else s.raw_score for s in good],
+            num_tokens=[0 if isinstance(ids, SampleError) else len(ids) for ids in group],
+            truncated=[False] * len(group),
+            errors=[s if isinstance(s, SampleError) else None for s in samples],
+            model_version=model_version,
+        )
+        if token_scores is not None:
+            per_token = [None if s is None else s.tokens for s in good]
+            scores = replace(scores, token_rewards=per_token)
+        if readout.is_ensemble:
+            members = [None if s is None else s.members for s in good]
+            spread = [None if s is None else s.spread for s in good]
+            scores = replace(scores, members=members, spread=spread)
+        results.append(scores)
     return results
+
+
+@dataclass(frozen=True)
+class _Sample:
+    reward: float
+    raw_score: float
+    members: list[float]
+    spread: float
+    tokens: list[float]
+
+
+def _read(
+    raw_scores: Scores, readout: Readout, token_scores: Sequence[Scores] | None
+) -> Iterator[_Sample | SampleError]:
+    """What the raw scores of each scorable sample mean."""
+    reading = readout.read(raw_scores)
+    rewards, raw = reading.rewards.tolist(), reading.raw_scores.tolist()
+    members, spread = reading.members.tolist(), reading.spread.tolist()
+    for index, finite in enumerate(reading.finite.tolist()):
+        tokens: list[float] = []
+        if finite and token_scores is not None:
+            of_tokens = readout.read(token_scores[index])
+            finite, tokens = bool(of_tokens.finite.all()), of_tokens.rewards.tolist()
+        if finite:
+            yield _Sample(rewards[index], raw[index], members[index], spread[index], tokens)
+            continue
+        bad = [n for n, r in zip(readout.names, members[index], strict=True) if not isfinite(r)]
+        whose = f"{bad[0]}'s" if readout.is_ensemble and bad else "the model's"
+        yield SampleError("non_finite_reward", f"{whose} reward is not finite")

@@ -6,9 +6,15 @@ the way out (a non-finite reward is a per-sample error).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from reward_actor.contract import Combine
+
+if TYPE_CHECKING:
+    from reward_actor.readout import Readout
 
 ErrorType = Literal[
     # of one sample
@@ -101,7 +107,11 @@ class SampleErrorReply(Wire):
 
 
 class GroupReply(Wire):
-    """Index i of every list belongs to completion i; rewards are null where `errors` is set."""
+    """Index i of every list belongs to completion i; rewards are null where `errors` is set.
+
+    Of an ensemble, `members` are the rewards of each of its members, in the order in which `/info`
+    names them, and `spread` is their standard deviation; null otherwise.
+    """
 
     rewards: list[float | None]
     raw_scores: list[float | None]
@@ -110,6 +120,8 @@ class GroupReply(Wire):
     errors: list[SampleErrorReply | None]
     token_rewards: list[list[float] | None] | None = None
     tokens: list[list[str] | None] | None = None
+    members: list[list[float] | None] | None = None
+    spread: list[float | None] | None = None
 
 
 class ScoreReply(Wire):
@@ -141,18 +153,39 @@ class ModelList(Wire):
     data: list[ModelCard]
 
 
+class EnsembleInfo(Wire):
+    """The members of an ensemble by name, how each is normalised, and the rule that makes one."""
+
+    names: list[str]
+    means: list[float]
+    stds: list[float]
+    combine: Combine
+    k: float
+
+
 class Info(Wire):
-    """What is served and every limit that a caller can run into."""
+    """What is served and every limit that a caller can run into.
+
+    `path` is the way that sequences take through the network. `normalisation` is empty for an
+    ensemble whose members differ in it.
+    """
 
     model: str
     model_version: str
     dtype: str
+    path: str
     format: Literal["chat", "text"]
     tokenizer_fingerprint: str
     template_date: str | None
     normalisation: dict[str, float]
     limits: dict[str, float]
     versions: dict[str, str]
+    ensemble: EnsembleInfo | None = None
+
+    @staticmethod
+    def ensemble_of(readout: Readout) -> EnsembleInfo | None:
+        """What `ensemble` says of a scorer with this readout."""
+        return EnsembleInfo.model_validate(asdict(readout)) if readout.is_ensemble else None
 
 
 class Status(Wire):

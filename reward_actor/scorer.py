@@ -1,4 +1,7 @@
-"""`RewardScorer`: token sequences in, float32 rewards out. No Ray."""
+"""`RewardScorer`: token sequences in, float32 rewards out. No Ray.
+
+Legend: n sequences, K members: the heads of all models behind the scorer, usually one.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reward_actor.cache import RewardCache
 from reward_actor.checkpoint import LoadedModel, load
+from reward_actor.contract import Combine
 from reward_actor.engine import Attention, Engine
+from reward_actor.ensemble import Ensemble, ensemble_readout, ensemble_version, shared_contract
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
+from reward_actor.readout import Reading
 from reward_actor.render import Renderer
 
 if TYPE_CHECKING:
@@ -18,102 +25,157 @@ if TYPE_CHECKING:
 
     from reward_actor.contract import ScoringContract
 
+    Scores = NDArray[np.float32]
+
+CACHE_SIZE = 65_536
+"""Sequences whose raw scores are kept: 16 MB, with one head."""
+
 
 class RewardScorer:
-    """One loaded reward model. A reward depends on its own sequence, never on its neighbours."""
+    """One loaded reward model, or an ensemble of them. A reward depends on its own sequence, never
+    on its neighbours.
+
+    members   the loaded models; each has its engine, at the same index of `engines`.
+    readout   how the K heads' raw scores become one reward.
+    contract  what the ids are rendered under.
+    """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        members: Sequence[LoadedModel],
         *,
+        combine: Combine = "mean",
+        k: float = 1.0,
         attention: Attention = "auto",
         max_batch_tokens: int | None = None,
+        cache_size: int = CACHE_SIZE,
     ) -> None:
-        """Raises ValueError as `Engine` does."""
-        self.loaded = loaded
-        self.renderer = Renderer(loaded.tokenizer, loaded.contract)
-        self.engine = Engine(loaded.model, attention, max_batch_tokens)
+        """combine, k: the rule for several models; a single one has its contract's. cache_size:
+        sequences whose raw scores are kept, 0 for none.
+
+        Raises ValueError as `Engine` does, and for members that do not render alike.
+        """
+        self.members = tuple(members)
+        paths = [member.path for member in self.members]
+        contracts = [member.contract for member in self.members]
+        tokenizers = [member.tokenizer for member in self.members]
+        self.contract: ScoringContract = shared_contract(paths, contracts, tokenizers)
+        self.readout = ensemble_readout(paths, contracts, combine, k)
+        self.model_version = ensemble_version(self.members, combine, k)
+        self.renderer = Renderer(tokenizers[0], self.contract)
+        self.engines = tuple(
+            Engine(member.model, attention, max_batch_tokens) for member in self.members
+        )
+        self.cache = RewardCache(cache_size) if cache_size else None
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         device: str = "auto",
         dtype: str = "auto",
         attention: Attention = "auto",
         max_batch_tokens: int | None = None,
         trust_remote_code: bool = False,
         check_golden: bool = True,
+        combine: Combine | None = None,
+        k: float | None = None,
+        cache_size: int = CACHE_SIZE,
     ) -> RewardScorer:
         """Load a reward model, find its fastest exact path and replay its golden samples.
 
-        device: "auto" (CUDA where there is one), "cpu", "cuda:0", ...; dtype: "auto" (the
-        contract's), "float32", "bfloat16", "float16"; attention: "auto", "forest" (shared prefixes
-        once) or "padded"; max_batch_tokens: rows in one forward pass, chosen from free memory when
-        not given. Raises CheckpointError or ContractError (both ValueError).
+        path: a directory of one model or of an ensemble (`ensemble.json`), or a list of models'
+        directories, which are then an ensemble under `combine` ("mean" when not given, "min",
+        "mean_minus_std") and `k`; device: "auto" (CUDA where there is one), "cpu", "cuda:0", ...;
+        dtype: "auto" (each contract's), "float32", "bfloat16", "float16"; attention: "auto",
+        "forest" (shared prefixes once) or "padded"; max_batch_tokens: rows in one forward pass,
+        chosen from free memory when not given; cache_size: sequences whose raw scores are kept.
+        Raises CheckpointError or ContractError (both ValueError), and ValueError for members that
+        do not render alike.
         """
-        loaded = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        scorer = cls(loaded, attention=attention, max_batch_tokens=max_batch_tokens)
-        if check_golden and loaded.contract.golden.samples:
+        places, rule, rule_k = _what(path, combine, k)
+        scorer = cls(
+            [
+                load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+                for place in places
+            ],
+            combine=rule,
+            k=rule_k,
+            attention=attention,
+            max_batch_tokens=max_batch_tokens,
+            cache_size=cache_size,
+        )
+        if check_golden:
             from reward_actor.golden import replay
 
-            replay(scorer)
+            for member, engine in zip(scorer.members, scorer.engines, strict=True):
+                replay(member, engine)
         return scorer
 
     @property
-    def contract(self) -> ScoringContract:
-        return self.loaded.contract
-
-    @property
-    def model_version(self) -> str:
-        return self.loaded.version
-
-    @property
     def dtype(self) -> str:
-        return self.loaded.dtype
+        """The members' dtype; where they differ, all of them."""
+        return ", ".join(dict.fromkeys(member.dtype for member in self.members))
+
+    @property
+    def path(self) -> str:
+        """The path that sequences take through the network; where members differ, all of them."""
+        return ", ".join(dict.fromkeys(engine.path for engine in self.engines))
 
     @property
     def max_batch_tokens(self) -> int:
-        return self.engine.max_batch_tokens
+        return min(engine.max_batch_tokens for engine in self.engines)
 
     def score(self, groups: Sequence[Group], token_rewards: bool = False) -> list[GroupScores]:
         """Score every completion of every group; one that cannot be scored carries its error."""
         rendered = [self.renderer.sequences(group) for group in groups]
         sequences = scorable(rendered)
-        if token_rewards:
-            per_token = [row.tolist() for row in self.token_scores(sequences)]
-            raw = [row[-1] for row in per_token]
-        else:
-            per_token = None
-            raw = self.raw_scores(sequences).tolist()
-        return assemble(rendered, raw, self.contract, self.model_version, per_token)
+        per_token = self.token_scores(sequences) if token_rewards else None
+        raw = self.raw_scores(sequences) if per_token is None else self.last_scores(per_token)
+        return assemble(rendered, raw, self.readout, self.model_version, per_token)
 
-    def score_ids(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def score_ids(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """Rewards of whole token sequences, as given: (n,) float32.
 
         Raises ValueError naming the first sequence that is empty, too long, outside the
         vocabulary, or whose reward is not finite.
         """
-        rows = self._valid(sequences)
-        rewards = (self.raw_scores(rows) - self.contract.mean) / self.contract.std
-        bad = np.flatnonzero(~np.isfinite(rewards))
-        if len(bad):
-            raise ValueError(f"sequence {bad[0]}: the model's reward is not finite")
-        return rewards.astype(np.float32)
+        reading = self.readout.read(self.raw_scores(self._valid(sequences)))
+        for index in np.flatnonzero(~reading.finite):
+            raise _not_finite(int(index))
+        return reading.rewards.astype(np.float32)
 
-    def token_rewards(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    def token_rewards(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """The reward at every token of every sequence. Raises ValueError as `score_ids` does."""
-        contract = self.contract
-        scores = self.token_scores(self._valid(sequences))
-        return [((row - contract.mean) / contract.std).astype(np.float32) for row in scores]
+        rewards = []
+        for index, scores in enumerate(self.token_scores(self._valid(sequences))):
+            reading: Reading = self.readout.read(scores)
+            if not reading.finite.all():
+                raise _not_finite(index)
+            rewards.append(reading.rewards.astype(np.float32))
+        return rewards
 
-    def raw_scores(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """The head's output for sequences that `Renderer.checked` has passed: (n,) float32."""
-        return self.engine.raw_scores(sequences)[:, 0]
+    def raw_scores(self, sequences: Sequence[Sequence[int]]) -> Scores:
+        """What the heads say of sequences that `Renderer.checked` has passed: (n, K) float32.
 
-    def token_scores(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        """The head's output at every token of such sequences."""
-        return [scores[:, 0] for scores in self.engine.token_scores(sequences)]
+        Sequences that were asked for before come from the cache, bit by bit as they were.
+        """
+        if self.cache is None:
+            return self._computed(sequences)
+        return self.cache.scores(self.model_version, sequences, self._computed)
+
+    def _computed(self, sequences: Sequence[Sequence[int]]) -> Scores:
+        return np.concatenate([engine.raw_scores(sequences) for engine in self.engines], axis=1)
+
+    def token_scores(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        """What the heads say at every token of such sequences: n arrays (tokens, K)."""
+        members = [engine.token_scores(sequences) for engine in self.engines]
+        return [np.concatenate(rows, axis=1) for rows in zip(*members, strict=True)]
+
+    def last_scores(self, token_scores: Sequence[Scores]) -> Scores:
+        """n arrays (tokens, K) -> (n, K): the scores of the sequences that they end."""
+        last = np.array([row[-1] for row in token_scores], np.float32)
+        return last.reshape(len(token_scores), len(self.readout))
 
     def _valid(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         rows = []
@@ -123,3 +185,27 @@ class RewardScorer:
                 raise ValueError(f"sequence {index}: {checked.message}")
             rows.append(checked)
         return rows
+
+
+def _what(
+    path: str | Path | Sequence[str | Path], combine: Combine | None, k: float | None
+) -> tuple[tuple[Path, ...], Combine, float]:
+    """The directories to load, and the rule for several. Raises ValueError as `Ensemble` does."""
+    if not isinstance(path, (str, Path)):
+        members = tuple(Path(member).expanduser() for member in path)
+        ensemble = Ensemble(members, combine or "mean", 1.0 if k is None else k)
+    elif combine is not None or k is not None:
+        raise ValueError(
+            f"combine and k go with a list of directories; {path} brings its own (in its "
+            "ensemble.json, or its scoring contract)"
+        )
+    else:
+        found = Ensemble.load(Path(path).expanduser())
+        if found is None:
+            return (Path(path),), "mean", 1.0
+        ensemble = found
+    return ensemble.members, ensemble.combine, ensemble.k
+
+
+def _not_finite(index: int) -> ValueError:
+    return ValueError(f"sequence {index}: the model's reward is not finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -12,8 +13,9 @@ import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from reward_actor.checkpoint import check_directory, check_manifest, load_contract
+from reward_actor.checkpoint import check_manifest, load_contract
 from reward_actor.cluster import capacity, connect, require_resources
+from reward_actor.ensemble import model_directories
 from reward_actor.handle import DEFAULT_APP_NAME
 from reward_actor.settings import validate
 from serve.config import ServeConfig
@@ -44,9 +46,10 @@ def app(args: dict[str, Any]) -> Application:
 
 def resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute path and a name, its model checked. Raises ValueError."""
-    directory = check_directory(config.model).resolve()
-    load_contract(directory, trust_remote_code=config.trust_remote_code)
-    check_manifest(directory)
+    directory = Path(config.model).expanduser().resolve()
+    for member in model_directories(directory):
+        load_contract(member, trust_remote_code=config.trust_remote_code)
+        check_manifest(member)
     name = config.name or directory.name
     return config.model_copy(update={"model": str(directory), "name": name})
 

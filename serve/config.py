@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,7 +23,15 @@ class ServeConfig(BaseModel):
     threads_per_replica: int = Field(
         0, ge=0, description="CPU threads of a replica; 0: this machine's cores over num_replicas"
     )
-    max_batch_tokens: Positive = Field(16_384, description="padded tokens in one forward pass")
+    attention: Literal["auto", "forest", "padded"] = Field(
+        "auto", description="auto (the fastest exact one), forest (shared prefixes once) or padded"
+    )
+    max_batch_tokens: int = Field(
+        0, ge=0, description="rows in one forward pass; 0: chosen from free memory"
+    )
+    cache_size: int = Field(
+        65_536, ge=0, description="sequences whose scores a replica keeps; 0: none"
+    )
     max_queued_tokens: Positive = Field(
         1_000_000, description="tokens that wait at one replica before it answers 429"
     )
@@ -37,6 +45,7 @@ class ServeConfig(BaseModel):
         """Every limit that a caller can run into, for `/info`."""
         names = (
             "max_batch_tokens",
+            "cache_size",
             "max_queued_tokens",
             "max_request_tokens",
             "max_request_samples",

@@ -28,11 +28,14 @@ class RewardModelReplica:
             config.model,
             device=config.device,
             dtype=config.dtype,
-            max_batch_tokens=config.max_batch_tokens,
+            attention=config.attention,
+            max_batch_tokens=config.max_batch_tokens or None,
             trust_remote_code=config.trust_remote_code,
+            cache_size=config.cache_size,
         )
+        self._max_batch_tokens = self._scorer.max_batch_tokens
         self._batcher = Batcher(
-            max_batch_tokens=config.max_batch_tokens, max_queued_tokens=config.max_queued_tokens
+            max_batch_tokens=self._max_batch_tokens, max_queued_tokens=config.max_queued_tokens
         )
         self._device_lost: str | None = None
 
@@ -63,7 +66,7 @@ class RewardModelReplica:
         return ReplicaReply(
             "ok",
             held,
-            raw_scores=[float(row[-1]) for row in results] if token_scores else list(results),
+            raw_scores=self._scorer.last_scores(results) if token_scores else results,
             token_scores=list(results) if token_scores else None,
             queue_s=scored.queue_s,
             score_s=scored.score_s,
@@ -72,9 +75,12 @@ class RewardModelReplica:
     def describe(self) -> Description:
         return Description(
             model_version=self._scorer.model_version,
-            path=str(self._scorer.loaded.path.resolve()),
+            directory=str(self._scorer.members[0].path.resolve()),
             dtype=self._scorer.dtype,
+            path=self._scorer.path,
+            max_batch_tokens=self._max_batch_tokens,
             contract=self._scorer.contract.to_json(),
+            readout=self._scorer.readout,
             versions={name: version(name) for name in ("ray", "torch", "transformers")},
         )
 

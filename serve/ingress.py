@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.exceptions import RayActorError
@@ -51,7 +52,8 @@ class _Model:
 
 
 def _load(description: Description, config: ServeConfig) -> _Model:
-    tokenizer = load_tokenizer(Path(description.path), trust_remote_code=config.trust_remote_code)
+    directory = Path(description.directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=config.trust_remote_code)
     contract = ScoringContract.from_json(description.contract)
     return _Model(
         description,
@@ -86,12 +88,13 @@ def _assemble(
     model: _Model,
     token_rewards: bool,
 ) -> list[GroupScores]:
-    raw = [float(score) for reply in replies for score in _present(reply.raw_scores)]
+    readout = model.description.readout
+    none = np.empty((0, len(readout)), np.float32)
+    raw = np.concatenate([none, *(_present(reply.raw_scores) for reply in replies)])
     per_token = None
     if token_rewards:
-        per_token = [row.tolist() for reply in replies for row in _present(reply.token_scores)]
-    version = model.description.model_version
-    return assemble(rendered, raw, model.contract, version, per_token)
+        per_token = [row for reply in replies for row in _present(reply.token_scores)]
+    return assemble(rendered, raw, readout, model.description.model_version, per_token)
 
 
 def _present(value: Any) -> Any:
@@ -130,12 +133,18 @@ class Ingress:
             model=self._name,
             model_version=model.description.model_version,
             dtype=model.description.dtype,
+            path=model.description.path,
             format=contract.format,
             tokenizer_fingerprint=model.fingerprint,
             template_date=contract.template_date,
-            normalisation={"mean": contract.mean, "std": contract.std},
-            limits={**self._config.limits(), "max_length": contract.max_length},
+            normalisation=model.description.readout.normalisation,
+            limits={
+                **self._config.limits(),
+                "max_batch_tokens": model.description.max_batch_tokens,
+                "max_length": contract.max_length,
+            },
             versions=model.description.versions,
+            ensemble=schema.Info.ensemble_of(model.description.readout),
         )
 
     # ---- routes
@@ -211,7 +220,7 @@ class Ingress:
             timings["render"] = 1e3 * (time.perf_counter() - started)
             self._check_size(rendered)
             version = model.description.model_version
-            parts = _parts(rendered, self._config.max_batch_tokens)
+            parts = _parts(rendered, model.description.max_batch_tokens)
             replies = await self._ask_all(
                 [FlatSequences.of(part, version) for part in parts], token_rewards
             )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from reward_actor.readout import Readout
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -36,7 +38,8 @@ class FlatSequences:
 
 @dataclass(frozen=True)
 class ReplicaReply:
-    """Raw scores of n sequences, or why there are none.
+    """Raw scores of n sequences by K members, or why there are none: raw_scores (n, K), and
+    token_scores, n arrays (tokens, K), where they were asked for.
 
     "other_version": this replica holds another model than the ids were rendered for.
     "overloaded": its queue is full; `retry_after_s` is when there should be room.
@@ -45,7 +48,7 @@ class ReplicaReply:
 
     status: Literal["ok", "other_version", "overloaded", "failed"]
     model_version: str
-    raw_scores: Sequence[float] | None = None
+    raw_scores: NDArray[np.float32] | None = None
     token_scores: list[NDArray[np.float32]] | None = None
     queue_s: float = 0.0
     score_s: float = 0.0
@@ -55,10 +58,17 @@ class ReplicaReply:
 
 @dataclass(frozen=True)
 class Description:
-    """What an ingress must know of the model that the replicas hold."""
+    """What an ingress must know of the model that the replicas hold.
+
+    directory holds its tokenizer (the first member's, of an ensemble); path is the way that
+    sequences take through the network; max_batch_tokens is what was chosen where it was left open.
+    """
 
     model_version: str
-    path: str
+    directory: str
     dtype: str
+    path: str
+    max_batch_tokens: int
     contract: dict[str, Any]
+    readout: Readout
     versions: dict[str, str]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,18 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def make_export(base: Path, directory: Path, *, seed: int = 0, format: str = "chat") -> Path:
-    """An export of a random reward model on top of `base`."""
+def make_export(
+    base: Path,
+    directory: Path,
+    *,
+    seed: int = 0,
+    format: str = "chat",
+    heads: Sequence[str] = ("reward",),
+    **contract_fields: Any,
+) -> Path:
+    """An export of a random reward model on top of `base`, with these fields in its contract."""
+    from dataclasses import replace
+
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -64,11 +75,12 @@ def make_export(base: Path, directory: Path, *, seed: int = 0, format: str = "ch
 
     torch.manual_seed(seed)
     network = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32
+        base, num_labels=len(heads), dtype=torch.float32
     )
     torch.nn.init.normal_(network.score.weight, std=0.5)
     tokenizer = load_tokenizer(base)
     contract = contract_for(tokenizer, network.config, format=format)
+    contract = replace(contract, heads=list(heads), **contract_fields)
     state_dict = network.state_dict()
     export(directory, network.config, network, state_dict, tokenizer, contract, {}, "cpu")
     return directory

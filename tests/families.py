@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 VOCAB_SIZE = 400
 WINDOW = 8
@@ -67,9 +67,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_SETTINGS)
 
 
-def make_network(
-    family: str, *, seed: int = 0, num_labels: int = 1, **more: Any
-) -> PreTrainedModel:
+def make_network(family: str, *, seed: int = 0, num_labels: int = 1, **more: Any) -> Any:
     """A `*ForSequenceClassification` in float32 and evaluation mode; `more` are config settings."""
     model_type, settings = _SETTINGS[family]
     config = AutoConfig.for_model(

@@ -18,7 +18,7 @@ PAD = 0
 
 @pytest.fixture(scope="module")
 def network(export_dir: Path) -> Any:
-    return RewardScorer.from_pretrained(export_dir, "cpu").loaded.model.network
+    return RewardScorer.from_pretrained(export_dir, "cpu").members[0].model.network
 
 
 def alone(network: Any, row: list[int]) -> float:

@@ -10,10 +10,12 @@ import pytest
 LIGHT = [
     "reward_actor",
     "reward_actor.batching",
+    "reward_actor.cache",
     "reward_actor.client",
     "reward_actor.contract",
     "reward_actor.files",
     "reward_actor.groups",
+    "reward_actor.readout",
     "reward_actor.schema",
     "reward_actor.settings",
     "serve.config",

@@ -16,7 +16,8 @@ rows = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size
 
 @pytest.fixture(scope="module")
 def scorer(export_dir: Path) -> RewardScorer:
-    return RewardScorer.from_pretrained(export_dir, "cpu")
+    """Without a cache: what is scored in company must not be remembered from alone."""
+    return RewardScorer.from_pretrained(export_dir, "cpu", cache_size=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -25,7 +26,7 @@ def test_a_sequence_scores_the_same_in_any_company(
     scorer: RewardScorer, sequences: list[list[int]], budget: int
 ) -> None:
     alone = [float(scorer.score_ids([row])[0]) for row in sequences]
-    together = RewardScorer(scorer.loaded, max_batch_tokens=budget).score_ids(sequences)
+    together = RewardScorer(scorer.members, max_batch_tokens=budget).score_ids(sequences)
     assert together.dtype == np.float32
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
 
@@ -90,7 +91,7 @@ def test_normalisation_shifts_and_scales(scorer: RewardScorer) -> None:
     from dataclasses import replace
 
     contract = replace(scorer.contract, mean=0.5, std=2.0)
-    normalised = RewardScorer(replace(scorer.loaded, contract=contract))
+    normalised = RewardScorer([replace(scorer.members[0], contract=contract)])
     [raw], [scores] = (s.score([Group("Hi.", ["Yes?"])]) for s in (scorer, normalised))
     assert scores.raw_scores == raw.raw_scores
     assert scores.rewards[0] == pytest.approx((raw.rewards[0] - 0.5) / 2.0)

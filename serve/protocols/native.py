@@ -31,4 +31,6 @@ def to_reply(scores: GroupScores) -> schema.GroupReply:
             for error in scores.errors
         ],
         token_rewards=scores.token_rewards,
+        members=scores.members,
+        spread=scores.spread,
     )

@@ -1,0 +1,207 @@
+"""Other systems' reward models into our layout; the one place that reads a pickle, restricted."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from reward_actor.checkpoint import (
+    CheckpointError,
+    check_manifest,
+    export,
+    infer_contract,
+    load_contract,
+    load_tokenizer,
+)
+from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
+from reward_actor.extract import head_name
+from reward_actor.headers import BODY_PREFIXES, PICKLED_WEIGHTS, is_deepspeed_chat, read_config
+from reward_actor.layouts import ADAPTER_CONFIG, Layout, recognise
+from reward_actor.networks import CUSTOM_SETTINGS, load_network
+from reward_actor.plain import is_plain, network_of
+from reward_actor.render import contract_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    tokenizer_from: str | Path | None = None,
+    format: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> ScoringContract:
+    """Write the reward model in `source`, of any layout, to `destination` in ours.
+
+    format: "chat" or "text", by default "chat" where the tokenizer has a template (DeepSpeed-Chat
+    knows none); dtype: of the weights, by default the widest that the source holds, so that no
+    reward changes in any dtype. Raises CheckpointError for what cannot be converted or scores
+    differently afterwards, ValueError for a destination that exists or a format that the source's
+    own contract contradicts. Nothing is left at `destination` then.
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}")
+    if format not in (None, "chat", "text"):
+        raise ValueError(f"format is {format!r}; it must be chat or text")
+    if destination.exists():
+        raise ValueError(f"{destination} exists; convert into a directory that does not")
+    place = Path(tokenizer_from).expanduser() if tokenizer_from else source
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is not a directory")
+    if _is_pickled(source):
+        tokenizer = load_tokenizer(place)
+        network, contract = _deepspeed_chat(source, tokenizer, format or "text", dtype)
+    else:
+        layout = recognise(source)
+        layout.require_trust(trust_remote_code)
+        check_manifest(source)
+        tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
+        contract = _contract(layout, tokenizer, format)
+        stored = getattr(torch, layout.dtype if dtype == "auto" else dtype)
+        network = load_network(layout, stored, trust_remote_code=trust_remote_code)
+    if dtype != "auto":
+        contract = replace(contract, dtype=dtype)
+    network, contract = _without_bias(_plain(network, source), contract)
+    staging = destination.with_name(destination.name + ".converted")
+    try:
+        weights = network.state_dict()
+        contract = export(
+            staging, network.config, network, weights, tokenizer, contract, {}, device
+        )
+        _prove(network, contract)
+        os.replace(staging, destination)
+    finally:
+        for left in (staging, staging.with_name(staging.name + ".partial")):
+            shutil.rmtree(left, ignore_errors=True)
+    return contract
+
+
+def _contract(
+    layout: Layout, tokenizer: PreTrainedTokenizerFast, format: str | None
+) -> ScoringContract:
+    if (layout.directory / CONTRACT_FILE).exists():
+        contract = load_contract(layout.directory)
+        if format not in (None, contract.format):
+            raise ValueError(
+                f"format is {format!r}, but {layout.directory} was trained as {contract.format!r} "
+                f"({CONTRACT_FILE}); leave --format away"
+            )
+        return contract
+    return infer_contract(layout, tokenizer, format)
+
+
+def _is_pickled(source: Path) -> bool:
+    if (source / ADAPTER_CONFIG).exists() or any(source.glob("*.safetensors")):
+        return False
+    return is_deepspeed_chat(source)
+
+
+def _deepspeed_chat(
+    source: Path, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str
+) -> tuple[PreTrainedModel, ScoringContract]:
+    """The network and the contract of a reward model that DeepSpeed-Chat trained.
+
+    Its reward is the value before the first padding (`reward_model.py`), whose id is that of EOS:
+    a text is scored at its last token and never gets an EOS. For OPT it starts to look after the
+    `</s>` that OPT's tokenizer puts first (`num_padding_at_beginning=1`); with us the last token
+    is found by length, so that nothing is left to skip, and the tokenizer's own tokens stay.
+    """
+    read_config(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config.num_labels = 1
+    weights = _unpickle(source / PICKLED_WEIGHTS)
+    prefix = next(p for p in BODY_PREFIXES if any(name.startswith(p) for name in weights))
+    if "v_head.weight" not in weights:
+        raise CheckpointError(
+            f"{source / PICKLED_WEIGHTS} has no v_head.weight, so no trained reward head; give the "
+            "directory that the second step of DeepSpeed-Chat saved"
+        )
+    floats = {
+        str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()
+    }
+    stored = (floats.pop() if len(floats) == 1 else "float32") if dtype == "auto" else dtype
+    network = network_of(
+        weights, config, "v_head", getattr(torch, stored), f"{source / PICKLED_WEIGHTS}", prefix
+    )
+    contract = contract_for(tokenizer, config, format=format, append_eos=False, dtype=stored)
+    starts = tokenizer("x")["input_ids"][:1]
+    if config.model_type == "opt" and starts not in ([config.bos_token_id], [config.eos_token_id]):
+        warnings.warn(
+            f"{source} is an OPT model, but its tokenizer does not begin a text with </s> "
+            f"(id {config.bos_token_id}), as OPT's does: texts will score otherwise than in "
+            "DeepSpeed-Chat. Give the tokenizer of its training with --tokenizer-from DIR.",
+            stacklevel=3,
+        )
+    return network, contract
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, by name; torch's restricted unpickler runs no code."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or holds more than weights: {reason}") from error
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise CheckpointError(f"{path} does not hold a model's weights by name")
+    return weights
+
+
+def _plain(network: PreTrainedModel, source: Path) -> PreTrainedModel:
+    """The network, ready to be saved. Raises CheckpointError if it needs code of its own."""
+    if not is_plain(network):
+        raise CheckpointError(
+            f"{source}: its {type(network).__name__} is more than a network of transformers with "
+            "a linear head, so an export would need its code. Serve it as it is, with "
+            "trust_remote_code=True"
+        )
+    for name in CUSTOM_SETTINGS:
+        vars(network.config).pop(name, None)
+    return network
+
+
+def _without_bias(
+    network: PreTrainedModel, contract: ScoringContract
+) -> tuple[PreTrainedModel, ScoringContract]:
+    """The head's bias moved into the contract's mean: plain classes have no place for it.
+
+    (w x + b - mean) / std is the same reward as (w x - (mean - b)) / std.
+    """
+    head = getattr(network, head_name(network))
+    if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != 1:
+        return network, contract
+    bias = head.bias.item()
+    head.register_parameter("bias", None)
+    return network, replace(contract, mean=contract.mean - bias)
+
+
+def _prove(network: PreTrainedModel, contract: ScoringContract) -> None:
+    """Raise CheckpointError unless what was written scores as `transformers` scores the network."""
+    network.float()
+    expected = contract.golden.raw_scores["float32"]
+    tolerance = max(FLOAT32_TOLERANCE, contract.golden.tolerance["float32"])
+    for sample, score in zip(contract.golden.samples, expected, strict=True):
+        with torch.inference_mode():
+            output = network(input_ids=torch.tensor([sample.input_ids]))
+        own = output.logits.flatten().numpy()
+        if not np.all(np.abs(own - score) <= tolerance * np.maximum(1.0, np.abs(own))):
+            raise CheckpointError(
+                f"the converted model scores {score} where the source scores {own.tolist()} "
+                f"({json.dumps(sample.prompt)}); it was not written"
+            )

@@ -1,0 +1,404 @@
+"""Several heads or several models as one reward, from their directories to the scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_export
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import rayward
+from reward_actor import Group, RewardScorer
+from reward_actor.checkpoint import CheckpointError, write_manifest
+from reward_actor.contract import ContractError, ScoringContract
+from reward_actor.ensemble import ENSEMBLE_FILE, Ensemble
+from reward_actor.probe import synthetic_groups
+
+GROUPS = [
+    Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),
+    Group(prompt_ids=[5, 6, 7], completion_ids=[[8], [9, 10]]),
+]
+HEADS = ["helpful", "harmless", "honest"]
+
+
+@pytest.fixture(scope="module")
+def seeds(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models of one kind, normalised differently, each in a folder named export."""
+    root = tmp_path_factory.mktemp("seeds")
+    plain = make_export(base_model, root / "seed-0" / "export", seed=0)
+    scaled = make_export(base_model, root / "seed-1" / "export", seed=1, mean=0.5, std=2.0)
+    return [plain, scaled]
+
+
+@pytest.fixture(scope="module")
+def text_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(base_model, tmp_path_factory.mktemp("text") / "text", format="text")
+
+
+@pytest.fixture(scope="module")
+def three_heads(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(
+        base_model,
+        tmp_path_factory.mktemp("heads") / "three",
+        seed=2,
+        heads=HEADS,
+        combine="mean_minus_std",
+        combine_k=0.5,
+        mean=0.25,
+        std=1.5,
+    )
+
+
+def by_hand(rewards: list[float], combine: str, k: float) -> float:
+    if combine == "min":
+        return min(rewards)
+    penalty = k * statistics.pstdev(rewards) if combine == "mean_minus_std" else 0.0
+    return statistics.fmean(rewards) - penalty
+
+
+@pytest.mark.parametrize(
+    ("combine", "k"), [("mean", 1.0), ("min", 1.0), ("mean_minus_std", 1.0), ("mean_minus_std", 2)]
+)
+def test_an_ensemble_is_the_rule_over_its_members(
+    seeds: list[Path], combine: Any, k: float
+) -> None:
+    both = RewardScorer.from_pretrained(seeds, "cpu", combine=combine, k=k)
+    assert both.readout.names == ["seed-0/export", "seed-1/export"]
+    alone = [RewardScorer.from_pretrained(path, "cpu") for path in seeds]
+    own = [scorer.score(GROUPS) for scorer in alone]
+    for index, scores in enumerate(both.score(GROUPS)):
+        assert scores.members is not None
+        assert scores.spread is not None
+        assert scores.model_version == both.model_version
+        for sample, reward in enumerate(scores.rewards):
+            rewards = [member[index].rewards[sample] for member in own]
+            raw = [member[index].raw_scores[sample] for member in own]
+            assert scores.members[sample] == pytest.approx(rewards, abs=1e-5)
+            assert reward == pytest.approx(by_hand(rewards, combine, k), abs=2e-5)
+            assert scores.raw_scores[sample] == pytest.approx(by_hand(raw, combine, k), abs=2e-5)
+            assert scores.spread[sample] == pytest.approx(statistics.pstdev(rewards), abs=1e-5)
+    assert own[0][0].members is None
+    assert own[0][0].spread is None
+
+
+def test_every_call_gives_the_same_rewards(seeds: list[Path]) -> None:
+    scorer = RewardScorer.from_pretrained(seeds, "cpu", combine="min")
+    sequences = [[5, 6, 7, 8], [5, 6, 7, 9, 10], [3]]
+    rewards = scorer.score_ids(sequences)
+    assert rewards.dtype == np.float32
+    per_token = scorer.token_rewards(sequences)
+    assert [len(row) for row in per_token] == [4, 5, 1]
+    assert [float(row[-1]) for row in per_token] == pytest.approx(rewards.tolist(), abs=1e-5)
+    for sequence, row in zip(sequences, per_token, strict=True):
+        begun = [scorer.score_ids([sequence[: end + 1]])[0] for end in range(len(sequence))]
+        assert row.tolist() == pytest.approx([float(reward) for reward in begun], abs=1e-5)
+    [with_tokens] = scorer.score(GROUPS[1:], token_rewards=True)
+    assert with_tokens.rewards == pytest.approx(rewards[:2].tolist(), abs=1e-5)
+    assert with_tokens.token_rewards is not None
+    assert with_tokens.token_rewards[0] == pytest.approx(per_token[0].tolist(), abs=1e-5)
+    assert with_tokens.members is not None
+
+
+def test_three_heads_of_one_model(three_heads: Path) -> None:
+    """Export, load and score against what plain `transformers` makes of the same directory."""
+    plain = AutoModelForSequenceClassification.from_pretrained(three_heads, dtype=torch.float32)
+    assert plain.config.id2label == dict(enumerate(HEADS))
+    scorer = RewardScorer.from_pretrained(three_heads, "cpu")
+    assert scorer.readout.names == HEADS
+    [scores] = scorer.score(GROUPS[:1])
+    assert scores.members is not None
+    for index, completion in enumerate(GROUPS[0].completions):
+        ids = scorer.renderer.render("Name two fruits.", completion)
+        with torch.inference_mode():
+            logits = plain(torch.tensor([ids])).logits[0].tolist()
+        rewards = [(logit - 0.25) / 1.5 for logit in logits]
+        assert scores.members[index] == pytest.approx(rewards, abs=1e-5)
+        expected = by_hand(rewards, "mean_minus_std", 0.5)
+        assert scores.rewards[index] == pytest.approx(expected, abs=2e-5)
+    golden = scorer.contract.golden
+    expected_raw = scorer.readout.read(
+        scorer.raw_scores([sample.input_ids for sample in golden.samples])
+    ).raw_scores
+    assert golden.raw_scores["float32"] == pytest.approx(expected_raw.tolist(), abs=1e-5)
+    half = RewardScorer.from_pretrained(three_heads, "cpu", "bfloat16")  # replays them, too
+    assert half.score(GROUPS[:1])[0].members is not None
+
+
+def test_a_model_with_several_heads_brings_all_of_them(
+    seeds: list[Path], three_heads: Path
+) -> None:
+    mixed = RewardScorer.from_pretrained([seeds[0], three_heads], "cpu", combine="min")
+    assert mixed.readout.names == ["export", *(f"three/{head}" for head in HEADS)]
+    alone = RewardScorer.from_pretrained(three_heads, "cpu").score(GROUPS)[0].members
+    members = mixed.score(GROUPS)[0].members
+    assert members is not None
+    assert alone is not None
+    assert members[0] is not None
+    assert members[0][1:] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_the_version_is_that_of_the_members_and_the_rule(seeds: list[Path]) -> None:
+    def version(paths: list[Path], **rule: Any) -> str:
+        return RewardScorer.from_pretrained(paths, "cpu", **rule).model_version
+
+    loaded = RewardScorer.from_pretrained(seeds, "cpu").members
+    versions = [
+        RewardScorer(loaded, combine=combine, k=k).model_version
+        for combine, k in (("mean", 1.0), ("min", 1.0), ("mean_minus_std", 1), ("mean", 2.0))
+    ]
+    versions += [RewardScorer(loaded[::-1]).model_version, loaded[0].version, loaded[1].version]
+    assert len(set(versions)) == len(versions)
+    assert all(version.startswith("sha256:") for version in versions)
+    assert version(seeds, combine="min") == versions[1]
+    assert RewardScorer(loaded[:1]).model_version == loaded[0].version
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_one_member_with_nan_is_the_error_of_that_sample(
+    seeds: list[Path], tmp_path: Path, attention: Any
+) -> None:
+    """The golden samples and the probe never meet the token whose embedding is broken."""
+    broken = Path(shutil.copytree(seeds[1], tmp_path / "broken"))
+    contract = ScoringContract.load(broken)
+    assert contract is not None
+    weights = load_file(broken / "model.safetensors")
+    config = AutoModelForSequenceClassification.from_pretrained(broken).config
+    met = [*(sample.input_ids for sample in contract.golden.samples)]
+    met += [list(row) for row in synthetic_groups(config, 512)] + [list(range(5, 30))]
+    bad = next(i for i in range(400) if not any(i in row for row in met))
+    weights["model.embed_tokens.weight"][bad] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(broken)
+    scorer = RewardScorer.from_pretrained(
+        [seeds[0], broken], "cpu", attention=attention, cache_size=0
+    )
+    healthy = Group(prompt_ids=[5, 6], completion_ids=[[7], [8, 9]])
+    sick = Group(prompt_ids=[5, 6], completion_ids=[[7], [bad, 9], [8, 9]])
+    [expected] = scorer.score([healthy])
+    for token_rewards in (False, True):
+        first, scores, last = scorer.score([healthy, sick, healthy], token_rewards)
+        for result in (first, last):
+            assert result.rewards == pytest.approx(expected.rewards, abs=1e-5)
+            assert result.errors == [None, None]
+        assert [error and error.type for error in scores.errors] == [
+            None,
+            "non_finite_reward",
+            None,
+        ]
+        assert scores.errors[1] is not None
+        assert "broken's reward" in scores.errors[1].message
+        assert scores.rewards[::2] == pytest.approx(expected.rewards, abs=1e-5)
+        assert scores.members is not None
+        assert scores.spread is not None
+        assert [scores.rewards[1], scores.members[1], scores.spread[1]] == [None] * 3
+    with pytest.raises(ValueError, match="sequence 1: the model's reward is not finite"):
+        scorer.score_ids([[5], [bad]])
+    with pytest.raises(ValueError, match="sequence 1: the model's reward is not finite"):
+        scorer.token_rewards([[5], [bad]])
+
+
+def test_the_tightest_limit_holds_for_all(seeds: list[Path]) -> None:
+    loaded = RewardScorer.from_pretrained(seeds, "cpu").members
+    short = replace(loaded[1], contract=replace(loaded[1].contract, max_length=9, vocab_size=300))
+    scorer = RewardScorer([loaded[0], short])
+    [scores] = scorer.score([Group(prompt_ids=[5], completion_ids=[[6] * 8, [6] * 9, [300]])])
+    assert [error and error.type for error in scores.errors] == [
+        None,
+        "too_long",
+        "token_out_of_vocabulary",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("chat_template", "{{ messages }}<|im_end|>", "its chat_template differs from that of"),
+        ("turn_end", "", "its turn_end differs .*'' against '<|im_end|>'"),
+        ("add_special_tokens", True, r"add_special_tokens differs .*\(True against False\)"),
+        ("template_date", "2026-01-01", "template_date differs .*'2026-01-01' against None"),
+        ("append_eos", True, "append_eos differs"),
+    ],
+)
+def test_members_that_render_otherwise_are_refused(
+    seeds: list[Path], field: str, value: Any, message: str
+) -> None:
+    loaded = RewardScorer.from_pretrained(seeds, "cpu").members
+    other = replace(loaded[1], contract=replace(loaded[1].contract, **{field: value}))
+    with pytest.raises(ValueError, match=message) as refused:
+        RewardScorer([loaded[0], other])
+    assert f"member {seeds[1]}" in str(refused.value)
+
+
+def test_another_tokenizer_or_format_is_refused(
+    seeds: list[Path], text_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"text: its format differs .*'text' against 'chat'"):
+        RewardScorer.from_pretrained([seeds[0], text_model], "cpu")
+    other = Path(shutil.copytree(seeds[1], tmp_path / "other"))
+    rules = json.loads((other / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:-20]
+    (other / "tokenizer.json").write_text(json.dumps(rules))
+    write_manifest(other)
+    with pytest.raises(ValueError, match="other: its tokenizer differs"):
+        RewardScorer.from_pretrained([seeds[0], other], "cpu")
+
+
+def test_every_member_replays_its_own_golden_samples(seeds: list[Path], tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(seeds[1], tmp_path / "bad"))
+    contract = json.loads((bad / "scoring_contract.json").read_text())
+    contract["golden"]["raw_scores"]["float32"][0] += 0.1
+    (bad / "scoring_contract.json").write_text(json.dumps(contract))
+    write_manifest(bad)
+    with pytest.raises(ContractError, match="golden sample 0 scores"):
+        RewardScorer.from_pretrained([seeds[0], bad], "cpu")
+
+
+def test_the_command_makes_a_directory_that_scores(
+    seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "made" / "ensemble"
+    members = [str(path) for path in seeds]
+    command = ["ensemble", str(directory), *members, "--combine", "mean_minus_std", "--k", "0.5"]
+    assert rayward.main(command) == 0
+    assert "mean_minus_std of 2 members, k 0.5: seed-0/export" in capsys.readouterr().out
+    assert json.loads((directory / ENSEMBLE_FILE).read_text()) == {
+        "members": members,
+        "combine": "mean_minus_std",
+        "k": 0.5,
+    }
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Name two fruits.", "completions": ["An apple.", "No."]}\n')
+    score = ["score", str(directory), str(source), str(output), "--device", "cpu"]
+    assert rayward.main([*score, "--attention", "padded"]) == 0
+    row = json.loads(output.read_text())
+    listed = RewardScorer.from_pretrained(seeds, "cpu", combine="mean_minus_std", k=0.5)
+    [expected] = listed.score([Group("Name two fruits.", ["An apple.", "No."])])
+    assert row["rewards"] == pytest.approx(expected.rewards, abs=1e-5)
+    assert row["spread"] == pytest.approx(expected.spread, abs=1e-5)
+    assert [len(members) for members in row["members"]] == [2, 2]
+    assert row["model_version"] == listed.model_version
+    assert rayward.main(command) == 2
+    assert "holds ensemble.json already" in capsys.readouterr().err
+
+
+def test_a_relative_member_stays_relative(
+    seeds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved together is found together."""
+    before = tmp_path / "before"
+    for path in seeds:
+        shutil.copytree(path, before / "models" / path.parent.name)
+    monkeypatch.chdir(before)
+    command = ["ensemble", "ensembles/both", "models/seed-0", "models/seed-1"]
+    assert rayward.main(command) == 0
+    after = tmp_path / "after"
+    os.rename(before, after)
+    both = RewardScorer.from_pretrained(after / "ensembles" / "both", "cpu")
+    assert both.readout.names == ["seed-0", "seed-1"]
+    assert both.readout.combine == "mean"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"members": ["{0}", "{0}/../nowhere"]}, "nowhere is not a directory"),
+        ({"members": ["{0}"]}, "ensemble of 1; it needs at least two"),
+        ({"members": ["{0}", "{0}/."]}, "named twice"),
+        ({"members": ["{0}", "."]}, "is an ensemble itself"),
+        ({"members": ["{0}", 7]}, "members must be a list of directories"),
+        ({"members": "ab"}, "members must be a list of directories"),
+        ({"members": ["{0}", "{1}"], "combine": "median"}, "combine is 'median'"),
+        ({"members": ["{0}", "{1}"], "combine": ["min"]}, r"combine is \['min'\]"),
+        ({"members": ["{0}", "{1}"], "k": "2"}, "k is '2'"),
+        ({"members": ["{0}", "{1}"], "weights": [1, 2]}, "unknown key 'weights'"),
+        ({"members": ["{0}", ".."]}, "holds no config.json"),
+        ([], "does not hold a JSON object"),
+    ],
+)
+def test_an_ensemble_file_that_cannot_be_is_refused(
+    seeds: list[Path], tmp_path: Path, content: Any, message: str
+) -> None:
+    directory = tmp_path / "ensemble"
+    directory.mkdir()
+    text = json.dumps(content)
+    for index, path in enumerate(seeds):
+        text = text.replace(f"{{{index}}}", str(path))
+    (directory / ENSEMBLE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        RewardScorer.from_pretrained(directory, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["{0}"], "it needs at least two members"),
+        (["{0}", "/nowhere"], "/nowhere is not a directory"),
+        (["{0}", "{base}"], "no trained reward head"),
+        (["{0}", "{text}"], "its format differs"),
+    ],
+)
+def test_the_command_says_what_cannot_be_an_ensemble(
+    seeds: list[Path],
+    base_model: Path,
+    text_model: Path,
+    tmp_path: Path,
+    members: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [member.format(seeds[0], base=base_model, text=text_model) for member in members]
+    assert rayward.main(["ensemble", str(tmp_path / "made"), *filled]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_rule_goes_with_a_list_only(seeds: list[Path]) -> None:
+    with pytest.raises(ValueError, match="combine and k go with a list of directories"):
+        RewardScorer.from_pretrained(seeds[0], "cpu", combine="min")
+    with pytest.raises(ValueError, match="combine is 'worst'"):
+        RewardScorer.from_pretrained(seeds, "cpu", combine="worst")  # type: ignore[arg-type]
+    assert Ensemble(tuple(seeds)).combine == "mean"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": []}, r"heads is \[\]"),
+        ({"heads": ["a", "a"]}, "needs a name of its own"),
+        ({"combine": "max"}, "combine is 'max'"),
+        ({"combine_k": -0.5}, r"combine_k is -0\.5"),
+    ],
+)
+def test_a_contract_with_heads_that_cannot_be_is_refused(
+    three_heads: Path, fields: dict[str, Any], message: str
+) -> None:
+    contract = ScoringContract.load(three_heads)
+    assert contract is not None
+    assert contract.heads == HEADS
+    with pytest.raises(ContractError, match=message):
+        replace(contract, **fields)
+
+
+def test_fewer_outputs_than_the_contract_names_are_refused(
+    seeds: list[Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(seeds[0], tmp_path / "copy"))
+    contract = ScoringContract.load(copy)
+    assert contract is not None
+    replace(contract, heads=["a", "b"]).save(copy)
+    write_manifest(copy)
+    with pytest.raises(CheckpointError, match=r"1 outputs but the contract names 2 \(a, b\)"):
+        RewardScorer.from_pretrained(copy, "cpu")
