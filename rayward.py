@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL|URL")
     sub.add_argument("data", metavar="DATA", help="pairs: .jsonl, .jsonl.gz, .parquet")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_device(sub)
+    _add_loading(sub)
 
     sub = command("serve", _serve, "serve a reward model over HTTP until interrupted")
     sub.add_argument("model", metavar="MODEL")
@@ -85,10 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL|URL")
     sub.add_argument("input", metavar="INPUT", help=".jsonl rows of prompt and completions")
     sub.add_argument("output", metavar="OUTPUT", help=".jsonl rows with rewards")
-    _add_device(sub)
-    sub.add_argument(
-        "--attention", default="auto", help="auto (the fastest exact path), forest, padded"
-    )
+    _add_loading(sub)
 
     sub = command("rollout", _rollout, "sample completions with vLLM and score them")
     sub.add_argument("policy", metavar="POLICY", help="directory of the policy")
@@ -140,9 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_device(sub: argparse.ArgumentParser) -> None:
+def _add_loading(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sub.add_argument("--dtype", default="auto", help="auto (the contract's), float32, bfloat16")
+    sub.add_argument(
+        "--attention", default="auto", help="auto (the fastest exact path), forest, padded"
+    )
+    sub.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code found in the model"
+    )
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_loading` read, as `RewardScorer.from_pretrained` takes it."""
+    names = ("device", "dtype", "attention", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _add_serve_settings(sub: argparse.ArgumentParser) -> None:
@@ -182,9 +191,7 @@ def _init_model(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from trainer.evaluate import evaluate_model
 
-    result = evaluate_model(
-        arguments.model, arguments.data, device=arguments.device, dtype=arguments.dtype
-    )
+    result = evaluate_model(arguments.model, arguments.data, **_loading(arguments))
     if arguments.json:
         print(json.dumps(result))
         return 0
@@ -255,9 +262,7 @@ def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
         return
     from reward_actor.scorer import RewardScorer
 
-    yield RewardScorer.from_pretrained(
-        arguments.model, arguments.device, arguments.dtype, arguments.attention
-    ).score
+    yield RewardScorer.from_pretrained(arguments.model, **_loading(arguments)).score
 
 
 def _rollout(arguments: argparse.Namespace) -> int:

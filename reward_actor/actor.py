@@ -20,9 +20,10 @@ from reward_actor.scorer import RewardScorer
 class RewardScorerActor:
     """Holds one `RewardScorer`. Start with `RewardScorerActor.options(num_gpus=1).remote(path)`."""
 
-    def __init__(self, path: str, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(self, path: str, **loading: Any) -> None:
+        """loading: as `RewardScorer.from_pretrained` takes it."""
         self._name = Path(path).resolve().name
-        self._scorer = RewardScorer.from_pretrained(path, device, dtype)
+        self._scorer = RewardScorer.from_pretrained(path, **loading)
 
     def score_groups(
         self, groups: Sequence[Group], token_rewards: bool = False
@@ -37,6 +38,7 @@ class RewardScorerActor:
             model_version=scorer.model_version,
             dtype=scorer.dtype,
             path=scorer.path,
+            fallback_reason=scorer.fallback_reason,
             format=contract.format,
             tokenizer_fingerprint=tokenizer_fingerprint(scorer.renderer.tokenizer, contract),
             template_date=contract.template_date,

@@ -50,7 +50,9 @@ def attend(
     """
     if window is not None and window >= plan.longest_path:
         window = None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    has_kernel = "window_size" in _varlen_arguments() or (_varlen_arguments() and window is None)
+    if query.is_cuda and is_half and has_kernel:
         return varlen_attention(query, key, value, plan, scale, window)
     # In half precision each part would be rounded before they are joined: twice the noise.
     is_float32_cpu = query.device.type == "cpu" and query.dtype == torch.float32
@@ -68,29 +70,41 @@ def path_attention(
     window: int | None = None,
 ) -> Tensor:
     """The reference: a product for each run of queries, masked where it must be."""
-    runs = plan.runs
     on_cpu = query.device.type == "cpu" and not _needs_gradient(query)
     outputs = []
-    cu_queries, cu_keys = runs.cu_queries.tolist(), runs.cu_keys.tolist()
-    for run in range(len(cu_queries) - 1):
-        rows = runs.key_rows[cu_keys[run] : cu_keys[run + 1]]
-        queries = query[cu_queries[run] : cu_queries[run + 1]]
-        is_square = len(queries) == len(rows) and window is None
-        mask = None if is_square else _visible(len(queries), len(rows), window, rows.device)
-        if on_cpu:
-            output, _ = _cpu_flash(queries, key[rows], value[rows], is_square, scale, mask)
-        else:
-            output = nn.functional.scaled_dot_product_attention(
-                _heads_first(queries),
-                _heads_first(key[rows]),
-                _heads_first(value[rows]),
-                attn_mask=mask,
-                is_causal=is_square,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )[0].transpose(0, 1)
-        outputs.append(output)
+    for runs in plan.runs:
+        some = query[runs.queries]
+        cu_queries, cu_keys = runs.cu_queries.tolist(), runs.cu_keys.tolist()
+        for run in range(len(cu_queries) - 1):
+            rows = runs.key_rows[cu_keys[run] : cu_keys[run + 1]]
+            queries = some[cu_queries[run] : cu_queries[run + 1]]
+            is_square = len(queries) == len(rows) and window is None
+            mask = None if is_square else _visible(len(queries), len(rows), window, rows.device)
+            product = _cpu_flash if on_cpu else _general
+            output, _ = product(queries, key[rows], value[rows], is_square, scale, mask)
+            outputs.append(output)
     return torch.cat(outputs)
+
+
+def _general(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """`_cpu_flash` on any device, with gradients, without the log-sum-exps."""
+    output = nn.functional.scaled_dot_product_attention(
+        _heads_first(query),
+        _heads_first(key),
+        _heads_first(value),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1), None
 
 
 def _needs_gradient(query: Tensor) -> bool:
@@ -155,36 +169,39 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    runs = plan.runs
-    groups = query.shape[1] // key.shape[1]
-    keys, values = key[runs.key_rows], value[runs.key_rows]
     more: dict[str, Any] = {}
     if "num_splits" in _varlen_arguments() and not torch.is_grad_enabled():
         more["num_splits"] = 1  # a reward must not change with its neighbours, not even in a bit
-    if groups > 1:
-        if "enable_gqa" in _varlen_arguments():
-            more["enable_gqa"] = True
-        else:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in _varlen_arguments():
+        more["enable_gqa"] = True
+        groups = 1
+    outputs = []
+    for runs in plan.runs:
+        keys, values = key[runs.key_rows], value[runs.key_rows]
+        if groups > 1:
             keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
-    output = varlen_attn(
-        query,
-        keys,
-        values,
-        runs.cu_queries,
-        runs.cu_keys,
-        runs.max_queries,
-        runs.max_keys,
-        scale=scale,
-        **_causal(window),
-        **more,
-    )
-    assert isinstance(output, Tensor)
-    return output
+        output = varlen_attn(
+            query[runs.queries],
+            keys,
+            values,
+            runs.cu_queries,
+            runs.cu_keys,
+            runs.max_queries,
+            runs.max_keys,
+            scale=scale,
+            **_causal(window),
+            **more,
+        )
+        assert isinstance(output, Tensor)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _causal(window: int | None) -> dict[str, Any]:
     """The kernel's arguments for causal attention, with or without a window."""
     if "window_size" not in _varlen_arguments():
+        assert window is None, "`attend` sends windows elsewhere where the kernel knows none"
         return {"is_causal": True}
     return {"window_size": (-1 if window is None else window - 1, 0)}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 # of a softmax costs more than so few keys.
 _LEAST_SHARED_KEYS = 16
 
+# Keys that are gathered at once for each row of the batch, at most (a single path may be more).
+_MOST_KEYS_PER_ROW = 8
+
 
 @dataclass(frozen=True)
 class Runs:
     """Consecutive queries that see the same path: run r is queries [cu_queries[r], cu_queries[r+1])
-    and keys key_rows[cu_keys[r]:cu_keys[r+1]]; the last query sees the last key."""
+    of `queries` and keys key_rows[cu_keys[r]:cu_keys[r+1]]; the last query sees the last key."""
 
+    queries: slice
     key_rows: Tensor
     cu_queries: Tensor
     cu_keys: Tensor
@@ -68,14 +73,25 @@ class AttentionPlan:
         self.longest_path = int(forest.position_ids.max()) + 1
 
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> list[Runs]:
+        """All runs; in several parts where their paths together are many times the rows, so that
+        gathered keys stay a bounded multiple of the batch."""
         forest = self.forest
-        paths = [forest.path_rows(int(segment)) for segment in self._segments]
-        num_queries = np.ones(len(paths), dtype=np.int64)
-        if not self.pooled:
-            num_queries = forest.ends - forest.starts
-        num_keys = np.array([len(path) for path in paths])
+        num_keys = forest.position_ids[forest.ends[self._segments] - 1] + 1
+        parts = np.cumsum(num_keys) // (_MOST_KEYS_PER_ROW * forest.num_rows)
+        borders = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_keys)]
+        return [self._some_runs(first, end) for first, end in pairwise(borders)]
+
+    def _some_runs(self, first: int, end: int) -> Runs:
+        forest, segments = self.forest, self._segments[first:end]
+        lengths = forest.ends - forest.starts
+        if self.pooled:
+            lengths = np.ones_like(lengths)
+        paths = [forest.path_rows(int(segment)) for segment in segments]
+        num_queries, num_keys = lengths[segments], np.array([len(path) for path in paths])
+        start = int(lengths[self._segments[:first]].sum())
         return Runs(
+            slice(start, start + int(num_queries.sum())),
             torch.from_numpy(np.concatenate(paths)).to(self.device),
             _cumulative(num_queries).to(self.device),
             _cumulative(num_keys).to(self.device),

@@ -57,7 +57,7 @@ class RewardCache:
         """(n, K) scores; `compute` gets those that are not known, each once, and gives (m, K).
 
         It runs outside the lock: two threads may compute the same sequence, and the later one's
-        scores stay. Scores that are not finite are kept like any other: they come out again.
+        scores stay. Scores that are not finite are not kept.
         """
         if not sequences:
             return compute([])
@@ -67,7 +67,12 @@ class RewardCache:
         if missing:
             rows = compute(list(missing.values())).astype(np.float32)
             fresh = {key: row.tobytes() for key, row in zip(missing, rows, strict=True)}
-            self._keep(fresh)
+            finite = {
+                key: fresh[key]
+                for key, row in zip(missing, rows, strict=True)
+                if np.isfinite(row).all()
+            }
+            self._keep(finite)
             found |= fresh
         flat = np.frombuffer(b"".join(found[key] for key in keys), np.float32)
         return flat.reshape(len(keys), -1).copy()  # what is read from bytes cannot be written to

@@ -141,7 +141,8 @@ def _check_pooling(model: RewardModel, directory: Path) -> None:
     """
     device = next(model.parameters()).device
     pad = model.network.config.pad_token_id  # where plain transformers would stop reading
-    ids = [i for i in range(5, 14) if i != pad]
+    vocab_size = model.network.config.get_text_config().vocab_size
+    ids = [i for i in (n % vocab_size for n in range(5, 14)) if i != pad] or [0]
     row = torch.tensor([ids], device=device)
     padded = torch.cat([row, torch.zeros_like(row)], dim=1)
     length = torch.tensor([row.shape[1]], device=device)

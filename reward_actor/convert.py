@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -30,6 +29,7 @@ from reward_actor.headers import BODY_PREFIXES, PICKLED_WEIGHTS, is_deepspeed_ch
 from reward_actor.layouts import ADAPTER_CONFIG, Layout, recognise
 from reward_actor.networks import CUSTOM_SETTINGS, load_network
 from reward_actor.plain import is_plain, network_of
+from reward_actor.readout import Readout
 from reward_actor.render import contract_for
 
 if TYPE_CHECKING:
@@ -194,14 +194,15 @@ def _without_bias(
 def _prove(network: PreTrainedModel, contract: ScoringContract) -> None:
     """Raise CheckpointError unless what was written scores as `transformers` scores the network."""
     network.float()
+    readout = Readout.of(contract)
     expected = contract.golden.raw_scores["float32"]
     tolerance = max(FLOAT32_TOLERANCE, contract.golden.tolerance["float32"])
     for sample, score in zip(contract.golden.samples, expected, strict=True):
         with torch.inference_mode():
             output = network(input_ids=torch.tensor([sample.input_ids]))
-        own = output.logits.flatten().numpy()
-        if not np.all(np.abs(own - score) <= tolerance * np.maximum(1.0, np.abs(own))):
+        own = float(readout.combined(output.logits[0].double().numpy()))
+        if not abs(own - score) <= tolerance * max(1.0, abs(own)):
             raise CheckpointError(
-                f"the converted model scores {score} where the source scores {own.tolist()} "
+                f"the converted model scores {score} where the source scores {own} "
                 f"({json.dumps(sample.prompt)}); it was not written"
             )

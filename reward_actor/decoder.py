@@ -25,6 +25,9 @@ _BLOCK_ROWS = {"cpu": 512, "cuda": 16_384}
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _ATTENTION_NORMS = {"q_norm", "k_norm"}
+# These slide in every layer, by their configuration; the others say it of each layer, or ignore a
+# window that stands in theirs.
+_SLIDING_EVERYWHERE = ("mistral", "mixtral")
 
 
 class Decoder:
@@ -40,7 +43,7 @@ class Decoder:
         self.backbone = cast("Any", backbone)
         self.is_compiled = compiled
         children = {name for name, _ in backbone.named_children()}
-        if not {"embed_tokens", "layers", "norm", "rotary_emb"} >= children:
+        if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             raise ValueError(f"{type(backbone).__name__} is not built like Llama")
         for layer in self.backbone.layers:
             self._check(layer)
@@ -58,7 +61,9 @@ class Decoder:
         parts = {name for name, _ in layer.named_children()}
         attention = cast("nn.Module", layer.self_attn) if "self_attn" in parts else nn.Module()
         inner = {name for name, _ in attention.named_children()}
-        if parts != _LAYER_PARTS or inner - _ATTENTION_NORMS != _ATTENTION_PARTS:
+        projections = [getattr(attention, name, None) for name in _ATTENTION_PARTS]
+        is_plain = all(type(projection) is nn.Linear for projection in projections)
+        if parts != _LAYER_PARTS or inner - _ATTENTION_NORMS != _ATTENTION_PARTS or not is_plain:
             raise ValueError(f"{type(layer).__name__} is not built like Llama's layer")
 
     def pooled(
@@ -123,9 +128,9 @@ class Decoder:
     ) -> None:
         """Update the queries' rows `hidden` in place: attention, then the feed-forward."""
         attention = layer.self_attn
-        # Mistral and Mixtral slide in every layer; the others say it of each.
-        everywhere = getattr(attention.config, "sliding_window", None)
-        window = getattr(attention, "sliding_window", everywhere)
+        window = getattr(attention, "sliding_window", None)
+        if attention.config.model_type in _SLIDING_EVERYWHERE:
+            window = attention.config.sliding_window
         seen = attend(query, room.key, room.value, plan, attention.scaling, window).flatten(1)
         for block in _blocks(hidden):
             if self.is_compiled:

@@ -10,17 +10,20 @@ Legend: n sequences, K heads. Four paths; the first that the probe finds exact i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reward_actor.decoder import Decoder
-from reward_actor.memory import default_budget, is_out_of_memory
+from reward_actor.memory import LEAST_BUDGET, default_budget, is_out_of_memory
 from reward_actor.paths import Batch, ForestPath, PaddedPath, Path, Sequences
 from reward_actor.probe import Probe
+from reward_actor.rope import LengthClasses
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,13 +36,24 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "forest", "padded"]
 
+# A forward pass switches the network's attention function: one at a time for each network.
+_LOCKS: WeakKeyDictionary[RewardModel, threading.Lock] = WeakKeyDictionary()
+
+_HEAD_ROWS = 16_384
+"""Rows that the float32 head reads at once when every token is scored."""
+
 
 class UnscorableModel(ValueError):
     """No path gives this network's own scores."""
 
 
 class Engine:
-    """A reward model with its path. A score depends on its own sequence, never on neighbours."""
+    """A reward model with its path. A score depends on its own sequence, never on neighbours.
+
+    path             the name of the path that was taken.
+    fallback_reason  why a faster one was not, or None.
+    Safe to share between threads, which take turns.
+    """
 
     def __init__(
         self,
@@ -58,8 +72,12 @@ class Engine:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1")
         self.model = model
-        self._path, self.fallback_reason = _choose(model, attention)
         self.max_batch_tokens = max_batch_tokens or default_budget(model)
+        self._classes = LengthClasses(model.network.config)
+        self._lock = _LOCKS.setdefault(model, threading.Lock())
+        with self._lock:
+            probe = Probe(model, self._classes, self.max_batch_tokens)
+            self._path, self.fallback_reason = _choose(model, attention, probe)
 
     @property
     def path(self) -> str:
@@ -70,7 +88,11 @@ class Engine:
         return int(self.model.head.out_features)
 
     def raw_scores(self, sequences: Sequences) -> Scores:
-        """(n, K): what the heads say at the last token of every sequence."""
+        """(n, K): what the heads say at the last token of every sequence.
+
+        Raises ValueError naming a sequence that is empty, or so long that the network's positions
+        would depend on what it scored before.
+        """
         scores = np.empty((len(sequences), self.num_heads), dtype=np.float32)
 
         def keep(places: list[int], batch: Batch) -> None:
@@ -80,12 +102,14 @@ class Engine:
         return scores
 
     def token_scores(self, sequences: Sequences) -> list[Scores]:
-        """n arrays (tokens, K): what the heads say at every token."""
+        """n arrays (tokens, K): what the heads say at every token. Raises as `raw_scores` does."""
         scores: list[Scores] = [np.empty((0, 0), np.float32)] * len(sequences)
 
         def keep(places: list[int], batch: Batch) -> None:
-            for place, hidden in zip(places, batch.every_token(), strict=True):
-                scores[place] = self._heads(hidden)
+            hidden, rows = batch.every_token()
+            each = np.concatenate([self._heads(part) for part in hidden.split(_HEAD_ROWS)])
+            for place, own in zip(places, rows, strict=True):
+                scores[place] = each[own]
 
         self._run(sequences, keep)
         return scores
@@ -99,35 +123,56 @@ class Engine:
 
         Raises what the device raised when a single sequence does not fit.
         """
-        left = list(range(len(sequences)))
-        with torch.inference_mode():
-            while left:
-                batches = self._path.plan([sequences[i] for i in left], self.max_batch_tokens)
-                done: set[int] = set()
-                for batch in batches:
-                    places = [left[i] for i in batch.indices]
-                    try:
-                        keep(places, batch)
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error) or len(places) == 1:
-                            raise
-                        self._halve_budget([sequences[i] for i in places])
-                        break
-                    done.update(places)
-                left = [i for i in left if i not in done]
+        alike = self._classes.split(sequences)
+        with self._lock, torch.inference_mode():
+            for left in alike:
+                self._run_alike(sequences, left, keep)
 
-    def _halve_budget(self, sequences: Sequence[Sequence[int]]) -> None:
-        num_tokens = sum(len(sequence) for sequence in sequences)
-        self.max_batch_tokens = max(1, min(self.max_batch_tokens, num_tokens) // 2)
-        logger.warning("out of memory; from now on %d tokens a batch", self.max_batch_tokens)
-        if torch.cuda.is_available():
+    def _run_alike(
+        self, sequences: Sequences, left: list[int], keep: Callable[[list[int], Batch], None]
+    ) -> None:
+        budget = self.max_batch_tokens
+        while left:
+            done: set[int] = set()
+            is_too_large = False
+            for batch in self._path.plan([sequences[i] for i in left], budget):
+                places = [left[i] for i in batch.indices]
+                if not _fits(keep, places, batch):
+                    is_too_large = True
+                    break
+                done.update(places)
+            left = [i for i in left if i not in done]
+            if is_too_large:
+                # Out here nothing holds the failed pass's tensors any more.
+                budget = self._halve(budget)
+
+    def _halve(self, budget: int) -> int:
+        """The budget for the rest of this call; later calls start from half of what they had."""
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.max_batch_tokens = max(min(LEAST_BUDGET, self.max_batch_tokens), budget // 2)
+        logger.warning(
+            "out of memory; max_batch_tokens is %d from now on (it was %d)",
+            self.max_batch_tokens,
+            budget,
+        )
+        return max(1, budget // 2)
 
 
-def _choose(model: RewardModel, attention: Attention) -> tuple[Path, str | None]:
-    """The fastest exact path, and why it is not the forest if it is not."""
-    probe = Probe(model)
-    padded = PaddedPath(model)
+def _fits(keep: Callable[[list[int], Batch], None], places: list[int], batch: Batch) -> bool:
+    """Run a batch; False if there is not enough memory for its several sequences at once."""
+    try:
+        keep(places, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(places) == 1:
+            raise
+        return False
+    return True
+
+
+def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Path, str | None]:
+    """The fastest exact path, and why it is not the first candidate if it is not."""
+    name = type(model.network).__name__
     reason: str | None = None
     if attention != "padded":
         candidates: list[Path] = [ForestPath(model)]
@@ -140,16 +185,18 @@ def _choose(model: RewardModel, attention: Attention) -> tuple[Path, str | None]
         except ValueError as error:
             logger.debug("no forest in blocks: %s", error)
         for path in candidates:
-            reason = probe.fault(path)
-            if reason is None:
-                return path, None
+            fault = probe.fault(path)
+            if fault is None:
+                return path, reason
+            reason = reason or f"{path.name}: {fault}"
+            logger.warning("%s cannot take the path %r: %s", name, path.name, fault)
         if attention == "forest":
             raise ValueError(f"attention is 'forest', but this model cannot be packed: {reason}")
-        logger.info("%s takes the padded path: %s", type(model.network).__name__, reason)
+    padded = PaddedPath(model)
     fault = probe.fault(padded)
     if fault is not None:
         raise UnscorableModel(
-            f"{type(model.network).__name__} scores a sequence otherwise when others stand beside "
-            f"it ({fault}); it attends to padding, so it cannot be scored in batches"
+            f"{name} scores a sequence otherwise when others stand beside it ({fault}); it attends "
+            "to padding, so it cannot be scored in batches"
         )
     return padded, reason

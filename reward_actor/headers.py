@@ -45,8 +45,10 @@ def tensors(
     if files is None:
         files = weight_files(directory)
         index = directory / "model.safetensors.index.json"
-        shards = json_object(index).get("weight_map", {}).values() if index.exists() else ()
-        for shard in shards:
+        shards = json_object(index).get("weight_map", {}) if index.exists() else {}
+        if not isinstance(shards, dict):
+            raise CheckpointError(f"{index}: weight_map is not an object of names and files")
+        for shard in shards.values():
             if Path(str(shard)).name != shard:
                 raise CheckpointError(f"{index} names weights outside its directory: {shard!r}")
     found: dict[str, tuple[list[int], str]] = {}

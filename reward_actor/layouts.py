@@ -14,6 +14,7 @@ deepspeed_chat  pytorch_model.bin, a pickle; read by `rayward convert` only
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Layout:
         if not known or self.kind not in ("openrlhf", "remote_code"):
             return 0.0, 1.0
         mean, std = self.config["mean"], self.config["std"]
-        numbers = all(isinstance(n, (int, float)) and math.isfinite(n) for n in (mean, std))
+        numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (mean, std))
         if not numbers or std <= 0:
             raise CheckpointError(
                 f"{self.base / 'config.json'}: mean is {mean!r} and std is {std!r}; they must be "
@@ -85,8 +86,8 @@ class Layout:
         """sha256 of every file that decides a reward, by name."""
         files = digests(self.directory)
         if self.kind == "remote_code":
-            code = sorted(self.directory.glob("*.py"))
-            files |= {path.name: sha256_file(path) for path in code}
+            code = sorted(self.directory.rglob("*.py"))
+            files |= {str(p.relative_to(self.directory)): sha256_file(p) for p in code}
         if self.kind == "peft":
             files[ADAPTER_CONFIG] = sha256_file(self.directory / ADAPTER_CONFIG)
             files |= {f"base/{name}": digest for name, digest in digests(self.base).items()}
@@ -149,7 +150,7 @@ def tokenizer_directory(path: Path) -> Path:
 def _kind(directory: Path, config: Mapping[str, Any], head: str) -> Kind:
     import transformers
 
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = _architecture(config)
     if "value_head_prefix" in config or architecture in _OPENRLHF_CLASSES:
         return "openrlhf"
     if architecture.endswith("ForSequenceClassification") and hasattr(transformers, architecture):
@@ -157,12 +158,26 @@ def _kind(directory: Path, config: Mapping[str, Any], head: str) -> Kind:
     name = code_reference(config)[1]
     if hasattr(transformers, name.split(".")[-1]):
         return "hf" if head in ("score", "classifier") else "openrlhf"
-    if "--" in name:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: auto_map takes code from another repository ({name}); "
-            "copy the code into the directory and name it there without a repository"
-        )
+    _check_code_is_here(directory)
     return "remote_code"
+
+
+def _check_code_is_here(directory: Path) -> None:
+    """Raise CheckpointError if any of the code that would run lies in another repository."""
+    for file in (directory / "config.json", directory / "tokenizer_config.json"):
+        auto_map = json_object(file).get("auto_map") if file.exists() else None
+        references = json.dumps(auto_map)
+        if "--" in references:
+            raise CheckpointError(
+                f"{file}: auto_map takes code from another repository ({references}); copy the "
+                "code into the directory and name it there without a repository"
+            )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The first class that config.json names, or nothing."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
 def code_reference(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -197,7 +212,7 @@ def _head(directory: Path, config: Mapping[str, Any], names: Iterable[str]) -> s
             f"{directory}: its head is not one linear layer (it has {nested[0]}); this version "
             "knows only linear heads"
         )
-    architecture = (config.get("architectures") or ["a network"])[0]
+    architecture = _architecture(config) or "a network"
     raise CheckpointError(
         f"{directory} has no trained reward head: {architecture} without any of "
         f"{', '.join(head + '.weight' for head in HEADS)}. Serving it would score with random "

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 # Beyond these a larger batch is no faster: it takes memory and makes others wait.
 _LARGEST_BUDGET = {"cpu": 16_384, "cuda": 65_536}
-_LEAST_BUDGET = 256
+LEAST_BUDGET = 256
+_CGROUP = "/sys/fs/cgroup"
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.5}
 
 
@@ -20,9 +21,9 @@ def default_budget(model: RewardModel) -> int:
     """Tokens in one forward pass, such that its activations take a share of the free memory."""
     device = model.device
     kind = "cuda" if device.type == "cuda" else "cpu"
-    free = torch.cuda.mem_get_info(device)[0] if kind == "cuda" else free_host_memory()
+    free = free_device_memory(device) if kind == "cuda" else free_host_memory()
     fitting = int(free * _SHARE_OF_FREE_MEMORY[kind] / bytes_per_token(model))
-    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET[kind], fitting))
+    return max(LEAST_BUDGET, min(_LARGEST_BUDGET[kind], fitting))
 
 
 def bytes_per_token(model: RewardModel) -> int:
@@ -38,12 +39,21 @@ def bytes_per_token(model: RewardModel) -> int:
     return int((8 * hidden + 3 * inner) * parameter.element_size() + 8 * hidden * 4)
 
 
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that PyTorch can still hand out: what the device has, and what PyTorch keeps unused."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
+
+
 def free_host_memory() -> int:
     """Bytes that this process can still take: the machine's, or its container's if that is less."""
     free = _proc_available()
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = Path(_CGROUP, "memory.max"), Path(_CGROUP, "memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
+        # Files in the page cache (the weights that were just read) give way when asked.
+        stat = dict(line.split() for line in Path(_CGROUP, "memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        free = min(free, max(0, int(text) - int(used.read_text()) + cached))
     return free
 
 

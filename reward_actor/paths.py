@@ -38,8 +38,9 @@ class Batch(Protocol):
     def pooled(self) -> Tensor:
         """(n, H): the last hidden states of the sequences' last tokens."""
 
-    def every_token(self) -> list[Tensor]:
-        """n tensors (tokens, H): the last hidden states of all tokens of each sequence."""
+    def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
+        """(R, H): the last hidden states of all tokens, each once, and the rows of each sequence's
+        tokens in it, in their order."""
 
 
 class Path(Protocol):
@@ -77,9 +78,11 @@ class _PaddedBatch:
         rows = torch.arange(len(hidden), device=hidden.device)
         return hidden[rows, lengths.to(hidden.device) - 1]
 
-    def every_token(self) -> list[Tensor]:
+    def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
         hidden, lengths = self._hidden()
-        return [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
+        width = hidden.shape[1]
+        rows = [np.arange(n) + width * row for row, n in enumerate(lengths.tolist())]
+        return hidden.flatten(0, 1), rows
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
         input_ids, lengths = pad_right(self.sequences)
@@ -124,10 +127,9 @@ class _ForestBatch:
         # Equal sequences end in one row.
         return hidden[self._tensor(np.searchsorted(last.query_rows, self.forest.last_rows))]
 
-    def every_token(self) -> list[Tensor]:
-        hidden = self._every_row()
-        segments = self.forest.last_segments
-        return [hidden[self._tensor(self.forest.path_rows(int(s)))] for s in segments]
+    def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
+        rows = [self.forest.path_rows(int(segment)) for segment in self.forest.last_segments]
+        return self._every_row(), rows
 
     def _every_row(self) -> Tensor:
         plan = AttentionPlan(self.forest, self.model.device)

@@ -1,23 +1,28 @@
 """Which path is exact for a network: found by trying, not by a list of names.
 
 Synthetic groups go through a path and, one row each, through the network's own forward; the hidden
-states that the head reads must agree. Legend: n sequences, H hidden units.
+states that the head reads must agree. A sliding window is made short for it, in the network that
+both run, so that short sequences reach past it. Legend: n sequences, H hidden units.
 """
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from reward_actor.memory import is_out_of_memory
 from reward_actor.paths import PaddedPath, Path, Sequences
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from reward_actor.extract import RewardModel
+    from reward_actor.rope import LengthClasses
 
 # float32 sums in another order differ by parts in a million; attention that sees a wrong key by
 # parts in a hundred.
@@ -26,73 +31,99 @@ _FLOAT32_LIMIT = 1e-3
 _NOISE_FACTOR = 3.0
 _HALF_LIMIT = 2e-2
 
-_LONGEST = {"cpu": 512, "cuda": 8192}
+_LONGEST = 512
+_WINDOW = 64
 
 
 class Probe:
     """The synthetic groups of one network with the hidden states of each sequence alone."""
 
-    def __init__(self, model: RewardModel) -> None:
-        device = model.device
+    def __init__(self, model: RewardModel, classes: LengthClasses, budget: int) -> None:
+        """classes: which sequences may share a forward pass; budget: tokens in one."""
         self._model = model
-        self.sequences = synthetic_groups(model.network.config, _LONGEST.get(device.type, 512))
-        with torch.inference_mode():
-            self._alone = torch.stack(
-                [
-                    model.hidden_states(torch.tensor([row], device=device))[0, -1].float()
-                    for row in self.sequences
-                ]
-            )
+        self._classes = classes
+        self._budget = budget
+        self.sequences = synthetic_groups(model.network.config, classes.longest or _LONGEST)
+        self._is_long = torch.tensor([len(row) > _WINDOW for row in self.sequences])
+        with torch.inference_mode(), _short_window(model):
+            rows = [torch.tensor([row], device=model.device) for row in self.sequences]
+            self._alone = torch.stack([model.hidden_states(row)[0, -1].float() for row in rows])
         self._noise = self._apart(PaddedPath(model))
 
     def fault(self, path: Path) -> str | None:
         """Why `path` must not be used for this network, or None.
 
-        Anything that the network's own code raises on the way counts as a fault.
+        Whatever the network's own code raises on the way counts as a fault, but for a lack of
+        memory, which is raised.
         """
         try:
             apart = self._apart(path)
             # Alone and of one token, too: a compiler specialises on sizes of 1, and does it now.
             for alone in (self.sequences[0], self.sequences[-1]):
                 with torch.inference_mode():
-                    path.plan([alone], 10**9)[0].pooled()
+                    path.plan([alone], self._budget)[0].pooled()
         except Exception as error:  # third-party networks raise whatever they like
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}"
         if not torch.isfinite(apart).all():
             return "hidden states are not finite"
-        if next(self._model.parameters()).dtype == torch.float32:
-            worst, limit = float(apart.max()), _FLOAT32_LIMIT
-        else:
-            # Medians: a mixture of experts may send a borderline token to another expert.
-            worst = float(apart.median())
-            limit = max(_HALF_LIMIT, _NOISE_FACTOR * float(self._noise.median()))
-        if worst > limit:
-            return f"hidden states differ by {worst:.2g} of their size (limit {limit:.2g})"
+        for of_these in (self._is_long, ~self._is_long):
+            if of_these.any():
+                worst, limit = self._judged(apart[of_these], self._noise[of_these])
+                if worst > limit:
+                    return f"hidden states differ by {worst:.2g} of their size (limit {limit:.2g})"
         return None
+
+    def _judged(self, apart: Tensor, noise: Tensor) -> tuple[float, float]:
+        if next(self._model.parameters()).dtype == torch.float32:
+            return float(apart.max()), _FLOAT32_LIMIT
+        # Medians: a mixture of experts may send a borderline token to another expert.
+        return float(apart.median()), max(_HALF_LIMIT, _NOISE_FACTOR * float(noise.median()))
 
     def _apart(self, path: Path) -> Tensor:
         """(n,) root mean square difference from each sequence alone, over the size of that."""
         hidden = torch.empty_like(self._alone)
-        with torch.inference_mode():
-            for batch in path.plan(self.sequences, 10**9):
-                hidden[batch.indices] = batch.pooled().float()
+        with torch.inference_mode(), _short_window(self._model):
+            for alike in self._classes.split(self.sequences):
+                for batch in path.plan([self.sequences[i] for i in alike], self._budget):
+                    hidden[[alike[i] for i in batch.indices]] = batch.pooled().float()
         difference = (hidden - self._alone).square().mean(dim=1).sqrt()
-        return difference / self._alone.square().mean(dim=1).sqrt()
+        return (difference / self._alone.square().mean(dim=1).sqrt()).cpu()
 
 
-def synthetic_groups(config: PretrainedConfig, longest: int) -> Sequences:
-    """Sequences of several levels, of one token, equal ones, and some past a sliding window."""
+@contextmanager
+def _short_window(model: RewardModel) -> Iterator[None]:
+    """Shorten every sliding window of the network, wherever it is kept, while this lasts."""
+    text: Any = model.network.config.get_text_config()
+    holders = [text, *model.network.modules()]
+    before = [
+        (holder, holder.sliding_window)
+        for holder in holders
+        if isinstance(getattr(holder, "sliding_window", None), int)
+        and holder.sliding_window > _WINDOW
+    ]
+    for holder, _ in before:
+        holder.sliding_window = _WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
+
+
+def synthetic_groups(config: PretrainedConfig, longest: int = _LONGEST) -> Sequences:
+    """Sequences of several levels, of one token, equal ones, and some past the shortened window."""
     text = config.get_text_config()
     generate = random.Random(0)
-    longest = min(longest, getattr(text, "max_position_embeddings", None) or longest)
-    past_window = min((getattr(text, "sliding_window", None) or 0) + 24, longest // 2)
+    longest = min(longest, _LONGEST, getattr(text, "max_position_embeddings", None) or _LONGEST)
 
     def some(count: int) -> list[int]:
         return [generate.randrange(text.vocab_size) for _ in range(count)]
 
     system = some(min(3, longest // 4))
     groups = []
-    for num_tokens in (20, past_window):
+    for num_tokens in (20, 2 * _WINDOW + 20):
         prompt = system + some(min(num_tokens, longest // 2))
         completions = [some(count) for count in (1, 2, 9, 30)]
         groups += [prompt + completion for completion in completions]

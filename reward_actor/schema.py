@@ -166,14 +166,15 @@ class EnsembleInfo(Wire):
 class Info(Wire):
     """What is served and every limit that a caller can run into.
 
-    `path` is the way that sequences take through the network. `normalisation` is empty for an
-    ensemble whose members differ in it.
+    `path` is the way that sequences take through the network, `fallback_reason` why it is not the
+    fastest. `normalisation` is empty for an ensemble whose members differ in it.
     """
 
     model: str
     model_version: str
     dtype: str
     path: str
+    fallback_reason: str | None
     format: Literal["chat", "text"]
     tokenizer_fingerprint: str
     template_date: str | None

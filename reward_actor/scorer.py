@@ -5,6 +5,7 @@ Legend: n sequences, K members: the heads of all models behind the scorer, usual
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,6 +124,12 @@ class RewardScorer:
         return ", ".join(dict.fromkeys(engine.path for engine in self.engines))
 
     @property
+    def fallback_reason(self) -> str | None:
+        """Why sequences do not take the fastest path; None if they do."""
+        reasons = dict.fromkeys(e.fallback_reason for e in self.engines if e.fallback_reason)
+        return "; ".join(reasons) or None
+
+    @property
     def max_batch_tokens(self) -> int:
         return min(engine.max_batch_tokens for engine in self.engines)
 
@@ -138,7 +145,7 @@ class RewardScorer:
         """Rewards of whole token sequences, as given: (n,) float32.
 
         Raises ValueError naming the first sequence that is empty, too long, outside the
-        vocabulary, or whose reward is not finite.
+        vocabulary, or whose reward is not finite, and TypeError for ids that are not integers.
         """
         reading = self.readout.read(self.raw_scores(self._valid(sequences)))
         for index in np.flatnonzero(~reading.finite):
@@ -180,7 +187,7 @@ class RewardScorer:
     def _valid(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         rows = []
         for index, sequence in enumerate(sequences):
-            checked = self.renderer.checked([int(i) for i in sequence])
+            checked = self.renderer.checked([operator.index(i) for i in sequence])
             if isinstance(checked, SampleError):
                 raise ValueError(f"sequence {index}: {checked.message}")
             rows.append(checked)

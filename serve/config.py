@@ -30,7 +30,11 @@ class ServeConfig(BaseModel):
         0, ge=0, description="rows in one forward pass; 0: chosen from free memory"
     )
     cache_size: int = Field(
-        65_536, ge=0, description="sequences whose scores a replica keeps; 0: none"
+        # Off: fresh rollouts never come twice, and what comes from the cache in no time would make
+        # the queue look faster than the device is.
+        0,
+        ge=0,
+        description="sequences whose scores a replica keeps; 0: none",
     )
     max_queued_tokens: Positive = Field(
         1_000_000, description="tokens that wait at one replica before it answers 429"

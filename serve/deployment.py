@@ -54,7 +54,7 @@ class RewardModelReplica:
             scored = await self._batcher.submit(sequences.rows(), function)
         except QueueFull as full:
             return ReplicaReply("overloaded", held, retry_after_s=full.retry_after_s)
-        except torch.cuda.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             logger.error("out of memory while scoring: %s", error)
             return ReplicaReply("failed", held, reason="the device ran out of memory")
         except RuntimeError as error:
@@ -78,6 +78,7 @@ class RewardModelReplica:
             directory=str(self._scorer.members[0].path.resolve()),
             dtype=self._scorer.dtype,
             path=self._scorer.path,
+            fallback_reason=self._scorer.fallback_reason,
             max_batch_tokens=self._max_batch_tokens,
             contract=self._scorer.contract.to_json(),
             readout=self._scorer.readout,

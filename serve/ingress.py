@@ -134,6 +134,7 @@ class Ingress:
             model_version=model.description.model_version,
             dtype=model.description.dtype,
             path=model.description.path,
+            fallback_reason=model.description.fallback_reason,
             format=contract.format,
             tokenizer_fingerprint=model.fingerprint,
             template_date=contract.template_date,

@@ -61,13 +61,15 @@ class Description:
     """What an ingress must know of the model that the replicas hold.
 
     directory holds its tokenizer (the first member's, of an ensemble); path is the way that
-    sequences take through the network; max_batch_tokens is what was chosen where it was left open.
+    sequences take through the network, fallback_reason why it is not the fastest; max_batch_tokens
+    is what was chosen where it was left open.
     """
 
     model_version: str
     directory: str
     dtype: str
     path: str
+    fallback_reason: str | None
     max_batch_tokens: int
     contract: dict[str, Any]
     readout: Readout

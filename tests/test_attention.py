@@ -117,15 +117,33 @@ def test_runs_line_up_queries_with_the_end_of_their_keys(
     """What the CUDA kernel is given: cumulative counts, each run's last query at its last key."""
     [forest] = plan_forests(sequences, 10**6)
     plan = AttentionPlan(forest, CPU, pooled=pooled)
-    runs = plan.runs
-    cu_queries, cu_keys = runs.cu_queries.tolist(), runs.cu_keys.tolist()
-    assert cu_queries[-1] == len(plan.query_rows)
-    assert cu_keys[-1] == len(runs.key_rows)
-    assert runs.cu_queries.dtype == runs.cu_keys.dtype == torch.int32
-    for run in range(len(cu_queries) - 1):
-        rows = plan.query_rows[cu_queries[run] : cu_queries[run + 1]]
-        keys = runs.key_rows[cu_keys[run] : cu_keys[run + 1]]
-        assert keys[-len(rows) :].tolist() == rows.tolist()
-        assert len(rows) <= runs.max_queries
-        assert len(keys) <= runs.max_keys
-        assert torch.from_numpy(forest.position_ids)[keys].tolist() == list(range(len(keys)))
+    end = 0
+    for runs in plan.runs:
+        assert runs.queries.start == end
+        end = runs.queries.stop
+        cu_queries, cu_keys = runs.cu_queries.tolist(), runs.cu_keys.tolist()
+        assert cu_queries[-1] == end - runs.queries.start
+        assert cu_keys[-1] == len(runs.key_rows)
+        assert runs.cu_queries.dtype == runs.cu_keys.dtype == torch.int32
+        for run in range(len(cu_queries) - 1):
+            rows = plan.query_rows[runs.queries][cu_queries[run] : cu_queries[run + 1]]
+            keys = runs.key_rows[cu_keys[run] : cu_keys[run + 1]]
+            assert keys[-len(rows) :].tolist() == rows.tolist()
+            assert len(rows) <= runs.max_queries
+            assert len(keys) <= runs.max_keys
+            assert torch.from_numpy(forest.position_ids)[keys].tolist() == list(range(len(keys)))
+    assert end == len(plan.query_rows)
+
+
+def test_gathered_keys_are_bounded_by_the_rows() -> None:
+    """64 short completions on a long prompt: their paths are 40 times the rows."""
+    prompt = [0] * 200
+    [forest] = plan_forests([[*prompt, 1 + c, 1] for c in range(64)], 10**6)
+    parts = AttentionPlan(forest, CPU).runs
+    assert len(parts) > 1
+    assert max(len(part.key_rows) for part in parts) <= 8 * forest.num_rows + 202
+    query, key, value = tensors(forest)
+    plan = AttentionPlan(forest, CPU)
+    torch.testing.assert_close(
+        path_attention(query, key, value, plan), cascade_attention(query, key, value, plan)
+    )

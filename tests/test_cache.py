@@ -75,12 +75,12 @@ def test_versions_and_sequences_do_not_mix() -> None:
     assert len({cache_key("a", row) for row in rows}) == len(rows)
 
 
-def test_what_is_not_finite_is_answered_alike_again() -> None:
+def test_what_is_not_finite_is_computed_again() -> None:
     cache = RewardCache(8)
     for _ in range(2):
         scores = cache.scores("a", [[1]], lambda _: np.array([[math.nan, 1]], np.float32))
         assert math.isnan(scores[0, 0])
-    assert cache.num_hits == 1
+    assert (cache.num_hits, cache.num_misses, len(cache)) == (0, 2, 0)
 
 
 def test_a_failed_call_leaves_nothing_behind() -> None:

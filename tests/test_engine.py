@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,7 @@ from families import FAMILIES, VOCAB_SIZE, make_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward_actor.attention import NAME
 from reward_actor.engine import Engine, UnscorableModel
 from reward_actor.extract import RewardModel, get_reward
 
@@ -219,13 +221,149 @@ def test_get_reward_needs_no_side_of_padding(family: str) -> None:
 def test_without_a_mask_get_reward_is_open_instructs(
     rows: list[list[int]], context_length: int
 ) -> None:
+    """All three results against its procedure, step by step (open_instruct/model_utils.py)."""
     pad = 3
     rows = [row for row in rows if set(row) != {pad}] or [[1] * 8]
     ids = torch.tensor(rows)
-    model = engine("llama").model.network
+    network = engine("llama").model.network
     with torch.inference_mode():
-        logits, scores, last = get_reward(model, ids, pad, context_length)
-    # Its rule: the token before the first pad after the context, without a pad the last one.
-    tails = [[*row[context_length:], pad] for row in rows]
-    assert last.tolist() == [context_length + tail.index(pad) - 1 for tail in tails]
-    assert torch.equal(scores, logits[torch.arange(len(rows)), last])
+        logits, scores, last = get_reward(network, ids, pad, context_length)
+        real = ids != pad
+        hidden = network.model(
+            input_ids=ids * real,
+            attention_mask=real,
+            position_ids=real.cumsum(1) - real.long(),
+            use_cache=False,
+        ).last_hidden_state
+        expected = network.score(hidden)[..., 0]
+    for row in range(len(rows)):
+        first_pad = next((i for i in range(context_length, 8) if rows[row][i] == pad), 8)
+        assert int(last[row]) == first_pad - 1
+        torch.testing.assert_close(scores[row], expected[row, first_pad - 1], atol=1e-5, rtol=0)
+        at_real = real[row]
+        torch.testing.assert_close(logits[row][at_real], expected[row][at_real], atol=1e-5, rtol=0)
+
+
+# ---- what once slipped through: positions by batch, windows, threads, memory
+
+
+def test_frequencies_that_follow_the_longest_sequence_follow_no_neighbour() -> None:
+    """Phi-3's longrope has two sets, for sequences up to its first length and for longer ones."""
+    half = 16  # of the head's width
+    network = make_network(
+        "phi3",
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * half,
+            "long_factor": [4.0] * half,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    model = RewardModel(network).eval()
+    generate = random.Random(0)
+    prompt = [generate.randrange(VOCAB_SIZE) for _ in range(40)]
+    sequences = [
+        prompt + [generate.randrange(VOCAB_SIZE) for _ in range(n)] for n in (3, 24, 25, 100)
+    ]
+    own = transformers_own(model, sequences)
+    for attention in ("auto", "padded"):
+        scores = Engine(model, attention).raw_scores(sequences)[:, 0]  # type: ignore[arg-type]
+        np.testing.assert_allclose(scores, own, atol=1e-5, rtol=0)
+
+
+def test_dynamic_frequencies_are_refused_where_they_depend_on_the_past() -> None:
+    parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    network = make_network("llama", max_position_embeddings=64, rope_parameters=parameters)
+    found = Engine(RewardModel(network).eval())
+    sequences = [[5] * 64, [6] * 10]
+    own = transformers_own(found.model, sequences)
+    np.testing.assert_allclose(found.raw_scores(sequences)[:, 0], own, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="sequence 1 has 65 tokens; beyond 64"):
+        found.raw_scores([[5], [5] * 65])
+
+
+def test_a_window_that_a_network_ignores_is_ignored() -> None:
+    """Llama with a stray `sliding_window` in its configuration, as converted models have it."""
+    model = RewardModel(make_network("llama", sliding_window=16)).eval()
+    found = Engine(model)
+    assert found.path == "forest in blocks"
+    sequences = groups(seed=6)
+    own = transformers_own(model, sequences)
+    np.testing.assert_allclose(found.raw_scores(sequences)[:, 0], own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "wrong", ["no window", "one more key", "the neighbour's keys", "late by one"]
+)
+def test_the_probe_refuses_attention_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, family: str, dtype: torch.dtype
+) -> None:
+    from reward_actor import attention, decoder
+
+    if wrong in ("no window", "one more key") and family == "llama":
+        pytest.skip("it has no window")
+
+    def broken(query, key, value, plan, scale=None, window=None):  # type: ignore[no-untyped-def]
+        if wrong == "no window":
+            window = None
+        elif wrong == "one more key" and window is not None:
+            window += 8
+        elif wrong == "the neighbour's keys":
+            key = key.roll(1, 0)
+        elif wrong == "late by one":
+            value = value.roll(1, 0)
+        return attention.path_attention(query, key, value, plan, scale, window)
+
+    monkeypatch.setattr(attention, "attend", broken)
+    monkeypatch.setattr(decoder, "attend", broken)
+    # A window of thousands of tokens, as real models have it: the probe has to shorten it.
+    more = {} if family == "llama" else {"sliding_window": 300}
+    model = RewardModel(make_network(family, **more).to(dtype)).eval()
+    found = Engine(model)
+    assert found.path == "padded"
+    assert "differ by" in (found.fallback_reason or "")
+
+
+def test_threads_take_turns() -> None:
+    """The path through `transformers`' own forward switches the attention of a shared network."""
+    found = Engine(RewardModel(make_network("gemma3")).eval())
+    other = Engine(found.model, "padded")
+    sequences = groups(seed=7)
+    expected = found.raw_scores(sequences)
+    with ThreadPoolExecutor(4) as pool:
+        several = [pool.submit(e.raw_scores, sequences) for e in [found, other] * 6]
+        for scores in several:
+            np.testing.assert_allclose(scores.result(), expected, atol=1e-5, rtol=0)
+    assert found.model.backbone.config._attn_implementation != NAME
+
+
+@pytest.mark.parametrize("attention", ["forest", "padded"])
+def test_an_empty_sequence_is_named(attention: str) -> None:
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        engine("llama", attention=attention).raw_scores([[5], []])
+
+
+def test_one_lack_of_memory_does_not_starve_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Engine(engine("llama").model, max_batch_tokens=4096)
+    sequences = groups(seed=8)
+    expected = found.raw_scores(sequences)
+    real, calls = found._heads, []
+
+    def once(hidden: torch.Tensor) -> np.ndarray:
+        calls.append(len(hidden))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory, once")
+        return real(hidden)
+
+    monkeypatch.setattr(found, "_heads", once)
+    np.testing.assert_allclose(found.raw_scores(sequences), expected, atol=1e-5, rtol=0)
+    assert found.max_batch_tokens == 2048
+    for _ in range(20):
+        calls.clear()
+        found.raw_scores([[5], [6]])
+    assert found.max_batch_tokens == 256  # never so few that every sequence goes alone

@@ -22,6 +22,7 @@ import rayward
 from reward_actor import Group, RewardScorer
 from reward_actor.checkpoint import CheckpointError, write_manifest
 from reward_actor.contract import ContractError, ScoringContract
+from reward_actor.convert import convert
 from reward_actor.ensemble import ENSEMBLE_FILE, Ensemble
 from reward_actor.probe import synthetic_groups
 
@@ -133,6 +134,17 @@ def test_three_heads_of_one_model(three_heads: Path) -> None:
     assert golden.raw_scores["float32"] == pytest.approx(expected_raw.tolist(), abs=1e-5)
     half = RewardScorer.from_pretrained(three_heads, "cpu", "bfloat16")  # replays them, too
     assert half.score(GROUPS[:1])[0].members is not None
+
+
+def test_several_heads_survive_conversion(three_heads: Path, tmp_path: Path) -> None:
+    convert(three_heads, tmp_path / "converted")
+    before, after = (
+        RewardScorer.from_pretrained(path, "cpu").score(GROUPS)
+        for path in (three_heads, tmp_path / "converted")
+    )
+    for ours, theirs in zip(after, before, strict=True):
+        assert ours.rewards == pytest.approx(theirs.rewards, abs=1e-6)
+        assert np.array(ours.members) == pytest.approx(np.array(theirs.members), abs=1e-6)
 
 
 def test_a_model_with_several_heads_brings_all_of_them(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +64,11 @@ def evaluate_model(
     *,
     columns: DataConfig | None = None,
     max_pairs: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_batch_tokens: int | None = None,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Evaluate an exported directory, or the service at an http(s) URL, on a preference file.
+
+    `loading` goes to `RewardScorer.from_pretrained` (device, dtype, attention, ...).
 
     Pairs that cannot be scored (over-long, say) and pairs with equal sides are dropped and counted.
     Raises ValueError for data, a model or a service that cannot be used.
@@ -80,9 +80,7 @@ def evaluate_model(
     if model_or_url.startswith(("http://", "https://")):
         result, version = _evaluate_service(model_or_url, rows)
     else:
-        result, version = _evaluate_directory(
-            Path(model_or_url), rows, data, device, dtype, max_batch_tokens
-        )
+        result, version = _evaluate_directory(Path(model_or_url), rows, data, loading)
     return {
         **asdict(result),
         "num_dropped": len(rows) - result.num_pairs,
@@ -97,16 +95,12 @@ def _evaluate_directory(
     directory: Path,
     rows: Sequence[Row],
     source: str,
-    device: str,
-    dtype: str,
-    max_batch_tokens: int | None,
+    loading: Mapping[str, Any],
 ) -> tuple[EvalResult, str]:
     from reward_actor.scorer import RewardScorer
     from trainer.pairs import PairSet, render_rows
 
-    scorer = RewardScorer.from_pretrained(
-        directory, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens
-    )
+    scorer = RewardScorer.from_pretrained(directory, **loading)
     rendered, _ = render_rows(rows, scorer.renderer, source)
     return evaluate_pairs(scorer.score_ids, PairSet.of(rendered)), scorer.model_version
 
