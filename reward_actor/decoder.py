@@ -20,7 +20,7 @@ from reward_actor.attention_plan import AttentionPlan
 
 # Rows of a block. On a CPU the widest activation of a block should stay in the last-level cache;
 # a GPU needs many rows to be busy, and a bound on the memory of the widest activation.
-_BLOCK_ROWS = {"cpu": 512, "cuda": 16_384}
+_BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
 
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
