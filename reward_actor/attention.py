@@ -56,7 +56,7 @@ def attend(
         return varlen_attention(query, key, value, plan, scale, window)
     # In half precision each part would be rounded before they are joined: twice the noise.
     is_float32_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    if is_float32_cpu and window is None and not _needs_gradient(query):
+    if is_float32_cpu and window is None and not _needs_gradient(query, key, value):
         return cascade_attention(query, key, value, plan, scale)
     return path_attention(query, key, value, plan, scale, window)
 
@@ -70,7 +70,8 @@ def path_attention(
     window: int | None = None,
 ) -> Tensor:
     """The reference: a product for each run of queries, masked where it must be."""
-    on_cpu = query.device.type == "cpu" and not _needs_gradient(query)
+    on_cpu = query.device.type == "cpu" and not _needs_gradient(query, key, value)
+    product = _cpu_flash if on_cpu else _general
     outputs = []
     for runs in plan.runs:
         some = query[runs.queries]
@@ -80,7 +81,6 @@ def path_attention(
             queries = some[cu_queries[run] : cu_queries[run + 1]]
             is_square = len(queries) == len(rows) and window is None
             mask = None if is_square else _visible(len(queries), len(rows), window, rows.device)
-            product = _cpu_flash if on_cpu else _general
             output, _ = product(queries, key[rows], value[rows], is_square, scale, mask)
             outputs.append(output)
     return torch.cat(outputs)
@@ -107,8 +107,8 @@ def _general(
     return output[0].transpose(0, 1), None
 
 
-def _needs_gradient(query: Tensor) -> bool:
-    return torch.is_grad_enabled() and query.requires_grad
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _heads_first(rows: Tensor) -> Tensor:

@@ -6,10 +6,16 @@ Every one has 3 layers, so that a sliding window and a full layer can alternate,
 
 from __future__ import annotations
 
+import random
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from reward_actor.engine import Attention, Engine
+from reward_actor.extract import RewardModel
 
 VOCAB_SIZE = 400
 WINDOW = 8
@@ -96,3 +102,33 @@ def make_network(family: str, *, seed: int = 0, num_labels: int = 1, **more: Any
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     return network.eval()
+
+
+@cache
+def engine(
+    family: str, dtype: torch.dtype = torch.float32, attention: Attention = "auto"
+) -> Engine:
+    return Engine(RewardModel(make_network(family).to(dtype)).eval(), attention)
+
+
+def transformers_own(model: RewardModel, sequences: list[list[int]]) -> np.ndarray:
+    """(n,) scores of each sequence alone, by the network's own forward."""
+    with torch.inference_mode():
+        return np.array(
+            [float(model.head(model.hidden_states(torch.tensor([s]))[0, -1])) for s in sequences]
+        )
+
+
+def groups(seed: int, num_groups: int = 3) -> list[list[int]]:
+    """Groups under one system prompt, their prompts past the window and past what is joined."""
+    generate = random.Random(seed)
+
+    def some(low: int, high: int) -> list[int]:
+        return [generate.randrange(VOCAB_SIZE) for _ in range(generate.randint(low, high))]
+
+    system = some(2, 4)
+    prompts = [system + some(3, 40) for _ in range(num_groups)]
+    sequences = [prompt + some(1, 30) for prompt in prompts for _ in range(4)]
+    sequences += [prompts[0], sequences[0], sequences[1] + some(1, 5), some(1, 1)]
+    generate.shuffle(sequences)
+    return sequences

@@ -147,3 +147,16 @@ def test_gathered_keys_are_bounded_by_the_rows() -> None:
     torch.testing.assert_close(
         path_attention(query, key, value, plan), cascade_attention(query, key, value, plan)
     )
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_one_of_queries_keys_and_values_is_enough_to_need_gradients(trained: int) -> None:
+    """As when an adapter trains one projection alone."""
+    [forest] = plan_forests(DEEP, 10**6)
+    plan = AttentionPlan(forest, CPU)
+    heads, same = tensors(forest), tensors(forest)
+    heads[trained].requires_grad_()
+    same[trained].requires_grad_()
+    attend(*heads, plan).square().sum().backward()
+    path_attention(*same, plan).square().sum().backward()
+    torch.testing.assert_close(heads[trained].grad, same[trained].grad)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from families import FAMILIES, engine, groups, transformers_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,3 +108,54 @@ def test_the_head_computes_in_float32() -> None:
 def test_a_head_that_is_not_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential"):
         Float32Head.of(torch.nn.Sequential())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_get_reward_needs_no_side_of_padding(family: str) -> None:
+    network = engine(family).model.network
+    rows = [s for s in groups(seed=5, num_groups=2) if len(s) <= 60][:6]
+    width = 64
+    expected = transformers_own(engine(family).model, rows)
+    for left in (0.0, 1.0, 0.5):
+        ids = torch.full((len(rows), width), 3)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            start = int(left * (width - len(row)))
+            ids[index, start : start + len(row)] = torch.tensor(row)
+            mask[index, start : start + len(row)] = 1
+        with torch.inference_mode():
+            logits, scores, last = get_reward(network, ids, 3, 0, mask)
+        assert logits.shape == (len(rows), width)
+        assert mask.gather(1, last[:, None]).all()
+        np.testing.assert_allclose(scores.numpy(), expected, atol=2e-5, rtol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=1, max_size=4),
+    context_length=st.integers(0, 8),
+)
+def test_without_a_mask_get_reward_is_open_instructs(
+    rows: list[list[int]], context_length: int
+) -> None:
+    """All three results against its procedure, step by step (open_instruct/model_utils.py)."""
+    pad = 3
+    rows = [row for row in rows if set(row) != {pad}] or [[1] * 8]
+    ids = torch.tensor(rows)
+    network = engine("llama").model.network
+    with torch.inference_mode():
+        logits, scores, last = get_reward(network, ids, pad, context_length)
+        real = ids != pad
+        hidden = network.model(
+            input_ids=ids * real,
+            attention_mask=real,
+            position_ids=real.cumsum(1) - real.long(),
+            use_cache=False,
+        ).last_hidden_state
+        expected = network.score(hidden)[..., 0]
+    for row in range(len(rows)):
+        first_pad = next((i for i in range(context_length, 8) if rows[row][i] == pad), 8)
+        assert int(last[row]) == first_pad - 1
+        torch.testing.assert_close(scores[row], expected[row, first_pad - 1], atol=1e-5, rtol=0)
+        at_real = real[row]
+        torch.testing.assert_close(logits[row][at_real], expected[row][at_real], atol=1e-5, rtol=0)
