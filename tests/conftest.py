@@ -117,3 +117,17 @@ def service(ray_cluster: None, export_dir: Path) -> Iterator[str]:
     )
     yield start(config, port=free_port())
     serve.shutdown()
+
+
+@pytest.fixture(scope="session")
+def seeds(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models of one kind, normalised differently, each in a folder named export."""
+    root = tmp_path_factory.mktemp("seeds")
+    plain = make_export(base_model, root / "seed-0" / "export", seed=0)
+    scaled = make_export(base_model, root / "seed-1" / "export", seed=1, mean=0.5, std=2.0)
+    return [plain, scaled]
+
+
+@pytest.fixture(scope="session")
+def text_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(base_model, tmp_path_factory.mktemp("text") / "text", format="text")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
-from reward_actor.checkpoint import write_manifest
 from reward_actor.errors import RewardServiceError
 from reward_actor.handle import AsyncRewardHandle
 
@@ -294,113 +290,3 @@ def test_errors_keep_their_type_over_a_handle(service: str) -> None:
     assert refused.value.type == "too_many_tokens"
     with pytest.raises(ValueError, match="no Serve application 'nope'"):
         RewardHandle("nope")
-
-
-def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -> None:
-    import ray
-    from ray import serve
-
-    address = ray.get_runtime_context().gcs_address
-    command = [str(Path(sys.executable).parent / "serve"), "run", "--address", address]
-    command += ["--name", "second", "--route-prefix", "/second", "serve.app:app"]
-    command += [
-        f"model={export_dir}",
-        "device=cpu",
-        "cpus_per_replica=0.5",
-        "threads_per_replica=1",
-    ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        try:
-            with RewardClient(service + "/second", timeout_s=90) as client:
-                wait_until_ready(service + "/second", process)
-                assert client.score("Hi.", ["Yes?"]).errors == [None]
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # Ctrl-C would end all of Serve, ours too
-            serve.delete("second")
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
-    while httpx.get(url + "/ready", timeout=30).status_code != 200:
-        assert process.poll() is None, "it ended early"
-        assert time.monotonic() < deadline, "it did not become ready"
-        time.sleep(0.5)
-
-
-def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rayward", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve", "{base}"], "no trained reward head"),
-        (["serve", "/nowhere"], "is not a directory"),
-        (["serve", "{export}", "--port", "{port}"], "cannot be used"),
-        (["serve", "{export}", "--num-replicas", "0"], "num_replicas is '0'"),
-        (["serve", "{export}", "--num-replica", "2"], "did you mean '--num-replicas'"),
-        (["serve", "{export}", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
-    ],
-)
-def test_serving_what_cannot_be_served_says_why(
-    service: str, base_model: Path, export_dir: Path, arguments: list[str], message: str
-) -> None:
-    port = service.rsplit(":", 1)[1]
-    filled = [a.format(base=base_model, export=export_dir, port=port) for a in arguments]
-    done = front_door(*filled)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_model_that_fails_its_golden_samples_is_not_served(
-    export_dir: Path, tmp_path: Path
-) -> None:
-    """A service of its own: the replica refuses the model, and the command says why and ends."""
-    from conftest import free_port
-
-    bad = Path(shutil.copytree(export_dir, tmp_path / "bad"))
-    contract = json.loads((bad / "scoring_contract.json").read_text())
-    contract["golden"]["raw_scores"]["float32"][0] += 0.1
-    (bad / "scoring_contract.json").write_text(json.dumps(contract))
-    done = front_door("serve", str(bad), "--port", str(free_port()))
-    assert done.returncode == 2
-    assert "differs from its digest" in done.stderr
-    write_manifest(bad)
-    done = front_door("serve", str(bad), "--port", str(free_port()))
-    assert done.returncode == 2
-    assert "golden sample 0 scores" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_second_service_in_one_cluster_is_refused(service: str, export_dir: Path) -> None:
-    from conftest import free_port
-
-    from serve.app import start
-    from serve.config import ServeConfig
-
-    config = ServeConfig(model=str(export_dir), device="cpu", cpus_per_replica=0.5)
-    with pytest.raises(ValueError, match=r"Ray Serve listens on 127\.0\.0\.1"):
-        start(config, port=free_port())
-
-
-def test_a_cluster_that_is_too_small_is_said_at_once(ray_cluster: None, export_dir: Path) -> None:
-    from conftest import free_port
-
-    from serve.app import start
-    from serve.config import ServeConfig
-
-    config = ServeConfig(model=str(export_dir), device="cpu", num_replicas=3, cpus_per_replica=100)
-    with pytest.raises(ValueError, match=r"too small: 300\.25 CPU asked for, 16 CPU there"):
-        start(config, port=free_port())
-
-
-def test_an_unknown_setting_names_the_nearest(export_dir: Path) -> None:
-    from serve.app import app
-
-    with pytest.raises(ValueError, match="unknown key 'num_replica'; did you mean 'num_replicas'"):
-        app({"model": str(export_dir), "num_replica": 2})
-    with pytest.raises(ValueError, match="model is required"):
-        app({})

@@ -1,0 +1,226 @@
+"""What the commands of `rayward` do; `rayward.py` says what they accept.
+
+Every command imports what it needs when it runs, and returns an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_loading` read, as `RewardScorer.from_pretrained` takes it."""
+    names = ("device", "dtype", "attention", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def init_model(arguments: argparse.Namespace) -> int:
+    from trainer.init_model import init_model, texts_from_file
+
+    source = arguments.tokenizer_from
+    if not (arguments.corpus or source):
+        raise ValueError("init-model needs --corpus FILE or --tokenizer-from DIR")
+    path = init_model(
+        Path(arguments.directory),
+        texts_from_file(arguments.corpus) if arguments.corpus else (),
+        vocab_size=arguments.vocab_size,
+        hidden_size=arguments.hidden_size,
+        num_layers=arguments.num_layers,
+        max_position_embeddings=arguments.max_length,
+        tokenizer_from=Path(source) if source else None,
+        seed=arguments.seed,
+    )
+    print(f"base model: {path}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from trainer.evaluate import evaluate_model
+
+    result = evaluate_model(arguments.model, arguments.data, **_loading(arguments))
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    for name, value in result.items():
+        print(f"{name:>16}  {value:.4f}" if isinstance(value, float) else f"{name:>16}  {value}")
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    from reward_actor.settings import validate
+    from serve.config import ServeConfig
+
+    prefix = "setting_"
+    settings = {
+        name.removeprefix(prefix): value
+        for name, value in vars(arguments).items()
+        if name.startswith(prefix) and value is not None
+    }
+    config = validate(ServeConfig, {"model": arguments.model, **settings})
+    import ray
+
+    from serve.app import start
+
+    url = start(config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address)
+    print(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
+    print(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops", flush=True)
+    stop = threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start
+        signal.signal(signal_number, lambda *_: stop.set())
+    while not stop.wait(1.0):
+        pass
+    if arguments.ray_address or os.environ.get("RAY_ADDRESS"):  # a private cluster ends with us
+        from ray import serve as ray_serve
+
+        from serve.app import APP_NAME
+
+        ray_serve.delete(APP_NAME)
+    ray.shutdown()
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from reward_actor.files import group_of, read_rows, scored_row, write_rows
+
+    rows = list(read_rows(arguments.input))
+    groups = [group_of(row, place) for place, row in rows]
+    with _scorer(arguments) as score:
+        scores = score(groups)
+    num_errors = sum(error is not None for result in scores for error in result.errors)
+    write_rows(
+        arguments.output,
+        (scored_row(row, result) for (_, row), result in zip(rows, scores, strict=True)),
+    )
+    num_scored = sum(len(result.rewards) for result in scores) - num_errors
+    print(f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output}")
+    if num_errors:
+        print(f"{num_errors} completions have no reward; see their `errors`", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
+    if arguments.model.startswith(("http://", "https://")):
+        from reward_actor.client import RewardClient
+
+        with RewardClient(arguments.model) as client:
+            yield client.score_groups
+        return
+    from reward_actor.scorer import RewardScorer
+
+    yield RewardScorer.from_pretrained(arguments.model, **_loading(arguments)).score
+
+
+def rollout(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from reward_actor.cluster import connect
+    from reward_actor.files import prompt_of, read_rows, rollout_row, write_rows
+    from reward_actor.rollout import (
+        Engine,
+        Sampling,
+        longest_needed,
+        sample,
+        start_rollout_actors,
+    )
+
+    prompts = [prompt_of(row, place) for place, row in read_rows(arguments.prompts)]
+    num_gpus = arguments.num_gpus
+    if num_gpus is None:
+        import torch
+
+        num_gpus = int(torch.cuda.is_available())
+    sampling = Sampling(
+        arguments.num_completions,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.max_tokens,
+        arguments.seed,
+    )
+    engine = Engine(
+        arguments.policy,
+        num_gpus=num_gpus,
+        max_model_len=arguments.max_model_len
+        or longest_needed(arguments.policy, prompts, sampling),
+        dtype=arguments.dtype,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        cpu_kv_cache_gib=arguments.cpu_kv_cache_gib,
+    )
+    connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
+    scorer: Any = arguments.scorer
+    if scorer and Path(scorer).is_dir():
+        from reward_actor.actor import start_scorer_actor
+
+        scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
+    actors = start_rollout_actors(engine, arguments.num_actors, scorer)
+
+    import ray
+
+    print(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
+    rollouts: dict[int, Any] = {}
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("rollouts", total=len(prompts))
+            for index, rollout in sample(actors, prompts, sampling):
+                rollouts[index] = rollout
+                progress.advance(task)
+    finally:  # what was sampled before a failure is kept
+        write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
+    num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
+    print(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    num_failed = sum(rollout.error is not None for rollout in rollouts.values())
+    if num_failed:
+        print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
+    ray.shutdown()
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    from reward_actor.convert import convert
+
+    contract = convert(
+        arguments.source,
+        arguments.destination,
+        tokenizer_from=arguments.tokenizer_from,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(f"reward model: {arguments.destination}")
+    print(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")
+    if (contract.mean, contract.std) != (0.0, 1.0):
+        print(f"reward = (raw score - {contract.mean:g}) / {contract.std:g}")
+    return 0
+
+
+def ensemble(arguments: argparse.Namespace) -> int:
+    from reward_actor.ensemble import write_ensemble
+
+    readout = write_ensemble(arguments.directory, arguments.members, arguments.combine, arguments.k)
+    print(f"ensemble: {arguments.directory}")
+    k = f", k {readout.k:g}" if readout.combine == "mean_minus_std" else ""
+    print(f"{readout.combine} of {len(readout)} members{k}: {', '.join(readout.names)}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from reward_actor.doctor import checks
+
+    failed = 0
+    for check in checks():
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
+        if not check.ok:
+            failed += 1
+            print(f"      -> {check.advice}")
+    return 1 if failed else 0
