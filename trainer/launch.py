@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -21,6 +23,8 @@ from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.pairs import Prepared
 from trainer.training_log import LOG_FILE
+
+_ABORT_S = 10
 
 
 def launch(
@@ -73,8 +77,8 @@ def _fit(
     config = job.config
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     # Any: Ray's annotations are those of its older trainer.
-    trainer_class: Any = _PrivateTrainer if is_private else TorchTrainer
     run_config: Any = ray.train.RunConfig
+    trainer_class: Any = _Trainer
     trainer = trainer_class(
         loop.train,
         train_loop_config=job,
@@ -88,31 +92,56 @@ def _fit(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    outcome: list[Any] = []
-
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit())
-        except Exception as error:  # raised again below, on the main thread
-            outcome.append(error)
-
-    # Not on the main thread: there Ray Train takes over Ctrl-C and waits for the workers.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    progress.show(Path(config.output_dir) / LOG_FILE, start, job.num_steps, thread.is_alive)
-    (result,) = outcome
-    if isinstance(result, Exception):
-        raise _cause(result)
+    trainer.is_private = is_private
+    ended = threading.Event()
+    follower = threading.Thread(
+        target=progress.show,
+        args=(Path(config.output_dir) / LOG_FILE, start, job.num_steps, lambda: not ended.is_set()),
+        daemon=True,
+    )
+    follower.start()
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
+    except Exception as error:
+        raise _cause(error) from error
+    finally:
+        ended.set()
+        follower.join()
     final: dict[str, Any] = result.return_value
     return final
 
 
-class _PrivateTrainer(TorchTrainer):
-    """Without the actor that cleans up behind a dead controller: it asks Ray's dashboard, which a
-    private cluster does not start, and complains every second. There is nothing to clean up."""
+class _Trainer(TorchTrainer):
+    """Ray's trainer with Ctrl-C left to Python, which ends `fit` with KeyboardInterrupt at once.
+
+    Ray's own handler waits for the workers and exits with status 0. `fit` must run on the main
+    thread: a thread that still waits for Ray when it is shut down makes Ray end the process.
+    """
+
+    is_private = False
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers of an interrupted `fit`; after `_ABORT_S`, without their consent."""
+        if self._controller is None:
+            return
+        # RayError: the controller has ended, as asked, or does not answer.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+        ray.kill(self._controller)
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if not self.is_private:
+            return callbacks
+        # The actor that cleans up behind a dead controller asks Ray's dashboard, which a private
+        # cluster does not start, and complains every second. There is nothing to clean up.
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
