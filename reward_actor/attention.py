@@ -4,11 +4,10 @@ Legend: N rows; M query rows; Hq query heads and Hkv key heads (Hq a multiple of
 Queries are (M, Hq, D), keys and values (N, Hkv, D), outputs (M, Hq, D). Positions along a path are
 contiguous, so causal order is the order of the path and a sliding window is an ordinary band.
 
-Three ways to the same result:
-- `path_attention`: one masked call for each run of queries. Differentiable, on any device. The
-  reference, and what trains on a CPU.
+Three ways to the same result, all differentiable:
+- `path_attention`: one masked call for each run of queries. On any device. The reference.
 - `varlen_attention`: one variable-length call for all runs, on CUDA in half precision.
-- `cascade_attention`: on a CPU, without gradients. A segment's keys meet all queries below it in
+- `cascade_attention`: on a CPU, in float32. A segment's keys meet all queries below it in
   one product, and the parts are joined by their log-sum-exp (Juravsky et al., Hydragen,
   arXiv:2402.05099, section 3.1); no key is copied for each path.
 """
@@ -17,13 +16,13 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from reward_actor.attention_plan import AttentionPlan
+from reward_actor.attention_plan import AttentionPlan, Part
 
 NAME = "rayward_forest"
 """The name under which `transformers` knows the attention of a packed forest."""
@@ -56,7 +55,7 @@ def attend(
         return varlen_attention(query, key, value, plan, scale, window)
     # In half precision each part would be rounded before they are joined: twice the noise.
     is_float32_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    if is_float32_cpu and window is None and not _needs_gradient(query, key, value):
+    if is_float32_cpu and window is None:
         return cascade_attention(query, key, value, plan, scale)
     return path_attention(query, key, value, plan, scale, window)
 
@@ -219,7 +218,16 @@ def _varlen_arguments() -> frozenset[str]:
 def cascade_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None
 ) -> Tensor:
-    """Every product of `AttentionPlan.parts`, joined (CPU, no gradients)."""
+    """Every product of `AttentionPlan.parts`, joined (CPU)."""
+    if _needs_gradient(query, key, value):
+        return cast("Tensor", _Cascade.apply(query, key, value, plan, scale))
+    return _joined(query, key, value, plan, scale)[0].to(query.dtype)
+
+
+def _joined(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """(M, Hq, D) float32 outputs and (M, Hq) log-sum-exps over each query's whole path."""
     num_queries, num_heads = query.shape[:2]
     output = torch.empty(num_queries, num_heads, value.shape[-1], dtype=torch.float32)
     log_sum = torch.empty(num_queries, num_heads, dtype=torch.float32)
@@ -227,11 +235,7 @@ def cascade_attention(
     for part in plan.parts:
         rows = part.queries
         keys, values = key[part.keys], value[part.keys]
-        if part.is_causal and isinstance(part.keys, Tensor):
-            # The rows above are queries, too, so that the kernel's causal mask is the right one.
-            queries = query[part.keys]
-        else:
-            queries = query[rows]
+        queries = query[_query_rows(part)]
         new, new_sum = _cpu_flash(queries, keys, values, part.is_causal, scale)
         num_rows = rows.stop - rows.start
         new, new_sum = new[-num_rows:].float(), new_sum[-num_rows:]
@@ -243,7 +247,62 @@ def cascade_attention(
         output[rows] *= (log_sum[rows] - total).exp_()[..., None]
         output[rows].addcmul_(new, (new_sum - total).exp_()[..., None])
         log_sum[rows] = total
-    return output.to(query.dtype)
+    return output, log_sum
+
+
+def _query_rows(part: Part) -> slice | Tensor:
+    """The queries of a product. Where a causal part reads rows above its own they are queries, too,
+    so that the kernel's causal mask is the right one."""
+    return part.keys if part.is_causal and isinstance(part.keys, Tensor) else part.queries
+
+
+class _Cascade(torch.autograd.Function):
+    """`_joined` with its gradient, part by part.
+
+    With the log-sum-exp and the output of the whole path, the backward pass of flash attention
+    gives a part's share of the gradients: its probabilities are exp(score - log-sum-exp), and what
+    it subtracts from theirs is the sum of output times gradient (Dao et al., arXiv:2205.14135,
+    appendix B.2). No gradient flows through the joining itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        scale: float | None,
+    ) -> Tensor:
+        output, log_sum = _joined(query, key, value, plan, scale)
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.plan, ctx.scale = plan, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sum = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_query, of_key, of_value = (torch.zeros_like(t) for t in (query, key, value))
+        for part in ctx.plan.parts:
+            rows = _query_rows(part)
+            given = gradient[rows]
+            if rows is not part.queries:  # rows above the part's own: another part's matter
+                given[: -(part.queries.stop - part.queries.start)] = 0
+            to_query, to_key, to_value = (
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *(_heads_first(t) for t in (given, query[rows], key[part.keys])),
+                    *(_heads_first(t) for t in (value[part.keys], output[rows])),
+                    log_sum[rows].transpose(0, 1)[None],
+                    0.0,
+                    part.is_causal,
+                    scale=ctx.scale,
+                )
+            )
+            of_query[rows] += to_query[0].transpose(0, 1)
+            of_key[part.keys] += to_key[0].transpose(0, 1)
+            of_value[part.keys] += to_value[0].transpose(0, 1)
+        return of_query, of_key, of_value, None, None
 
 
 def forest_attention(

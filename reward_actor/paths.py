@@ -39,8 +39,14 @@ class Batch(Protocol):
         """(n, H): the last hidden states of the sequences' last tokens."""
 
     def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
-        """(R, H): the last hidden states of all tokens, each once, and the rows of each sequence's
-        tokens in it, in their order."""
+        """(R, H): the last hidden states of all tokens, each once, and `token_rows`."""
+
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        """Of each sequence the rows of its tokens, in their order, among the R computed ones."""
+
+    @property
+    def num_rows(self) -> int:
+        """R: the tokens that are computed, padding included."""
 
 
 class Path(Protocol):
@@ -79,10 +85,16 @@ class _PaddedBatch:
         return hidden[rows, lengths.to(hidden.device) - 1]
 
     def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
-        hidden, lengths = self._hidden()
-        width = hidden.shape[1]
-        rows = [np.arange(n) + width * row for row, n in enumerate(lengths.tolist())]
-        return hidden.flatten(0, 1), rows
+        hidden, _ = self._hidden()
+        return hidden.flatten(0, 1), self.token_rows()
+
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        lengths = [len(sequence) for sequence in self.sequences]
+        return [np.arange(n) + max(lengths) * row for row, n in enumerate(lengths)]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sequences) * max(map(len, self.sequences))
 
     def _hidden(self) -> tuple[Tensor, Tensor]:
         input_ids, lengths = pad_right(self.sequences)
@@ -128,8 +140,14 @@ class _ForestBatch:
         return hidden[self._tensor(np.searchsorted(last.query_rows, self.forest.last_rows))]
 
     def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
-        rows = [self.forest.path_rows(int(segment)) for segment in self.forest.last_segments]
-        return self._every_row(), rows
+        return self._every_row(), self.token_rows()
+
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        return [self.forest.path_rows(int(segment)) for segment in self.forest.last_segments]
+
+    @property
+    def num_rows(self) -> int:
+        return self.forest.num_rows
 
     def _every_row(self) -> Tensor:
         plan = AttentionPlan(self.forest, self.model.device)

@@ -8,7 +8,7 @@ both run, so that short sequences reach past it. Legend: n sequences, H hidden u
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reward_actor.memory import is_out_of_memory
-from reward_actor.paths import PaddedPath, Path, Sequences
+from reward_actor.paths import Batch, PaddedPath, Path, Sequences
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,16 +38,25 @@ _WINDOW = 64
 class Probe:
     """The synthetic groups of one network with the hidden states of each sequence alone."""
 
-    def __init__(self, model: RewardModel, classes: LengthClasses, budget: int) -> None:
-        """classes: which sequences may share a forward pass; budget: tokens in one."""
+    def __init__(
+        self,
+        model: RewardModel,
+        classes: LengthClasses,
+        budget: int,
+        pooled: Callable[[Batch], Tensor] = lambda batch: batch.pooled(),
+    ) -> None:
+        """classes: which sequences may share a forward pass; budget: tokens in one; pooled: what
+        runs a batch, where the network must be entered by another door."""
         self._model = model
+        self._pooled = pooled
         self._classes = classes
         self._budget = budget
         self.sequences = synthetic_groups(model.network.config, classes.longest or _LONGEST)
         self._is_long = torch.tensor([len(row) > _WINDOW for row in self.sequences])
-        with torch.inference_mode(), _short_window(model):
-            rows = [torch.tensor([row], device=model.device) for row in self.sequences]
-            self._alone = torch.stack([model.hidden_states(row)[0, -1].float() for row in rows])
+        with torch.no_grad(), _short_window(model):
+            padded = PaddedPath(model)
+            rows = [pooled(padded.plan([row], len(row))[0]) for row in self.sequences]
+            self._alone = torch.cat(rows).float()
         self._noise = self._apart(PaddedPath(model))
 
     def fault(self, path: Path) -> str | None:
@@ -60,8 +69,8 @@ class Probe:
             apart = self._apart(path)
             # Alone and of one token, too: a compiler specialises on sizes of 1, and does it now.
             for alone in (self.sequences[0], self.sequences[-1]):
-                with torch.inference_mode():
-                    path.plan([alone], self._budget)[0].pooled()
+                with torch.no_grad():
+                    self._pooled(path.plan([alone], self._budget)[0])
         except Exception as error:  # third-party networks raise whatever they like
             if is_out_of_memory(error):
                 raise
@@ -84,10 +93,10 @@ class Probe:
     def _apart(self, path: Path) -> Tensor:
         """(n,) root mean square difference from each sequence alone, over the size of that."""
         hidden = torch.empty_like(self._alone)
-        with torch.inference_mode(), _short_window(self._model):
+        with torch.no_grad(), _short_window(self._model):
             for alike in self._classes.split(self.sequences):
                 for batch in path.plan([self.sequences[i] for i in alike], self._budget):
-                    hidden[[alike[i] for i in batch.indices]] = batch.pooled().float()
+                    hidden[[alike[i] for i in batch.indices]] = self._pooled(batch).float()
         difference = (hidden - self._alone).square().mean(dim=1).sqrt()
         return (difference / self._alone.square().mean(dim=1).sqrt()).cpu()
 

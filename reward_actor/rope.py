@@ -41,6 +41,11 @@ class LengthClasses:
             else:
                 self.longest = min(border, self.longest or border)
 
+    @property
+    def count(self) -> int:
+        """How many classes there are, at most."""
+        return len(set(self._borders)) + 1
+
     def split(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         """The indices of the sequences, in lists that may each share a forward pass.
 

@@ -79,6 +79,25 @@ def test_the_pooled_rows_alone_get_what_they_get_among_all(sequences: list[list[
         torch.testing.assert_close(output, whole[rows], atol=2e-6, rtol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@example(sequences=DEEP, pooled=False)
+@example(sequences=DEEP, pooled=True)
+@given(sequences=batches, pooled=st.booleans())
+def test_the_joined_parts_have_the_gradients_of_the_reference(
+    sequences: list[list[int]], pooled: bool
+) -> None:
+    [forest] = plan_forests(sequences, 10**6)
+    plan = AttentionPlan(forest, CPU, pooled=pooled)
+    outcomes = []
+    for way in (cascade_attention, path_attention):
+        query, key, value = (t.requires_grad_() for t in tensors(forest))
+        output = way(query[torch.from_numpy(plan.query_rows)], key, value, plan)
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        outcomes.append(torch.autograd.grad(output, (query, key, value), gradient))
+    for ours, reference in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, reference, atol=5e-6, rtol=1e-5)
+
+
 def test_a_level_of_one_key_is_read_again_and_a_long_one_is_joined() -> None:
     system, prompts = [9], [[p] * 40 for p in (1, 2)]
     sequences = [system + p + [c] * 5 for p in prompts for c in (3, 4)]
