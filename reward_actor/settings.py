@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,12 +43,15 @@ def did_you_mean(key: str, known: list[str], prefix: list[str] | None = None) ->
 
 
 def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The field names of the (nested) model at `path`."""
-    for part in path:
+    """The field names of the (nested) model at `path`; a mapping's keys may have any name."""
+    parts = iter(path)
+    for part in parts:
         field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type):
+        annotation = None if field is None else field.annotation
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            next(parts, None)
+        if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
             return []
-        if not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
+        model = annotation
     return list(model.model_fields)

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import add_arguments, config_from_arguments, leaves, load_config
+from trainer.config import load_config
+from trainer.options import add_arguments, config_from_arguments, leaves
 
 NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]
 
@@ -45,16 +46,17 @@ def test_every_setting_is_an_option_with_a_description():
         assert " ".join(field.description.split()) in text
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.floats(1e-9, 1e3), st.sampled_from(["true", "false"]))
 def test_what_is_given_arrives(seed: int, rate: float, flag: str):
     config = parse(
         "--model.path", "m", "--data.train", "d", "--training.seed", str(seed),
-        "--optimizer.learning_rate", repr(rate), "--training.use_margin", flag,
+        "--optimizer.learning_rate", repr(rate), "--loss.use_margin", flag,
         "--output-dir", "out",
     )  # fmt: skip
     assert config.training.seed == seed
     assert config.optimizer.learning_rate == rate
-    assert config.training.use_margin is (flag == "true")
+    assert config.loss.use_margin is (flag == "true")
     assert config.output_dir == "out"
 
 
@@ -69,7 +71,15 @@ def test_what_is_given_arrives(seed: int, rate: float, flag: str):
         ("optimizer.learning_rate", "nan", "optimizer.learning_rate is"),
         ("data.eval_fraction", "1", "data.eval_fraction is '1'"),
         ("checkpoint.num_to_keep", "1", "checkpoint.num_to_keep is '1'"),
-        ("training.micro_batch_pairs", "65", "training.micro_batch_pairs is 65, more than"),
+        ("training.micro_batch_tokens", "0", "training.micro_batch_tokens is '0'"),
+        ("model.freeze", "['(']", "'(' is not a regular expression"),
+        ("data.train", "{a: 0}", "data.train.a.weight is 0"),
+        ("data.train", "{a: {wait: 1}}", "unknown key 'data.train.a.wait'"),
+        ("data.train", "{a: [", "data.train is '{a: [', which is not YAML"),
+        ("distributed.offload_parameters", "true", "needs distributed.zero_stage 3, not 2"),
+        ("distributed.zeropp_partition_size", "2", "must divide distributed.num_workers (1)"),
+        ("adapter.quantize", "4bit", "set adapter.rank to train adapters"),
+        ("evaluation.patience", "2", "evaluation.patience needs evaluation.every_steps"),
         ("distributed.num_workers", "65", "distributed.num_workers is 65 but"),
         ("output_dir.x", "1", "output_dir"),
     ],
@@ -77,6 +87,24 @@ def test_what_is_given_arrives(seed: int, rate: float, flag: str):
 def test_a_wrong_setting_is_named(key: str, value: str, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(None, [*NEEDED, (key, value)])
+
+
+def test_several_data_sets_have_weights_and_columns_of_their_own():
+    text = "{a.jsonl: 0.5, b: {weight: 2, chosen_column: good}}"
+    config = load_config(None, [("data.train", text), ("data.chosen_column", "best")])
+    sources = config.data.sources("train")
+    assert {name: source.weight for name, source in sources.items()} == {"a.jsonl": 0.5, "b": 2}
+    assert [source.chosen_column for source in sources.values()] == ["best", "good"]
+    assert config.data.sources("eval") == {}
+
+
+def test_lists_and_mappings_are_given_as_yaml():
+    config = parse(
+        "--data.train", "d", "--model.freeze", "[embed, '^norm']",
+        "--distributed.deepspeed", "{zero_optimization: {overlap_comm: false}}",
+    )  # fmt: skip
+    assert config.model.freeze == ["embed", "^norm"]
+    assert config.distributed.deepspeed == {"zero_optimization": {"overlap_comm": False}}
 
 
 def test_what_is_required_is_named():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from reward_actor.settings import did_you_mean, validate
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
+from reward_actor.settings import validate
 
 
 class Section(BaseModel):
@@ -43,37 +40,175 @@ class ModelConfig(Section):
     max_length: int | None = Field(
         None, ge=64, description="tokens in a sequence; none: what the model allows, at most 2048"
     )
-
-
-class DataConfig(Section):
-    train: str = Field(
-        min_length=1, description=".jsonl, .jsonl.gz or .parquet file, or Hugging Face NAME[:SPLIT]"
+    head_init: Literal["inverse_sqrt", "inverse", "initializer_range", "zero"] = Field(
+        "inverse_sqrt",
+        description="standard deviation of a new head: 1/sqrt(hidden + 1), 1/(hidden + 1), the "
+        "config's initializer_range, or 0",
     )
-    eval: str | None = Field(
+    freeze: list[str] = Field(
+        [], description="regular expressions; parameters whose name matches one are not trained"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+
+class AdapterConfig(Section):
+    """LoRA (Hu et al., arXiv:2106.09685) through PEFT; the export has it merged."""
+
+    rank: int = Field(0, ge=0, description="of the LoRA matrices; 0: train the network itself")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["all-linear"], min_length=1, description="names of the layers that get an adapter"
+    )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of the frozen weights (QLoRA, arXiv:2305.14314; needs bitsandbytes)"
+    )
+
+
+class Columns(Section):
+    """Where a row keeps what. All but chosen and rejected may be absent."""
+
+    prompt_column: str = Field("prompt", description="absent: each side is a whole dialogue")
+    chosen_column: str = Field("chosen", description="the preferred side: text or messages")
+    rejected_column: str = Field("rejected", description="the other side: text or messages")
+    margin_column: str = Field("margin", description="how much better chosen is")
+    tie_column: str = Field("tie", description="true where neither side is preferred")
+    completions_column: str = Field("completions", description="of a ranking: a list of texts")
+    scores_column: str = Field(
+        "scores", description="one for each completion, higher is better; absent: best first"
+    )
+    completion_column: str = Field("completion", description="of a row with attributes")
+    attributes_column: str = Field(
+        "attributes", description="{name: number} of the completion (a list for a list)"
+    )
+    subset_column: str = Field("subset", description="a name; evaluations show each by itself")
+    tools_column: str = Field("tools", description="tool definitions for the chat template")
+    template_args_column: str = Field(
+        "chat_template_kwargs", description="more arguments for the chat template"
+    )
+
+
+class Source(Columns):
+    """One of several data sets."""
+
+    weight: float = Field(
+        1.0, gt=0, description="how often its rows are used in an epoch; 0.5: a random half"
+    )
+
+
+class DataConfig(Columns):
+    train: dict[str, Source] = Field(
+        min_length=1,
+        description=".jsonl, .jsonl.gz or .parquet file, or Hugging Face NAME[:SPLIT]; several "
+        "as {name: weight} or {name: {weight: 1, chosen_column: ...}}",
+    )
+    eval: dict[str, Source] | None = Field(
         None, description="the same, for evaluation; none: a part of train is held out"
     )
     eval_fraction: float = Field(
         0.05, ge=0, lt=1, description="fraction of the prompts held out when there is no eval"
     )
     split_seed: int = Field(0, description="decides which prompts are held out")
-    max_pairs: int | None = Field(None, gt=0, description="read only so many rows of train")
-    prompt_column: str = Field("prompt", description="may be absent: then a side is a dialogue")
-    chosen_column: str = Field("chosen", description="the preferred side: text or messages")
-    rejected_column: str = Field("rejected", description="the other side: text or messages")
-    margin_column: str = Field("margin", description="how much better chosen is; may be absent")
+    max_pairs: int | None = Field(None, gt=0, description="read only so many rows of each data set")
+    over_long: Literal["drop", "truncate_left", "error"] = Field(
+        "drop",
+        description="what happens to a row with a sequence of more than model.max_length tokens",
+    )
+    deduplicate: bool = Field(True, description="use rows of equal tokens and labels once")
+    streaming: bool = Field(
+        False,
+        description="read and render through Ray Data into files below output_dir, for sets that "
+        "are larger than memory",
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        """{name: 2} is short for {name: {weight: 2}}, and a name alone for {name: 1}."""
+        if isinstance(value, str):
+            value = {value: 1.0} if value else {}
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: source if isinstance(source, dict | Source) else {"weight": source}
+            for name, source in value.items()
+        }
+
+    def sources(self, which: Literal["train", "eval"]) -> dict[str, Source]:
+        """The data sets of `train` or `eval` by name; what one leaves out is what `data` says."""
+        value = self.train if which == "train" else self.eval
+        columns = {name: getattr(self, name) for name in Columns.model_fields}
+        return {
+            name: Source.model_validate({**columns, **source.model_dump(exclude_unset=True)})
+            for name, source in (value or {}).items()
+        }
+
+
+class LossConfig(Section):
+    """See `trainer.loss` for the formulas and their sources."""
+
+    kind: Literal["bradley_terry", "log_exp"] = Field(
+        "bradley_terry", description="of pairs; log_exp is the same function, written differently"
+    )
+    use_margin: bool = Field(
+        True, description="subtract the margin column in the loss where there is one"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a pair is labelled the wrong way round"
+    )
+    center_rewards_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description="times the mean of (reward_chosen + reward_rejected)^2",
+    )
+    ties: Literal["rao_kupper", "davidson"] = Field(
+        "rao_kupper", description="the model of pairs marked as ties"
+    )
+    tie_parameter: float = Field(
+        1.0, gt=0, description="log theta of Rao-Kupper, or nu of Davidson: larger, more ties"
+    )
+    attributes: dict[str, float] = Field(
+        {}, description="{name: weight}: a regression head for each; the reward is their "
+        "weighted sum"
+    )  # fmt: skip
+    attribute_coefficient: float = Field(
+        1.0, ge=0, description="times the squared error of the attributes"
+    )
+    router_coefficient: float | None = Field(
+        None,
+        ge=0,
+        description="times the load-balancing loss of a mixture of experts; none: what the "
+        "model's config says",
+    )
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter, 2019)."""
-
+    name: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw", description="adamw_8bit needs bitsandbytes and a GPU"
+    )
     learning_rate: float = Field(9e-6, gt=0, description="at its peak, after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of all parameters")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of its running square")
     epsilon: float = Field(1e-8, gt=0, description="added to the denominator")
     warmup_fraction: float = Field(0.03, ge=0, le=1, description="of all steps")
-    schedule: Literal["linear", "cosine", "constant_with_warmup", "cosine_with_min_lr"] = Field(
-        "cosine", description="of the learning rate after the warm-up (cosine_with_min_lr: to 10 %)"
+    schedule: str = Field(
+        "cosine",
+        description="of the learning rate after the warm-up: any of transformers.SchedulerType",
+    )
+    schedule_args: dict[str, Any] = Field(
+        {}, description="its further arguments, such as {min_lr_rate: 0.1}"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: never")
 
@@ -81,12 +216,41 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     num_epochs: int = Field(1, gt=0, description="passes over the training pairs")
     max_steps: int | None = Field(None, gt=0, description="optimizer steps, instead of num_epochs")
-    global_batch_pairs: int = Field(64, gt=0, description="pairs in one optimizer step")
-    micro_batch_pairs: int = Field(8, gt=0, description="pairs in one forward pass of a worker")
-    seed: int = Field(0, ge=0, description="of the head's first weights and the order of pairs")
-    use_margin: bool = Field(
-        True, description="subtract the margin column in the loss where there is one"
+    global_batch_pairs: int = Field(
+        64, gt=0, description="pairs (or rankings, or rows with attributes) in one optimizer step"
     )
+    micro_batch_tokens: int = Field(
+        8192,
+        gt=0,
+        description="tokens in one forward pass of a worker, shared prefixes counted once; more "
+        "only for a pair that is longer by itself",
+    )
+    packing: Literal["auto", "forest", "padded"] = Field(
+        "auto", description="forest: compute shared prefixes once; auto: where that is exact"
+    )
+    seed: int = Field(0, ge=0, description="of the head's first weights and the order of pairs")
+
+
+class EvaluationConfig(Section):
+    every_steps: int | None = Field(
+        None, gt=0, description="steps from one evaluation to the next; none: only at the end"
+    )
+    metric: str = Field(
+        "accuracy", description="of the held-out pairs: decides which checkpoint is the best"
+    )
+    keep_best: bool = Field(
+        False, description="export the checkpoint with the best metric instead of the last one"
+    )
+    patience: int | None = Field(
+        None, gt=0, description="stop after so many evaluations without a better metric"
+    )
+    asynchronous: bool = Field(
+        False, description="evaluate checkpoints in a Ray task of their own while training goes on"
+    )
+    normalise: bool = Field(
+        True, description="give the export's rewards mean 0 and standard deviation 1, measured on "
+        "the held-out pairs"
+    )  # fmt: skip
 
 
 class DistributedConfig(Section):
@@ -103,7 +267,27 @@ class DistributedConfig(Section):
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, and threads, of a worker")
     max_failures: int = Field(
-        0, ge=-1, description="restarts from the last checkpoint after a lost worker; -1: no end"
+        3, ge=-1, description="restarts from the last checkpoint after a lost worker; -1: no end"
+    )
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer's state in the host's memory (ZeRO 1 to 3)"
+    )
+    offload_parameters: bool = Field(
+        False, description="keep the weights in the host's memory (ZeRO 3)"
+    )
+    zeropp_quantized_weights: bool = Field(
+        False, description="ZeRO++: gather weights in 8 bits (ZeRO 3, GPU)"
+    )
+    zeropp_quantized_gradients: bool = Field(
+        False, description="ZeRO++: reduce gradients in 4 bits (ZeRO 3, GPU)"
+    )
+    zeropp_partition_size: int = Field(
+        1,
+        ge=1,
+        description="ZeRO++: a second copy of the weights in every so many workers",
+    )
+    deepspeed: dict[str, Any] = Field(
+        {}, description="merged into DeepSpeed's configuration, over everything else"
     )
 
 
@@ -111,15 +295,36 @@ class CheckpointConfig(Section):
     every_steps: int = Field(200, gt=0, description="steps from one checkpoint to the next")
     # Two: if the newest turns out to be damaged there is one to fall back to.
     num_to_keep: int = Field(2, ge=2, description="checkpoints kept, the newest ones")
+    storage_path: str | None = Field(
+        None,
+        description="where they are kept, such as s3://bucket/runs; none: below output_dir",
+    )
+    asynchronous: bool = Field(True, description="store them while training goes on")
+
+
+class ReportConfig(Section):
+    trackers: list[Literal["wandb", "tensorboard", "mlflow"]] = Field(
+        [], description="where the metrics go besides training_log.jsonl"
+    )
+    project: str = Field("rayward", min_length=1, description="the trackers' project")
+    run_name: str | None = Field(None, description="there; none: the name of output_dir")
+    push_to_hub: str | None = Field(
+        None, description="repository on the Hugging Face hub that gets the export"
+    )
+    hub_private: bool = Field(True, description="make that repository private")
 
 
 class TrainConfig(Section):
     model: ModelConfig
+    adapter: AdapterConfig
     data: DataConfig
+    loss: LossConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
     distributed: DistributedConfig
     checkpoint: CheckpointConfig
+    report: ReportConfig
     output_dir: str = Field(
         "outputs/reward-model",
         min_length=1,
@@ -127,27 +332,47 @@ class TrainConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _batches_fit(self) -> TrainConfig:
-        batch, micro = self.training.global_batch_pairs, self.training.micro_batch_pairs
-        workers = self.distributed.num_workers
+    def _fits(self) -> TrainConfig:
+        for complaint in self._misfits():
+            raise ValueError(complaint)
+        return self
+
+    def _misfits(self) -> list[str]:
+        batch, workers = self.training.global_batch_pairs, self.distributed.num_workers
+        stage, wrong = self.distributed.zero_stage, []
         if workers > batch:
-            raise ValueError(
+            wrong.append(
                 f"distributed.num_workers is {workers} but training.global_batch_pairs only "
                 f"{batch}: some workers would have no pair; use at most {batch} workers"
             )
-        if micro > batch:
-            raise ValueError(
-                f"training.micro_batch_pairs is {micro}, more than training.global_batch_pairs "
-                f"({batch}); use at most {max(1, batch // workers)}"
+        if self.distributed.offload_optimizer and stage == 0:
+            wrong.append("distributed.offload_optimizer needs distributed.zero_stage 1, 2 or 3")
+        for name in (
+            "offload_parameters", "zeropp_quantized_weights", "zeropp_quantized_gradients"
+        ):  # fmt: skip
+            if getattr(self.distributed, name) and stage != 3:
+                wrong.append(f"distributed.{name} needs distributed.zero_stage 3, not {stage}")
+        size = self.distributed.zeropp_partition_size
+        if size > 1 and (stage != 3 or workers % size):
+            wrong.append(
+                f"distributed.zeropp_partition_size is {size}: it needs distributed.zero_stage 3 "
+                f"and must divide distributed.num_workers ({workers})"
             )
-        return self
+        if self.adapter.quantize != "none" and not self.adapter.rank:
+            wrong.append("adapter.quantize freezes the network: set adapter.rank to train adapters")
+        if self.evaluation.patience and not self.evaluation.every_steps:
+            wrong.append("evaluation.patience needs evaluation.every_steps")
+        if self.evaluation.keep_best and not self.evaluation.every_steps:
+            wrong.append("evaluation.keep_best needs evaluation.every_steps")
+        return wrong
 
 
 def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
     """The YAML file at `path` with dotted keys replaced, in order, by `overrides`.
 
-    Raises ValueError for a file that cannot be read, and for every key that is unknown (naming the
-    nearest one), missing or wrong.
+    Lists and mappings are given as YAML: `["a", "b"]`, `{name: 0.5}`. Raises ValueError for a file
+    that cannot be read, and for every key that is unknown (naming the nearest one), missing or
+    wrong.
     """
     data = {} if path is None else _read_yaml(Path(path))
     for name in TrainConfig.model_fields:
@@ -160,8 +385,19 @@ def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{key}: {section} is {place!r}, not a section")
-        place[leaf] = None if value.lower() in ("none", "null") else value
+        place[leaf] = _value(key, value)
     return validate(TrainConfig, data, source=path or "")
+
+
+def _value(key: str, text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    if not text.startswith(("[", "{")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key} is {text!r}, which is not YAML: {error}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -174,59 +410,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data or {}, dict):
         raise ValueError(f"--config: {path} holds {type(data).__name__}, not sections of settings")
     return data or {}
-
-
-def leaves() -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted key, field), in the order of the file."""
-    for name, field in TrainConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            yield from ((f"{name}.{key}", leaf) for key, leaf in section.model_fields.items())
-        else:
-            yield name, field
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --config and one option for every setting, with its default and description."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings below")
-    for key, field in leaves():
-        default = "required" if field.is_required() else _shown(field.default)
-        parser.add_argument(
-            "--output-dir" if key == "output_dir" else f"--{key}",
-            dest=key,
-            metavar=_metavar(field),
-            default=argparse.SUPPRESS,
-            help=f"{field.description} [{default}]".replace("%", "%%"),
-        )
-
-
-def config_from_arguments(args: argparse.Namespace, unknown: Sequence[str] = ()) -> TrainConfig:
-    """The config of a parser that `add_arguments` has filled.
-
-    `unknown` is what `parse_known_args` left over; it raises ValueError, with the nearest option.
-    """
-    for argument in unknown:
-        if argument.startswith("-"):
-            name = argument.lstrip("-").partition("=")[0]
-            known = [key for key, _ in leaves()]
-            raise ValueError(f"unknown option --{name}" + did_you_mean(name, known))
-    if unknown:
-        raise ValueError(f"unexpected argument {unknown[0]!r}")
-    given = vars(args)
-    return load_config(args.config, [(key, given[key]) for key, _ in leaves() if key in given])
-
-
-def _shown(value: Any) -> str:
-    return (
-        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
-def _metavar(field: FieldInfo) -> str:
-    annotation = field.annotation
-    if getattr(annotation, "__origin__", None) is Literal:
-        return "|".join(annotation.__args__)  # type: ignore[union-attr]
-    for kind, shown in ((bool, "BOOL"), (int, "INT"), (float, "FLOAT")):
-        if kind is annotation or kind in getattr(annotation, "__args__", ()):
-            return shown
-    return "TEXT"
