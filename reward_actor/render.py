@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +23,25 @@ class RenderError(ValueError):
     """This prompt and completion cannot be rendered under the contract."""
 
 
+# What `apply_chat_template` takes for itself: arguments of a row must not change how it renders.
+_RESERVED_ARGS = frozenset((
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "tokenizer_kwargs", "return_assistant_tokens_mask",
+    "return_dict", "return_tensors", "padding", "truncation", "max_length", "strftime_now",
+))  # fmt: skip
+_TEXTS_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is rendered: a prompt, a completion, and what else the chat template is told."""
+
+    prompt: Prompt
+    completion: str
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Renderer:
     """A tokenizer under a scoring contract. Safe to share between threads."""
 
@@ -30,17 +49,33 @@ class Renderer:
         self.tokenizer = tokenizer
         self.contract = contract
 
-    def render(self, prompt: Prompt, completion: str) -> list[int]:
+    def render(
+        self,
+        prompt: Prompt,
+        completion: str,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The whole sequence's token ids, unchecked for length. Raises RenderError.
 
-        Under "chat" a string prompt is one user message; under "text" it is a prefix.
+        Under "chat" a string prompt is one user message; under "text" it is a prefix. `tools` and
+        `template_args` go to the chat template, and are an error under "text".
         """
-        text = self._chat(prompt, completion) if self._is_chat else self._text(prompt, completion)
-        ids = self._encode(text)
-        eos = self.contract.eos_token_id
-        if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-        return ids
+        sample = Sample(prompt, completion, tools, template_args or {})
+        return self._ended(self._encode(self._to_text(sample)))
+
+    def render_many(self, samples: Sequence[Sample]) -> list[list[int] | RenderError]:
+        """What `render` returns or raises for each sample, bit for bit, in fewer calls of the
+        tokenizer: one for a thousand texts."""
+        texts: list[str | RenderError] = []
+        for sample in samples:
+            try:
+                texts.append(self._to_text(sample))
+            except RenderError as error:
+                texts.append(error)
+        encoded = iter(self._encode_many([text for text in texts if isinstance(text, str)]))
+        return [self._ended(next(encoded)) if isinstance(text, str) else text for text in texts]
 
     def use_date(self, day: str | None) -> None:
         """Write this date where the template writes one: a policy's prompts follow its scorer's."""
@@ -89,14 +124,25 @@ class Renderer:
     def _is_chat(self) -> bool:
         return self.contract.format == "chat"
 
-    def _text(self, prompt: Prompt, completion: str) -> str:
-        if not isinstance(prompt, str):
-            raise RenderError("a list of messages needs a chat contract; this one is 'text'")
-        return prompt + completion
+    def _to_text(self, sample: Sample) -> str:
+        return _unicode(self._chat(sample) if self._is_chat else self._text(sample))
 
-    def _chat(self, prompt: Prompt, completion: str) -> str:
-        messages = [*_messages(prompt), {"role": "assistant", "content": completion}]
-        text = self._apply_template(messages, generation=False)
+    def _text(self, sample: Sample) -> str:
+        if not isinstance(sample.prompt, str):
+            raise RenderError("a list of messages needs a chat contract; this one is 'text'")
+        for name, value in (("tools", sample.tools), ("template arguments", sample.template_args)):
+            if value:
+                raise RenderError(f"{name} need a chat contract; this one is 'text'")
+        return sample.prompt + sample.completion
+
+    def _chat(self, sample: Sample) -> str:
+        reserved = sorted(_RESERVED_ARGS.intersection(sample.template_args))
+        if reserved:
+            raise RenderError(f"a template argument must not be named {reserved[0]!r}")
+        messages = [*_messages(sample.prompt), {"role": "assistant", "content": sample.completion}]
+        text = self._apply_template(
+            messages, generation=False, tools=sample.tools, arguments=sample.template_args
+        )
         # Templates close a turn with more than its end token (a newline, say); a policy stops at
         # the token, and the pooled token must be the same one.
         end = self.contract.turn_end
@@ -107,16 +153,25 @@ class Renderer:
             raise RenderError(f"the chat template did not end the completion with {end!r}")
         return text[: cut + len(end)]
 
-    def _apply_template(self, messages: Sequence[Message], *, generation: bool) -> str:
+    def _apply_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         from jinja2 import TemplateError
 
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.contract.chat_template,
                 tokenize=False,
                 add_generation_prompt=generation,
                 **_clock(self.contract.template_date),
+                **(arguments or {}),
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
@@ -124,15 +179,32 @@ class Renderer:
         return text
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            return list(
-                self.tokenizer(text, add_special_tokens=self.contract.add_special_tokens)[
-                    "input_ids"
-                ]
-            )
-        except (UnicodeError, TypeError) as error:
-            # A lone surrogate is a legal Python (and JSON) string without a UTF-8 form.
-            raise RenderError("the text is not valid Unicode") from error
+        return self._encode_many([_unicode(text)])[0]
+
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded: list[list[int]] = []
+        for first in range(0, len(texts), _TEXTS_PER_CALL):
+            encoded += self.tokenizer(
+                list(texts[first : first + _TEXTS_PER_CALL]),
+                add_special_tokens=self.contract.add_special_tokens,
+                return_attention_mask=False,
+            )["input_ids"]
+        return encoded
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos = self.contract.eos_token_id
+        if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        return ids
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # A lone surrogate is a legal Python (and JSON) string without a UTF-8 form.
+        raise RenderError("the text is not valid Unicode") from error
+    return text
 
 
 def _messages(prompt: Prompt) -> list[Message]:

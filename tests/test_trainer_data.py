@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer_runs import overrides, settings, write_pairs
+from trainer_runs import overrides, write_pairs
 
 from reward_actor.checkpoint import load_tokenizer
 from reward_actor.render import Renderer, contract_for
-from trainer.batches import global_batch, micro_batches, steps_per_epoch
-from trainer.config import DataConfig, load_config
-from trainer.data import check_source, read_rows
-from trainer.pairs import PairSet, Prepared, choose_format, render_rows, split_by_prompt
+from trainer.batches import global_batch, steps_per_epoch
+from trainer.comparisons import Comparisons
+from trainer.config import Source, load_config
+from trainer.data import choose_format, gather_rows, load_comparisons, read_rows
+from trainer.gather import Gathered
+from trainer.prepare import split_by_prompt
+from trainer.rendered import Rules, hash_key
+from trainer.rows import Row
 from trainer.run import prepare, resolve_paths
+from trainer.sources import check_source
 
-COLUMNS = DataConfig.model_validate({"train": "-"})
+COLUMNS = Source.model_validate({})
 USER, GOOD, BAD = (
     {"role": "user", "content": "Name a fruit."},
     {"role": "assistant", "content": "An apple."},
@@ -35,6 +40,10 @@ DIALOGUE = "\n\nHuman: Name a fruit.\n\nAssistant: "
 def write(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def rendered(rows: list[Row], renderer: Renderer, split_seed: int = 0, **rules: Any) -> Gathered:
+    return gather_rows({"a": rows}, renderer, Rules(split_seed=split_seed, **rules))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +71,7 @@ def test_every_chat_form_gives_the_same_tokens(tmp_path: Path, renderers, row: d
     def ids(form: dict[str, Any]):
         (parsed,) = read_rows(write(tmp_path / "a.jsonl", [form]), COLUMNS)
         assert not parsed.is_dialogue
-        ((pair,), _) = render_rows([parsed], renderers["chat"], "a")
-        return pair.chosen, pair.rejected, parsed.key
+        return rendered([parsed], renderers["chat"]).comparisons.sequences(0), parsed.key
 
     assert ids(row) == ids(PAIR)
 
@@ -74,10 +82,10 @@ def test_a_dialogue_in_text_is_scored_as_it_stands(tmp_path: Path, renderers):
     assert parsed.is_dialogue
     assert parsed.key == "Name a fruit."
     assert choose_format("auto", [parsed], has_chat_template=True) == "text"
-    ((pair,), _) = render_rows([parsed], renderers["text"], "a")
-    assert pair.chosen == renderers["text"].render("", row["chosen"])
+    chosen, _ = rendered([parsed], renderers["text"]).comparisons.sequences(0)
+    assert chosen == renderers["text"].render("", row["chosen"])
     with pytest.raises(ValueError, match=r"a:1: a whole dialogue as text cannot be framed"):
-        render_rows([parsed], renderers["chat"], "a")
+        rendered([parsed], renderers["chat"])
 
 
 def test_every_file_type_gives_the_same_rows(tmp_path: Path):
@@ -100,7 +108,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path):
 def test_columns_can_be_renamed(tmp_path: Path):
     columns = COLUMNS.model_copy(update={"chosen_column": "win", "rejected_column": "lose"})
     file = write(tmp_path / "a.jsonl", [{"prompt": "p", "win": "a", "lose": "b"}])
-    assert read_rows(file, columns)[0].chosen.completion == "a"
+    assert read_rows(file, columns)[0].sides[0].completion == "a"
 
 
 @pytest.mark.parametrize(
@@ -175,19 +183,20 @@ def test_a_hub_name_that_cannot_be_loaded_is_named():
 def test_equal_sides_and_over_long_pairs_are_dropped_and_counted(tmp_path: Path, renderers):
     rows = [PAIR, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "apple " * 80}]
     read = read_rows(write(tmp_path / "a.jsonl", rows), COLUMNS)
-    pairs, dropped = render_rows(read, renderers["chat"], "a")
-    assert [pair.row.number for pair in pairs] == [1]
-    assert (dropped.num_identical, dropped.num_too_long) == (1, 1)
-    report = Prepared(PairSet.of(pairs), PairSet.of([]), 3, dropped).report(64)
-    assert "1 too long, 1 with equal sides" in report[0]
+    gathered = rendered(read, renderers["chat"])
+    assert gathered.comparisons.rows.tolist() == [1]
+    assert (gathered.tallies[0].num_identical, gathered.tallies[0].num_too_long) == (1, 1)
+    loaded = load_comparisons({str(tmp_path / "a.jsonl"): COLUMNS}, renderers["chat"])
+    assert (len(loaded.comparisons), loaded.num_rows, loaded.dropped.count) == (1, 3, 2)
+    assert str(loaded.dropped) == "1 too long, 1 with equal sides"
     with pytest.raises(ValueError, match=r"no pair of a is left.*1 too long, 1 with equal sides"):
-        render_rows(read[1:], renderers["chat"], "a")
+        rendered(read[1:], renderers["chat"])
 
 
 def test_messages_need_a_chat_format(tmp_path: Path, renderers):
     read = read_rows(write(tmp_path / "a.jsonl", [{**PAIR, "prompt": [USER]}]), COLUMNS)
     with pytest.raises(ValueError, match="a:1: a list of messages needs a chat contract"):
-        render_rows(read, renderers["text"], "a")
+        rendered(read, renderers["text"])
 
 
 @pytest.fixture(scope="module")
@@ -198,25 +207,35 @@ def many(renderers, tmp_path_factory: pytest.TempPathFactory):
         for i in range(120)
     ]
     file = write(tmp_path_factory.mktemp("many") / "a.jsonl", rows)
-    return render_rows(read_rows(file, COLUMNS), renderers["chat"], "a")[0]
+    return read_rows(file, COLUMNS)
 
 
 @given(st.floats(0.01, 0.9), st.integers(0, 99), st.randoms())
-def test_the_split_is_by_prompt_and_blind_to_the_order(many, fraction, seed, rng: random.Random):
-    train, heldout = split_by_prompt(many, fraction, seed)
-    prompts = {pair.row.key for pair in heldout}
+def test_the_split_is_by_prompt_and_blind_to_the_order(
+    many: list[Row], fraction: float, seed: int, rng: random.Random
+):
+    def heldout(rows: list[Row]) -> tuple[set[str], set[str]]:
+        keys = np.array([hash_key(row.key, seed) for row in rows], dtype="S16")
+        is_heldout = split_by_prompt(keys, fraction)
+        sides = [{row.key for row, out in zip(rows, is_heldout, strict=True) if out == side}
+                 for side in (True, False)]  # fmt: skip
+        return sides[0], sides[1]
+
+    prompts, others = heldout(many)
     assert len(prompts) == max(1, round(fraction * 40))
-    assert not prompts & {pair.row.key for pair in train}
-    assert len(train) + len(heldout) == 120
+    assert not prompts & others
+    assert len(prompts | others) == 40
     shuffled = list(many)
     rng.shuffle(shuffled)
-    assert {p.row.key for p in split_by_prompt(shuffled, fraction, seed)[1]} == prompts
+    assert heldout(shuffled) == (prompts, others)
 
 
-def test_a_split_that_leaves_nothing_is_refused(many):
-    assert split_by_prompt(many, 0, 0) == (many, [])
+def test_a_split_that_leaves_nothing_is_refused():
+    keys = np.array([b"one", b"two"], dtype="S16")
+    assert not split_by_prompt(keys, 0).any()
+    assert split_by_prompt(keys, 0.05).sum() == 1
     with pytest.raises(ValueError, match="none left to train"):
-        split_by_prompt(many[:1], 0.05, 0)
+        split_by_prompt(keys[:1], 0.05)
 
 
 def test_turns_of_one_conversation_stay_together(tmp_path: Path):
@@ -230,14 +249,16 @@ def test_turns_of_one_conversation_stay_together(tmp_path: Path):
     assert first.key == second.key == "Name a fruit."
 
 
-def test_a_pair_set_gives_back_its_pairs(many):
-    pairs = PairSet.of(many)
-    assert len(pairs) == len(many)
-    for index, pair in enumerate(many):
-        assert (pairs.chosen(index), pairs.rejected(index)) == (pair.chosen, pair.rejected)
-        assert pairs.lengths[index] == max(len(pair.chosen), len(pair.rejected))
-    assert pairs.num_tokens([0, 1]) == sum(len(p.chosen) + len(p.rejected) for p in many[:2])
-    assert pairs.digest() == PairSet.of(many).digest() != PairSet.of(many[1:]).digest()
+def test_blocks_give_back_their_rows_in_order(many: list[Row], renderers, monkeypatch):
+    whole = rendered(many, renderers["chat"]).comparisons
+    monkeypatch.setattr("trainer.rendered.BLOCK_ROWS", 7)
+    cut = rendered(many, renderers["chat"])
+    assert cut.comparisons.digest() == whole.digest()
+    assert cut.comparisons.rows.tolist() == list(range(1, 121))
+    for index, row in enumerate(many):
+        sides = [renderers["chat"].render(side.prompt, side.completion) for side in row.sides]
+        assert whole.sequences(index) == sides
+    assert isinstance(whole, Comparisons)
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
@@ -249,21 +270,9 @@ def test_an_epoch_is_every_pair_once(num_pairs: int, size: int, seed: int):
         assert all(len(batch) == size for batch in batches[:-1])
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 5))
-def test_workers_share_a_batch_evenly(lengths: list[int], micro: int, workers: int):
-    array = np.array(lengths)
-    plans = [micro_batches(range(len(lengths)), array, micro, r, workers) for r in range(workers)]
-    assert len({len(plan) for plan in plans}) == 1  # the same number of collectives everywhere
-    assert sorted(i for plan in plans for part in plan for i in part) == list(range(len(lengths)))
-    assert all(len(part) <= micro for plan in plans for part in plan)
-    counts = [sum(map(len, plan)) for plan in plans]
-    assert max(counts) - min(counts) <= 1
-
-
 def test_without_a_base_one_is_made_from_the_data_once(tmp_path: Path):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    values = settings(tmp_path, data, tmp_path / "out")
-    del values["model.path"]
+    values = {"data.train": data, "model.dtype": "float32", "output_dir": tmp_path / "out"}
     config = resolve_paths(load_config(None, overrides(values)))
     first, contract = prepare(config)
     base = tmp_path / "out" / "base"

@@ -6,27 +6,36 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import sha256_file, sha256_text
-from trainer import resume
+from trainer import hub, resume
 from trainer.batches import steps_per_epoch
-from trainer.config import TrainConfig
-from trainer.data import Row, check_source, is_file_name, read_rows
-from trainer.pairs import PairSet, Prepared, choose_format, render_rows, split_by_prompt
+from trainer.config import Source, TrainConfig
+from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
+from trainer.gather import take
+from trainer.identity import replace_text
+from trainer.metrics import check_metric
+from trainer.prepare import Prepared, decide, rules_of
+from trainer.rows import Row, Side
+from trainer.sources import check_source, is_file_name
+from trainer.tracking import check_trackers
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
+    from reward_actor.render import Renderer
 
 DEFAULT_MAX_LENGTH = 2048
 
 # Beside the checkpoints: the base model of a training that was given none.
 SCRATCH_DIR = "base"
 _SCRATCH_VOCAB_SIZE = 8192
+# And the day that a chat template writes, if it writes one.
+_DATE_FILE = "template_date.txt"
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,16 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     TrainingError if the training itself fails. An interrupt leaves the last checkpoint usable.
     """
     began = time.perf_counter()
+    _check(config)
     config = resolve_paths(config)
     output_dir = Path(config.output_dir)
     prepared, contract = prepare(config)
-    for line in prepared.report(contract.max_length):
+    for line in prepared.report():
         say(line)
+    for warning in prepared.warnings:
+        say(f"warning: {warning}")
     num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
-        len(prepared.train), config.training.global_batch_pairs
+        len(prepared.use), config.training.global_batch_pairs
     )
     facts = {
         "num_pairs": len(prepared.train),
@@ -61,7 +73,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
         "num_dropped": prepared.dropped.count,
         "dropped": str(prepared.dropped),
     }
-    data = sha256_text(prepared.train.digest() + prepared.heldout.digest())
+    data = prepared.digest()
     resume.check_identity(output_dir, resume.identity(config, _model_digest(config), data))
     with _locked(output_dir):
         result = finished(output_dir)
@@ -76,9 +88,23 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
         else:
             say("this run is finished already; nothing to do")
     say(f"the reward model is in {output_dir / 'export'}")
+    if config.report.push_to_hub:
+        repository, private = config.report.push_to_hub, config.report.hub_private
+        say(f"it is at {hub.push(output_dir / 'export', repository, private)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
     seconds = round(time.perf_counter() - began, 1)
     return TrainResult(output_dir / "export", num_steps, len(prepared.train), metrics, seconds)
+
+
+def _check(config: TrainConfig) -> None:
+    """Raise ValueError for what would fail late: an unknown metric, a missing package."""
+    try:
+        check_metric(config.evaluation.metric)
+    except ValueError as error:
+        raise ValueError(f"evaluation.metric: {error}") from None
+    check_trackers(config.report)
+    if config.report.push_to_hub:
+        hub.check_push(config.report.push_to_hub)
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
@@ -104,13 +130,26 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
         resolved.model.path = str(output_dir / SCRATCH_DIR)
     else:
         resolved.model.path = _resolve_model(config.model.path)
-    check_source(config.data.train, "data.train")
-    if is_file_name(config.data.train):
-        resolved.data.train = str(Path(config.data.train).expanduser().absolute())
+    resolved.data.train = _resolve_sources(config.data.sources("train"), "data.train")
     if config.data.eval is not None:
-        check_source(config.data.eval, "data.eval")
-        if is_file_name(config.data.eval):
-            resolved.data.eval = str(Path(config.data.eval).expanduser().absolute())
+        resolved.data.eval = _resolve_sources(config.data.sources("eval"), "data.eval")
+    return resolved
+
+
+def _resolve_sources(sources: Mapping[str, Source], field: str) -> dict[str, Source]:
+    """The sources by absolute paths, or hub names as they are."""
+    resolved: dict[str, Source] = {}
+    for name, source in sources.items():
+        check_source(name, field)
+        path = str(Path(name).expanduser().absolute()) if is_file_name(name) else name
+        if path in resolved:
+            raise ValueError(f"{field}: {path} is there twice; give it a larger weight instead")
+        if field == "data.eval" and source.weight != 1:
+            raise ValueError(
+                f"{field}: the weight of {name} is {source.weight:g}; an evaluation uses every "
+                "row once"
+            )
+        resolved[path] = source
     return resolved
 
 
@@ -126,29 +165,58 @@ def _resolve_model(path: str) -> str:
     return str(model.absolute())
 
 
-def _make_base(directory: Path, rows: Sequence[Row], seed: int) -> None:
+def _make_base(directory: Path, rows: Iterable[Row], seed: int) -> None:
     """A small network from scratch, its tokenizer trained on the texts of `rows`."""
     from trainer.init_model import init_model, texts_of
 
-    sides = (side for row in rows for side in (row.chosen, row.rejected))
+    sides = (side for row in rows for side in _texts(row))
     texts = (text for side in sides for text in texts_of([side.prompt, side.completion]))
     init_model(directory, texts, vocab_size=_SCRATCH_VOCAB_SIZE, seed=seed)
 
 
+def _texts(row: Row) -> Sequence[Side]:
+    if row.ids:
+        raise ValueError("model.path: rows of token ids need the model whose tokenizer made them")
+    return row.sides
+
+
 def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
     """Read, check, render and split the data, and say how it is scored. Raises ValueError."""
-    rows = read_rows(config.data.train, config.data, config.data.max_pairs)
-    eval_rows = read_rows(config.data.eval, config.data) if config.data.eval else None
+    data = config.data
+    sources = data.sources("train")
+    loaded: list[dict[str, list[Row]]] = []  # now, so that an unreadable file is told at once
+    if not data.streaming:
+        loaded = [{name: read_rows(name, sources[name], data.max_pairs) for name in sources}]
+        if data.eval is not None:
+            loaded += [{name: read_rows(name, of) for name, of in data.sources("eval").items()}]
+
+    def rows() -> Iterator[Row]:
+        for name, source in sources.items():
+            yield from loaded[0][name] if loaded else iterate_rows(name, source, data.max_pairs)
+
     base = Path(config.model.directory)
     if base == Path(config.output_dir) / SCRATCH_DIR and not (base / "config.json").exists():
-        _make_base(base, rows, config.training.seed)
-    # Only now, so that an unreadable file is told at once.
+        _make_base(base, rows(), config.training.seed)
+    renderer = _renderer(config, rows())
+    contract = renderer.contract
+    if data.streaming:
+        from trainer.stream import prepare_stream
+
+        return prepare_stream(config, contract), contract
+    everything = [gather_rows(some, renderer, rules_of(config)) for some in loaded]
+    train, heldout, summary = decide(everything, config, contract)
+    kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
+    return Prepared.of(*kept, summary, config), contract
+
+
+def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
+    """How the rows are rendered, and by the contract how the export will be scored."""
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import Renderer, contract_for
     from trainer.network import base_config
 
     network = base_config(config.model.directory)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(Path(config.model.directory))
     limit = contract_for(tokenizer, network, format="text").max_length
     contract = contract_for(
         tokenizer,
@@ -157,20 +225,14 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
         max_length=config.model.max_length or min(limit, DEFAULT_MAX_LENGTH),
         dtype=config.model.dtype,
     )
-    renderer = Renderer(tokenizer, contract)
-    pairs, dropped = render_rows(rows, renderer, config.data.train)
-    if eval_rows is None:
-        train_pairs, heldout = split_by_prompt(
-            pairs, config.data.eval_fraction, config.data.split_seed
-        )
-    else:
-        assert config.data.eval is not None
-        train_pairs = pairs
-        heldout, _ = render_rows(eval_rows, renderer, config.data.eval)
-    return (
-        Prepared(PairSet.of(train_pairs), PairSet.of(heldout), len(rows), dropped),
-        contract,
-    )
+    if contract.template_date is not None:
+        # A run that goes on tomorrow must see the same tokens.
+        file = Path(config.output_dir) / _DATE_FILE
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, contract.template_date)
+        contract = replace(contract, template_date=file.read_text(encoding="utf-8"))
+    return Renderer(tokenizer, contract)
 
 
 def finished(output_dir: Path) -> dict[str, Any] | None:
