@@ -63,12 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-length", type=int, default=2048, help="positions of the network")
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = command(
-        "eval", run.evaluate, "accuracy on preference pairs, of a model or a running service"
-    )
+    sub = command("eval", run.evaluate, "what preferences say about a model or a running service")
     sub.add_argument("model", metavar="MODEL|URL")
-    sub.add_argument("data", metavar="DATA", help="pairs: .jsonl, .jsonl.gz, .parquet")
+    sub.add_argument("data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument(
+        "--rewardbench",
+        type=int,
+        choices=(1, 2),
+        help="DATA is RewardBench of this version: score it by its own rules",
+    )
+    sub.add_argument(
+        "--subset-column",
+        default="subset",
+        help="of DATA: a name; each subset is shown by itself [%(default)s]",
+    )
     _add_loading(sub)
 
     sub = command("serve", run.serve, "serve a reward model over HTTP until interrupted")

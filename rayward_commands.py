@@ -44,15 +44,55 @@ def init_model(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from trainer.evaluate import evaluate_model
+    if arguments.rewardbench:
+        from trainer.rewardbench import evaluate_rewardbench
 
-    result = evaluate_model(arguments.model, arguments.data, **_loading(arguments))
+        result = evaluate_rewardbench(
+            arguments.model, arguments.data, arguments.rewardbench, **_loading(arguments)
+        )
+    else:
+        from trainer.config import Columns
+        from trainer.evaluate import evaluate_model
+
+        columns = Columns.model_validate({"subset_column": arguments.subset_column})
+        result = evaluate_model(
+            arguments.model, arguments.data, columns=columns, **_loading(arguments)
+        )
     if arguments.json:
         print(json.dumps(result))
-        return 0
-    for name, value in result.items():
-        print(f"{name:>16}  {value:.4f}" if isinstance(value, float) else f"{name:>16}  {value}")
+    else:
+        _print_evaluation(result)
     return 0
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    """Single numbers, then a table for each thing of several; lists are only in the JSON."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+
+    console = Console()
+    single = Table(box=None, show_header=False)
+    single.add_column(justify="right")
+    single.add_column(overflow="fold")
+    for name, value in result.items():
+        if not isinstance(value, dict | list):
+            single.add_row(name, cell(value))
+    console.print(single)
+    for name, parts in result.items():
+        if not (isinstance(parts, dict) and parts):
+            continue
+        rows = {k: v if isinstance(v, dict) else {"": v} for k, v in parts.items()}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        table = Table(name, *columns)
+        for part, row in rows.items():
+            table.add_row(escape(part), *(cell(row[c]) if c in row else "" for c in columns))
+        console.print(table)
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ LIGHT = [
     "reward_actor.settings",
     "serve.config",
     "trainer.config",
+    "trainer.metrics",
+    "trainer.options",
     "rayward",
 ]
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets")

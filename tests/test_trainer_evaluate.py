@@ -1,70 +1,173 @@
-"""Pairwise evaluation: the numbers by hand, and a directory and its service giving the same."""
+"""Evaluation of a directory and of its service: the same numbers, from pairs and from rankings."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from trainer_runs import write_pairs
 
-from trainer.evaluate import evaluate_model, summarise
+import rayward
+from reward_actor import Group, RewardScorer
+from trainer import evaluate
+from trainer.config import Columns
+from trainer.evaluate import evaluate_model
 
-REWARDS = arrays(np.float32, (7,), elements=st.sampled_from([-1.5, 0.0, 0.25, 3.0]))
-
-
-@given(REWARDS, REWARDS)
-def test_the_summary_is_what_its_names_say(chosen, rejected):
-    result = summarise(chosen, rejected)
-    points = [1 if c > r else 0.5 if c == r else 0 for c, r in zip(chosen, rejected, strict=True)]
-    assert result.num_pairs == 7
-    assert result.accuracy == pytest.approx(sum(points) / 7)
-    assert result.reward_margin == pytest.approx(float(np.mean(chosen - rejected)), abs=1e-6)
-    assert result.min_reward <= result.mean_reward <= result.max_reward
-    assert result.accuracy + summarise(rejected, chosen).accuracy == pytest.approx(1)
+TOO_LONG = "apple " * 400
 
 
-def test_no_pairs_are_refused():
-    empty = np.empty(0, np.float32)
-    with pytest.raises(ValueError, match="no pair"):
-        summarise(empty, empty)
+def add(path: Path, *rows: dict[str, Any]) -> str:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """30 pairs, and one each that is over-long or has equal sides."""
     path = write_pairs(tmp_path_factory.mktemp("eval") / "pairs.jsonl", 30)
-    with path.open("a") as file:
-        file.write(json.dumps({"prompt": "p", "chosen": "apple " * 400, "rejected": "a"}) + "\n")
-        file.write(json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"}) + "\n")
-    return str(path)
+    return add(
+        path,
+        {"prompt": "p", "chosen": TOO_LONG, "rejected": "a"},
+        {"prompt": "p", "chosen": "same", "rejected": "same"},
+    )
 
 
-def test_a_directory_is_evaluated(export_dir: Path, data: str):
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """5 + 3 + 1 + 1 pairs and two labelled ties; and a ranking that is dropped."""
+    return add(
+        tmp_path_factory.mktemp("eval") / "rankings.jsonl",
+        {
+            "prompt": "Name fruits.",
+            "completions": ["None.", "Apples.", "Apples and pears.", "A pear, please."],
+            "scores": [0, 1, 2, 1],
+            "topic": "fruit",
+        },
+        {"prompt": "Name tools.", "completions": ["A pan.", "An egg.", "No."], "topic": "tools"},
+        {
+            "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}],
+            "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}],
+        },
+        {"prompt_ids": [5, 9], "chosen_ids": [7, 8, 2], "rejected_ids": [8, 2]},
+        {"prompt": "Name tools.", "chosen": "A pan.", "rejected": "A knife.", "tie": True},
+        {"prompt": "Name tools.", "completions": ["A pan.", TOO_LONG, "No."], "topic": "tools"},
+    )
+
+
+def assert_same(served: dict[str, Any], offline: dict[str, Any]) -> None:
+    """Counts and what is counted are equal, rewards to 1e-5."""
+    assert served.keys() == offline.keys()
+    for key in served.keys() - {"model", "seconds"}:
+        if isinstance(served[key], float):
+            assert served[key] == pytest.approx(offline[key], abs=1e-5), key
+        elif isinstance(served[key], dict):
+            assert_same(served[key], offline[key])
+        elif isinstance(served[key], list):
+            for ours, theirs in zip(served[key], offline[key], strict=True):
+                assert_same(ours, theirs)
+        else:
+            assert served[key] == offline[key], key
+
+
+def test_a_directory_is_evaluated(export_dir: Path, data: str) -> None:
     result = evaluate_model(str(export_dir), data, device="cpu", max_batch_tokens=64)
     assert (result["num_pairs"], result["num_dropped"]) == (30, 2)
-    assert 0 <= result["accuracy"] <= 1
+    assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
     assert result["model_version"].startswith("sha256:")
-    assert json.loads(json.dumps(result)) == result
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
     larger = evaluate_model(str(export_dir), data, device="cpu")
     assert larger["mean_reward"] == pytest.approx(result["mean_reward"], abs=1e-5)
 
 
-def test_a_service_gives_the_same_numbers(service: str, export_dir: Path, data: str):
-    offline = evaluate_model(str(export_dir), data, device="cpu")
-    served = evaluate_model(service, data)
-    assert served["model_version"] == offline["model_version"]
-    for key in ("num_pairs", "num_dropped", "accuracy"):
-        assert served[key] == offline[key], key
-    for key in ("reward_margin", "min_reward", "mean_reward", "max_reward"):
-        assert served[key] == pytest.approx(offline[key], abs=1e-5)
+def test_a_ranking_is_all_its_pairs(export_dir: Path, rankings: str) -> None:
+    result = evaluate_model(
+        str(export_dir), rankings, columns=Columns(subset_column="topic"), device="cpu"
+    )
+    assert (result["num_pairs"], result["num_ties"], result["num_dropped"]) == (10, 2, 1)
+    ordered = [
+        ("Name fruits.", ["Apples and pears.", "Apples.", "A pear, please.", "None."]),
+        ("Name tools.", ["A pan.", "An egg.", "No."]),
+        ([{"role": "user", "content": "Hi"}], ["Hey", "No"]),
+        ("Name tools.", ["A pan.", "A knife."]),
+    ]
+    scorer = RewardScorer.from_pretrained(export_dir, device="cpu")
+    groups = [Group(prompt, completions) for prompt, completions in ordered]
+    scores = scorer.score([*groups, Group(prompt_ids=[5, 9], completion_ids=[[7, 8, 2], [8, 2]])])
+    fruit, tools, hi, _, ids = (np.array(score.rewards, dtype=float) for score in scores)
+    margins = [fruit[0] - fruit[[1, 2, 3]], fruit[[1, 2]] - fruit[3]]
+    tool_margins = np.array([tools[0] - tools[1], tools[0] - tools[2], tools[1] - tools[2]])
+    every = np.concatenate([*margins, tool_margins, [hi[0] - hi[1], ids[0] - ids[1]]])
+    assert result["reward_margin"] == pytest.approx(every.mean(), abs=1e-5)
+    assert result["accuracy"] == pytest.approx((every > 0).mean())
+    assert list(result["subsets"]) == ["fruit", "tools"]
+    assert result["subsets"]["tools"]["num_pairs"] == 3
+    assert result["subsets"]["tools"]["accuracy"] == pytest.approx((tool_margins > 0).mean())
+    tokens = [n for score in scores for n in score.num_tokens]
+    rewards = [r for score in scores for r in score.rewards]
+    assert result["mean_reward"] == pytest.approx(np.mean(rewards), abs=1e-5)
+    assert result["length_correlation"] == pytest.approx(
+        np.corrcoef(rewards, tokens)[0, 1], abs=1e-4
+    )
 
 
-def test_bad_data_and_bad_models_are_named(export_dir: Path, base_model: Path, data: str):
+def test_only_so_many_rows_are_read(export_dir: Path, data: str) -> None:
+    assert evaluate_model(str(export_dir), data, max_pairs=4, device="cpu")["num_pairs"] == 4
+
+
+def test_a_service_gives_the_same_numbers(
+    service: str, export_dir: Path, data: str, rankings: str
+) -> None:
+    for source, columns in ((data, None), (rankings, Columns(subset_column="topic"))):
+        offline = evaluate_model(str(export_dir), source, columns=columns, device="cpu")
+        served = evaluate_model(service, source, columns=columns)
+        assert_same(served, offline)
+    short = evaluate_model(service, data, max_pairs=4)
+    assert short["num_pairs"] == 4
+
+
+def test_many_requests_give_the_numbers_of_one(
+    service: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = evaluate_model(service, data)
+    monkeypatch.setattr(evaluate, "_TOKENS_PER_CALL", 40)  # three pairs, and the long one
+    assert_same(evaluate_model(service, data), one)
+
+
+def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(ValueError, match=r"tools.jsonl:2 has tools"):
+        evaluate_model(service, add(tmp_path / "tools.jsonl", pair, {**pair, "tools": tools}))
+    dialogue = {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hey",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+    }
+    with pytest.raises(ValueError, match="whole dialogues as text cannot be framed"):
+        evaluate_model(service, add(tmp_path / "dialogues.jsonl", dialogue))
+
+
+def test_the_command_prints_json_or_a_table(
+    export_dir: Path, rankings: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(export_dir), rankings, "--subset-column", "topic", "--device", "cpu"]
+    assert rayward.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_pairs"] == 10
+    assert rayward.main(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["accuracy", f"{result['accuracy']:.4f}"] in lines
+    assert ["num_dropped", "1"] in lines
+    assert [word for line in lines for word in line if word in ("fruit", "tools")] == [
+        "fruit",
+        "tools",
+    ]
+
+
+def test_bad_data_and_bad_models_are_named(export_dir: Path, base_model: Path, data: str) -> None:
     with pytest.raises(ValueError, match=r"nowhere.jsonl does not exist"):
         evaluate_model(str(export_dir), "nowhere.jsonl")
     with pytest.raises(ValueError, match="no trained reward head"):

@@ -1,89 +1,71 @@
-"""Pairwise evaluation: how often the chosen side gets the higher reward. Legend: P pairs."""
+"""Evaluation of a reward model on preferences: of an exported directory, or of a running service.
+
+Both ways read the same rows and end in the same `trainer.metrics`; only who renders and scores
+differs.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reward_actor.groups import Group
-from trainer.config import DataConfig
-from trainer.data import Row, check_source, read_rows
+from reward_actor.groups import Group, GroupScores
+from trainer import metrics
+from trainer.comparisons import Comparison, Comparisons
+from trainer.config import Columns, Source
+from trainer.data import load_comparisons, read_rows
+from trainer.sources import check_source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.pairs import PairSet
+    from trainer.rows import Row
 
-Score = Callable[[list[list[int]]], "NDArray[np.float32]"]
-"""n token sequences -> (n,) rewards."""
+ScoreGroups = Callable[[Sequence[Group]], list[GroupScores]]
+_Evaluated = tuple[Comparisons, "NDArray[np.float64]", int, str]
+"""Comparisons, the raw scores (S,) of their sequences, how many were dropped, the model_version."""
 
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`accuracy` counts a tie as half; `reward_margin` is the mean of chosen - rejected."""
-
-    num_pairs: int
-    accuracy: float
-    reward_margin: float
-    min_reward: float
-    mean_reward: float
-    max_reward: float
-
-
-def summarise(chosen: NDArray[np.float32], rejected: NDArray[np.float32]) -> EvalResult:
-    """(P,) and (P,) rewards -> their summary. Raises ValueError without pairs."""
-    if not len(chosen):
-        raise ValueError("there is no pair to evaluate")
-    wins, ties = (chosen > rejected).sum(), (chosen == rejected).sum()
-    both = np.concatenate([chosen, rejected]).astype(np.float64)
-    return EvalResult(
-        num_pairs=len(chosen),
-        accuracy=float((wins + ties / 2) / len(chosen)),
-        reward_margin=float(np.mean(chosen.astype(np.float64) - rejected)),
-        min_reward=float(both.min()),
-        mean_reward=float(both.mean()),
-        max_reward=float(both.max()),
-    )
-
-
-def evaluate_pairs(score: Score, pairs: PairSet) -> EvalResult:
-    """Score both sides of every pair. Raises ValueError without pairs."""
-    chosen = score([pairs.chosen(i) for i in range(len(pairs))])
-    rejected = score([pairs.rejected(i) for i in range(len(pairs))])
-    return summarise(chosen, rejected)
+# One request's share: far below a service's limits, and done long before its deadline on a CPU.
+_TOKENS_PER_CALL = 50_000
 
 
 def evaluate_model(
     model_or_url: str,
     data: str,
     *,
-    columns: DataConfig | None = None,
+    columns: Columns | None = None,
     max_pairs: int | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Evaluate an exported directory, or the service at an http(s) URL, on a preference file.
+    """Evaluate an exported directory, or the service at an http(s) URL, on pairs or rankings.
 
-    `loading` goes to `RewardScorer.from_pretrained` (device, dtype, attention, ...).
+    `loading` goes to `RewardScorer.from_pretrained` (device, dtype, attention, ...); `max_pairs`
+    rows of the data are read. Returns `metrics.EvalResult.as_dict()`, `num_dropped`, `model`,
+    `model_version`, `data` and `seconds`.
 
-    Pairs that cannot be scored (over-long, say) and pairs with equal sides are dropped and counted.
-    Raises ValueError for data, a model or a service that cannot be used.
+    Comparisons that cannot be scored (over-long, say) or compare equal things are dropped and
+    counted. Raises ValueError for data, a model or a service that cannot be used.
     """
     began = time.perf_counter()
-    columns = columns or DataConfig.model_validate({"train": data})
-    check_source(data, "DATA")
-    rows = read_rows(data, columns, max_pairs)
-    if model_or_url.startswith(("http://", "https://")):
-        result, version = _evaluate_service(model_or_url, rows)
+    given = {name: getattr(columns, name) for name in Columns.model_fields} if columns else {}
+    source = Source.model_validate(given)
+    if is_url(model_or_url):
+        rows = read_rows(data, source, max_pairs)
+        comparisons, raw_scores, num_dropped, version = _of_service(model_or_url, data, rows)
     else:
-        result, version = _evaluate_directory(Path(model_or_url), rows, data, loading)
+        check_source(data, "DATA")  # told before a large model is loaded
+        comparisons, raw_scores, num_dropped, version = _of_directory(
+            Path(model_or_url), {data: source}, max_pairs, loading
+        )
     return {
-        **asdict(result),
-        "num_dropped": len(rows) - result.num_pairs,
+        **metrics.evaluate(comparisons, raw_scores).as_dict(),
+        "num_dropped": num_dropped,
         "model": model_or_url,
         "model_version": version,
         "data": data,
@@ -91,41 +73,113 @@ def evaluate_model(
     }
 
 
-def _evaluate_directory(
-    directory: Path,
-    rows: Sequence[Row],
-    source: str,
-    loading: Mapping[str, Any],
-) -> tuple[EvalResult, str]:
-    from reward_actor.scorer import RewardScorer
-    from trainer.pairs import PairSet, render_rows
-
-    scorer = RewardScorer.from_pretrained(directory, **loading)
-    rendered, _ = render_rows(rows, scorer.renderer, source)
-    return evaluate_pairs(scorer.score_ids, PairSet.of(rendered)), scorer.model_version
+def is_url(model_or_url: str) -> bool:
+    return model_or_url.startswith(("http://", "https://"))
 
 
-def _evaluate_service(url: str, rows: Sequence[Row]) -> tuple[EvalResult, str]:
+@contextmanager
+def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
+    """What scores groups: a directory's `RewardScorer`, loaded with `loading`, or a service.
+
+    Raises ValueError for a service that changes its model between two requests.
+    """
+    if not is_url(model_or_url):
+        from reward_actor.scorer import RewardScorer
+
+        yield RewardScorer.from_pretrained(Path(model_or_url), **loading).score
+        return
     from reward_actor.client import RewardClient
 
-    rows = [row for row in rows if row.chosen != row.rejected]
-    groups = [
-        Group(prompt=side.prompt, completions=[side.completion])
-        for row in rows
-        for side in (row.chosen, row.rejected)
-    ]
+    with RewardClient(model_or_url) as client:
+
+        def score(groups: Sequence[Group]) -> list[GroupScores]:
+            scores = [s for part in _parts(groups) for s in client.score_groups(part)]
+            versions = sorted({score.model_version for score in scores})
+            if len(versions) > 1:
+                raise ValueError(
+                    f"{model_or_url} answered with {len(versions)} model versions: {versions}"
+                )
+            return scores
+
+        yield score
+
+
+def _of_directory(
+    directory: Path, sources: dict[str, Source], max_rows: int | None, loading: dict[str, Any]
+) -> _Evaluated:
+    from reward_actor.scorer import RewardScorer
+
+    scorer = RewardScorer.from_pretrained(directory, **loading)
+    loaded = load_comparisons(sources, scorer.renderer, max_rows=max_rows)
+    comparisons = loaded.comparisons
+    sequences = [comparisons.sequence(i) for i in range(comparisons.num_sequences)]
+    (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=sequences)])
+    for error in filter(None, scores.errors):
+        raise ValueError(f"{directory} cannot score {error.type}: {error.message}")
+    raw_scores = np.array(scores.raw_scores, dtype=np.float64)
+    return comparisons, raw_scores, loaded.dropped.count, scorer.model_version
+
+
+def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
+    from reward_actor.client import RewardClient
+
     with RewardClient(url) as client:
         if client.info().format == "chat" and any(row.is_dialogue for row in rows):
             raise ValueError(f"{url} scores chats; whole dialogues as text cannot be framed")
-        scores = client.score_groups(groups)
-    versions = sorted({score.model_version for score in scores})
-    if len(versions) != 1:
-        raise ValueError(f"{url} answered with {len(versions)} model versions: {versions}")
-    values = [score.rewards[0] for score in scores]
-    scored = [
-        (chosen, rejected)
-        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
-        if chosen is not None and rejected is not None
+    usable = [row for row in rows if _compares(row)]
+    groups = [group for row in usable for group in _groups(row, f"{data}:{row.number}")]
+    with scoring(url) as score:
+        scores = score(groups)
+    samples = iter(
+        [s for result in scores for s in zip(result.raw_scores, result.num_tokens, strict=True)]
+    )
+    items: list[Comparison] = []
+    raw_scores: list[float] = []
+    for row in usable:
+        found = list(islice(samples, len(row.scores)))
+        scored = [score for score, _ in found if score is not None]
+        if len(scored) == len(found):
+            raw_scores += scored
+            # Which ids they were is the service's knowledge; how many is in its reply.
+            ids = [range(num_tokens) for _, num_tokens in found]
+            items.append(Comparison(ids, row.scores, row.key, row=row.number, subset=row.subset))
+    version = scores[0].model_version if scores else ""
+    return Comparisons.of(items, [data]), np.array(raw_scores), len(rows) - len(items), version
+
+
+def _compares(row: Row) -> bool:
+    things: Sequence[Any] = row.ids or row.sides
+    return any(thing != things[0] for thing in things)
+
+
+def _groups(row: Row, place: str) -> list[Group]:
+    """The row's completions in their order, those of one prompt in one group."""
+    if row.tools or row.template_args:
+        raise ValueError(f"{place} has tools or template arguments; a service does not take them")
+    if row.ids:
+        return [Group(prompt_ids=[], completion_ids=row.ids)]
+    return [
+        Group(prompt, [side.completion for side in sides])
+        for prompt, sides in groupby(row.sides, key=lambda side: side.prompt)
     ]
-    both = np.array(scored, dtype=np.float32).reshape(-1, 2)
-    return summarise(both[:, 0], both[:, 1]), versions[0]
+
+
+def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """The groups in their order, a call's worth at a time."""
+    part: list[Group] = []
+    size = 0
+    for group in groups:
+        part.append(group)
+        size += _num_tokens(group)
+        if size >= _TOKENS_PER_CALL:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _num_tokens(group: Group) -> int:
+    """Of all its samples, roughly: four characters are a token."""
+    if group.prompt_ids is not None:
+        return sum(len(group.prompt_ids) + len(ids) for ids in group.completion_ids)
+    return (len(str(group.prompt)) * len(group) + sum(map(len, group.completions))) // 4

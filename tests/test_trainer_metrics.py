@@ -1,0 +1,242 @@
+"""The metrics of comparisons: by hand, against loops over pairs, and blind to the order."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.comparisons import Comparison, Comparisons
+from trainer.metrics import EvalResult, better, check_metric, evaluate, pair_indices
+
+Item = tuple[Comparison, tuple[float, ...]]
+"""A comparison and the rewards of its sequences."""
+
+
+def item(
+    rewards: tuple[float, ...],
+    scores: tuple[float, ...] = (1.0, 0.0),
+    lengths: tuple[int, ...] | None = None,
+    subset: str = "",
+) -> Item:
+    sizes = lengths or (3,) * len(scores)
+    sequences = [[7] * size for size in sizes]
+    return Comparison(sequences, scores, key="k", subset=subset), rewards
+
+
+def evaluated(items: list[Item], seed: int = 0) -> EvalResult:
+    rewards = np.array([r for _, values in items for r in values], np.float32)
+    return evaluate(Comparisons.of([c for c, _ in items], ["d"]), rewards, seed)
+
+
+@st.composite
+def items(draw: st.DrawFn) -> list[Item]:
+    """Rankings of one to four with ties of scores and rewards, at least one pair among them."""
+    found = [item((0.5, 0.25), lengths=(4, 2), subset="first")]
+    for _ in range(draw(st.integers(0, 6))):
+        size = draw(st.integers(1, 4))
+
+        def several(values: st.SearchStrategy[float], size: int = size) -> tuple[float, ...]:
+            return tuple(draw(st.lists(values, min_size=size, max_size=size)))
+
+        scores = tuple(sorted(several(st.sampled_from([0.0, 1.0, 2.5])), reverse=True))
+        rewards = several(st.sampled_from([-2.0, 0.1, 0.25, 3.0]))
+        lengths = tuple(int(n) for n in several(st.integers(1, 5)))
+        found.append(item(rewards, scores, lengths, draw(st.sampled_from(["", "first", "b"]))))
+    return found
+
+
+@given(items())
+def test_every_number_is_what_a_loop_over_the_pairs_gives(found: list[Item]) -> None:
+    result = evaluated(found)
+    pairs = []
+    ties = 0
+    for comparison, rewards in found:
+        reward32 = np.array(rewards, np.float32).astype(float)
+        for i, j in combinations(range(len(rewards)), 2):
+            if comparison.scores[i] == comparison.scores[j]:
+                ties += 1
+                continue
+            lengths = len(comparison.sequences[i]), len(comparison.sequences[j])
+            pairs.append((reward32[i] - reward32[j], lengths, comparison.subset))
+
+    def accuracy(margins: list[float]) -> float | None:
+        points = [1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins]
+        return pytest.approx(sum(points) / len(points)) if points else None
+
+    margins = [margin for margin, _, _ in pairs]
+    shorter = [margin for margin, (a, b), _ in pairs if a < b]
+    longer = [margin for margin, (a, b), _ in pairs if a > b]
+    assert (result.num_pairs, result.num_ties) == (len(pairs), ties)
+    assert result.accuracy == accuracy(margins)
+    assert result.reward_margin == pytest.approx(sum(margins) / len(margins))
+    log_losses = [math.log1p(math.exp(-margin)) for margin in margins]
+    assert result.log_loss == pytest.approx(sum(log_losses) / len(margins))
+    assert (result.num_shorter, result.accuracy_shorter) == (len(shorter), accuracy(shorter))
+    assert (result.num_longer, result.accuracy_longer) == (len(longer), accuracy(longer))
+    for name in ("first", "b"):
+        of_name = [margin for margin, _, subset in pairs if subset == name]
+        if of_name:
+            assert result.subsets[name].num_pairs == len(of_name)
+            assert result.subsets[name].accuracy == accuracy(of_name)
+            assert result.subsets[name].reward_margin == pytest.approx(np.mean(of_name))
+        else:
+            assert name not in result.subsets
+    rewards = [r for _, values in found for r in values]
+    assert result.min_reward == np.float32(min(rewards))
+    assert result.max_reward == np.float32(max(rewards))
+    assert result.mean_reward == pytest.approx(np.mean(rewards), rel=1e-6, abs=1e-6)
+
+
+@given(items(), st.randoms(use_true_random=False))
+def test_no_number_depends_on_the_order_of_the_comparisons(
+    found: list[Item], random: object
+) -> None:
+    other = list(found)
+    random.shuffle(other)  # type: ignore[attr-defined]
+    assert evaluated(other).as_dict() == evaluated(found).as_dict()
+
+
+@given(items())
+def test_the_result_is_plain_json_without_nan(found: list[Item]) -> None:
+    values = evaluated(found).as_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+
+
+def test_pairs_are_ordered_by_scores_and_labelled_ties_are_none() -> None:
+    ranking, _ = item((0.0,) * 4, scores=(3.0, 2.0, 2.0, 1.0))
+    tie, _ = item((0.0, 0.0), scores=(1.0, 1.0))
+    alone, _ = item((0.0,), scores=(0.0,))
+    pair, _ = item((0.0, 0.0))
+    chosen, rejected, comparison = pair_indices(Comparisons.of([alone, ranking, tie, pair], ["d"]))
+    assert list(zip(chosen.tolist(), rejected.tolist(), comparison.tolist(), strict=True)) == [
+        (1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 4, 1), (3, 4, 1), (7, 8, 3)
+    ]  # fmt: skip
+
+
+def test_calibration_by_hand() -> None:
+    """Guo et al., eq. 3: two pairs at sigmoid(1) = 0.7311, one right, and one wrong at 0.8808."""
+    result = evaluated([item((1.0, 0.0)), item((0.0, 1.0)), item((0.0, 2.0))])
+    assert result.calibration_error == pytest.approx(
+        2 / 3 * abs(0.5 - 0.7310586) + 1 / 3 * 0.8807971, abs=1e-6
+    )
+    filled = [b for b in result.calibration_bins if b.num_pairs]
+    assert [(b.low, b.high, b.num_pairs, b.accuracy) for b in filled] == [
+        (0.7, 0.75, 2, 0.5), (0.85, 0.9, 1, 0.0)
+    ]  # fmt: skip
+    assert filled[0].confidence == pytest.approx(0.7310586, abs=1e-6)
+    assert len(result.calibration_bins) == 10
+    empty = result.calibration_bins[1]
+    assert (empty.confidence, empty.accuracy) == (None, None)
+
+
+def test_a_tie_of_rewards_is_perfectly_calibrated_and_a_sure_mistake_is_not() -> None:
+    assert evaluated([item((2.0, 2.0))]).calibration_error == 0
+    sure = evaluated([item((-3e38, 3e38))])
+    assert sure.calibration_error == 1
+    assert sure.calibration_bins[-1].num_pairs == 1
+    assert sure.log_loss == pytest.approx(6e38)
+
+
+def test_the_length_correlation_is_pearsons_over_all_sequences() -> None:
+    found = [item((1.0, 0.0), lengths=(5, 2)), item((-1.0, 0.5), lengths=(3, 9))]
+    expected = np.corrcoef([1, 0, -1, 0.5], [5, 2, 3, 9])[0, 1]
+    assert evaluated(found).length_correlation == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [item((1.0, 0.0), lengths=(4, 4)), item((0.3, 0.1), lengths=(4, 4))],
+        [item((0.1, 0.1), lengths=(4, 3)), item((0.1, 0.1), lengths=(2, 4))],
+    ],
+)
+def test_a_correlation_with_a_constant_is_not_defined(found: list[Item]) -> None:
+    assert evaluated(found).length_correlation is None
+
+
+def test_the_accuracy_of_no_pair_is_not_defined() -> None:
+    result = evaluated([item((1.0, 0.0), lengths=(2, 3))])
+    assert (result.accuracy_shorter, result.num_longer, result.accuracy_longer) == (1, 0, None)
+    assert "subsets" not in result.as_dict()
+
+
+def test_the_interval_is_that_of_resampling_the_comparisons_one_by_one() -> None:
+    generator = np.random.default_rng(3)
+    found = [item((float(r), 0.0)) for r in generator.choice([-1.0, 0.0, 1.0, 1.0], 60)]
+    found += [item((2.0, 1.0, float(r)), scores=(2, 1, 0)) for r in generator.normal(1, 1, 30)]
+    result = evaluated(found)
+    points, sizes = [], []
+    for comparison, rewards in found:
+        pairs = list(combinations(range(len(comparison.scores)), 2))
+        points.append(sum(0.5 + np.sign(rewards[i] - rewards[j]) / 2 for i, j in pairs))
+        sizes.append(len(pairs))
+    drawn = generator.integers(0, len(found), (20_000, len(found)))
+    accuracies = np.array(points)[drawn].sum(1) / np.array(sizes)[drawn].sum(1)
+    expected = np.percentile(accuracies, (2.5, 97.5))
+    assert (result.accuracy_low, result.accuracy_high) == pytest.approx(expected, abs=0.015)
+    assert result.accuracy_low < result.accuracy < result.accuracy_high
+
+
+def test_the_interval_follows_its_seed_and_one_comparison_has_none() -> None:
+    found = [item((float(i % 3), 1.0)) for i in range(30)]
+    assert evaluated(found, seed=1) == evaluated(found, seed=1)
+    first, second = evaluated(found, seed=1).as_dict(), evaluated(found, seed=2).as_dict()
+    assert {k for k in first if first[k] != second[k]} <= {"accuracy_low", "accuracy_high"}
+    one = evaluated([item((1.0, 0.0, 0.5), scores=(2, 1, 0))])
+    assert one.accuracy_low == one.accuracy == one.accuracy_high == pytest.approx(2 / 3)
+
+
+def test_rewards_that_cannot_be_evaluated_are_refused() -> None:
+    with pytest.raises(ValueError, match="no pair"):
+        evaluated([item((1.0, 0.0), scores=(1, 1)), item((1.0,), scores=(0,))])
+    with pytest.raises(ValueError, match="no pair"):
+        evaluated([])
+    with pytest.raises(ValueError, match="sequence 1 is nan"):
+        evaluated([item((1.0, float("nan")))])
+    with pytest.raises(ValueError, match=r"shape \(3,\), not \(2,\)"):
+        evaluate(Comparisons.of([item((1.0, 0.0))[0]], ["d"]), np.zeros(3))
+
+
+def test_a_metric_knows_which_way_is_better() -> None:
+    assert better("accuracy", 0.6, 0.5)
+    assert not better("accuracy", 0.5, 0.5)
+    assert better("log_loss", 0.5, 0.6)
+    assert not better("calibration_error", 0.2, 0.1)
+    assert better("accuracy", 0.0, None)
+    assert not better("accuracy_shorter", None, None)
+    assert not better("accuracy_shorter", None, 0.1)
+
+
+def test_an_unknown_metric_is_refused_with_the_list_of_them() -> None:
+    for name in ("acuracy", "num_pairs", "length_correlation"):
+        with pytest.raises(ValueError, match=rf"'{name}'; metrics are accuracy, .*log_loss"):
+            check_metric(name)
+    with pytest.raises(ValueError, match="metrics are"):
+        better("acuracy", 1.0, None)
+
+
+def test_every_metric_is_a_number_of_the_result() -> None:
+    values = evaluated([item((1.0, 0.0), lengths=(3, 2)), item((1.0, 0.0), lengths=(2, 3))])
+    with pytest.raises(ValueError, match="metrics are") as error:
+        check_metric("")
+    names = [word.strip(",") for word in str(error.value).split("metrics are ")[1].split()]
+    metrics = [name for name in names if name in values.as_dict()]
+    assert len(metrics) == 11
+    for name in metrics:
+        check_metric(name)
+        assert isinstance(values.as_dict()[name], float)
+
+
+def test_metrics_need_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, trainer.metrics; assert not {'torch', 'ray', 'transformers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
