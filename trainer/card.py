@@ -1,29 +1,45 @@
-"""The README.md of an export. Standard library only."""
+"""The README.md of an export: a model card with the Hub's metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from reward_actor.contract import ScoringContract
 from trainer.config import TrainConfig
 
+_PLOTS = {
+    "plots/loss.png": "Loss by step",
+    "plots/accuracy.png": "Accuracy by step",
+    "plots/margin.png": "Reward margin by step",
+    "plots/calibration.png": "Calibration",
+    "plots/length.png": "Reward by length",
+    "plots/rewards.png": "Distribution of the rewards",
+}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
-def model_card(config: TrainConfig, contract: ScoringContract, facts: Mapping[str, Any]) -> str:
-    """A model card with the Hub's metadata; `facts` hold the counts and the held-out metrics."""
-    accuracy = facts.get("heldout_accuracy")
-    evaluation = (
-        "No pairs were held out, so nothing is known about its accuracy."
-        if accuracy is None
-        else f"On {facts['heldout_num_pairs']} held-out pairs, about prompts that it never saw,\n"
-        f"the chosen side gets the higher reward in {100 * accuracy:.1f} % (ties count half); the\n"
-        f"mean difference of the rewards is {facts['heldout_reward_margin']:.3f}."
-    )
+
+def model_card(
+    config: TrainConfig,
+    contract: ScoringContract,
+    facts: Mapping[str, Any],
+    files: Sequence[str] = (),
+) -> str:
+    """A model card; `facts` hold the counts and the `heldout_*` metrics, `files` are those of the
+    report beside it, as `write_report` names them."""
+    found = {
+        key.removeprefix("heldout_"): value
+        for key, value in facts.items()
+        if key.startswith("heldout_")
+    }
+    sections = [_evaluation(found), _subsets(found.get("subsets") or {}), _figures(files)]
+    body = "\n\n".join(section for section in sections if section)
     return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [reward-model, bradley-terry, rayward]
----
+{_metadata(config, found)}---
 
 # Reward model
 
@@ -31,7 +47,7 @@ A Bradley-Terry reward model: one number for a prompt and a completion, higher i
 which of two completions to one prompt is preferred; rewards of different prompts are not
 comparable.
 
-{evaluation}
+{body}
 
 | | |
 |---|---|
@@ -40,6 +56,7 @@ comparable.
 | learning rate | {config.optimizer.learning_rate:g}, {config.optimizer.schedule} |
 | body | {config.model.dtype}; head and loss in float32 |
 | format | {contract.format}, at most {contract.max_length} tokens |
+| normalisation | reward = (raw score - {contract.mean:.6g}) / {contract.std:.6g} |
 
 ```python
 from reward_actor import Group, RewardScorer
@@ -55,3 +72,109 @@ rayward serve .
 `scoring_contract.json` says how text becomes token ids and which of them is pooled;
 `resolved_config.json` and `training_log.jsonl` say how the model came about.
 """
+
+
+def _metadata(config: TrainConfig, found: Mapping[str, Any]) -> str:
+    """The YAML that the Hub reads (huggingface.co/docs/hub/model-cards-metadata)."""
+    sources = list(config.data.sources("train"))
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["reward-model", "bradley-terry", "rayward"],
+    }
+    # A file's path is nobody else's business, and no name that the Hub knows.
+    datasets = sorted({name.partition(":")[0] for name in sources if _is_hub_name(name)})
+    if datasets:
+        metadata["datasets"] = datasets
+    if config.model.path and _is_hub_name(config.model.path):
+        metadata["base_model"] = config.model.path
+    if "accuracy" in found:
+        task = {"type": "text-classification", "name": "Pairwise preference"}
+        dataset = {"type": datasets[0] if datasets else "preferences", "name": "held-out pairs"}
+        names = {
+            "accuracy": "Accuracy",
+            "log_loss": "Log loss",
+            "calibration_error": "Expected calibration error",
+        }
+        metrics = [
+            {"type": kind, "name": name, "value": round(float(found[kind]), 6)}
+            for kind, name in names.items()
+            if found.get(kind) is not None
+        ]
+        name = config.report.run_name or Path(config.output_dir).name
+        metadata["model-index"] = [
+            {"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}
+        ]
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+
+
+def _is_hub_name(name: str) -> bool:
+    name = name.partition(":")[0]
+    is_file = name.endswith((".jsonl", ".gz", ".parquet")) or Path(name).exists()
+    return _HUB_NAME.fullmatch(name) is not None and not is_file
+
+
+def _evaluation(found: Mapping[str, Any]) -> str:
+    if found.get("accuracy") is None:
+        return "No pairs were held out, so nothing is known about its accuracy."
+    sentences = [
+        f"On {found['num_pairs']} held-out pairs, about prompts that it never saw,\n"
+        f"the chosen side gets the higher reward in {_percent(found['accuracy'])} (ties count half"
+        f"{_interval(found)}); the\nmean difference of the rewards is {found['reward_margin']:.3f}."
+    ]
+    if found.get("calibration_error") is not None:
+        sentences.append(
+            f"Its expected calibration error is {_percent(found['calibration_error'])}, its log "
+            f"loss {found['log_loss']:.4f} (guessing: 0.6931)."
+        )
+    correlation = found.get("length_correlation")
+    if correlation is not None:
+        sentences.append(f"Reward and length correlate by {correlation:+.2f}{_by_length(found)}.")
+    return "\n".join(sentences)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    low, high = found.get("accuracy_low"), found.get("accuracy_high")
+    if low is None or high is None:
+        return ""
+    return f"; 95 % interval {_percent(low)} to {_percent(high)}"
+
+
+def _by_length(found: Mapping[str, Any]) -> str:
+    parts = [
+        f"{_percent(found[f'accuracy_{side}'])} where it is the {side} one"
+        for side in ("shorter", "longer")
+        if found.get(f"accuracy_{side}") is not None
+    ]
+    return f"; the chosen side is ahead in {' and '.join(parts)}" if parts else ""
+
+
+def _subsets(subsets: Mapping[str, Mapping[str, Any]]) -> str:
+    if not subsets:
+        return ""
+    rows = [
+        f"| {_cell(name)} | {subset['num_pairs']} | {_percent(subset['accuracy'])} "
+        f"| {subset['reward_margin']:.3f} |"
+        for name, subset in subsets.items()
+    ]
+    head = ["| subset | pairs | accuracy | reward margin |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows])
+
+
+def _cell(text: str) -> str:
+    """Text inside a Markdown table: no markup, no end of the cell or of the line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split()))
+
+
+def _figures(files: Sequence[str]) -> str:
+    lines = [f"![{shown}]({name})" for name, shown in _PLOTS.items() if name in files]
+    if "report.html" in files:
+        lines.append(
+            "[report.html](report.html) has all of this in one page, and the "
+            "[hardest held-out pairs](report.html#hardest)."
+        )
+    return "\n\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,62 +1,177 @@
-"""Shows a running training on the terminal by following its log."""
+"""Shows a running training on the terminal, by following the files that its workers write."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.training_log import read_log
+from trainer.training_log import EVALUATIONS_FILE, LOG_FILE
 
 _POLL_S = 0.25
 _PLAIN_LINES = 20
 
 
-def show(path: Path, start: int, num_steps: int, is_running: Callable[[], bool]) -> None:
-    """Follow the log from step `start` until `is_running` says no: a live line on a terminal,
-    about twenty plain lines elsewhere."""
-    console = Console()
-    if not console.is_terminal:
-        every = max(1, num_steps // _PLAIN_LINES)
-        for line in _follow(path, start, is_running):
-            if line["step"] % every == 0 or line["step"] in (start + 1, num_steps):
-                print(f"step {line['step']}/{num_steps}  {_shown(line)}", flush=True)
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=num_steps, completed=start, shown="")
-        for line in _follow(path, start, is_running):
-            progress.update(task, completed=line["step"], shown=_shown(line))
+class Line(NamedTuple):
+    """One line of training_log.jsonl (train) or evaluations.jsonl (heldout)."""
+
+    kind: Literal["train", "heldout"]
+    values: dict[str, Any]
 
 
-def _follow(path: Path, start: int, is_running: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """Every step's line once. A restarted worker rewrites the log, so it is read anew, not on."""
-    last, stamp, going = start, None, True
+def show(
+    output_dir: Path,
+    start: int,
+    num_steps: int,
+    is_running: Callable[[], bool],
+    also: Callable[[Sequence[Line]], None] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Follow a training from step `start` until `is_running` says no: a live display on a
+    terminal, about twenty plain lines elsewhere. `also` gets every new line once, too."""
+    console = console or Console()
+    live = console.is_terminal
+    board = _Board(start, num_steps)
+    every = max(1, num_steps // _PLAIN_LINES)
+    with Live(board, console=console, refresh_per_second=4) if live else nullcontext():
+        for lines in follow(output_dir, start, is_running):
+            for line in lines:
+                board.update(line)
+                if not live and _is_printed(line, start, num_steps, every):
+                    print(plain(line, num_steps), flush=True)
+            if also is not None:
+                also(lines)
+
+
+def follow(
+    output_dir: Path, start: int, is_running: Callable[[], bool]
+) -> Iterator[tuple[Line, ...]]:
+    """The lines that were not there before, each step's once, those of a moment together."""
+    log, evaluations = (_Tail(output_dir / name, start) for name in (LOG_FILE, EVALUATIONS_FILE))
+    going = True
     while going:
         going = is_running()  # before reading, so that the last lines are read once more
-        now = path.stat().st_mtime_ns if path.exists() else None
-        if now != stamp:
-            stamp = now
-            for line in list(read_log(path)):
-                if line["step"] > last:
-                    last = line["step"]
-                    yield line
+        lines = [Line("train", values) for values in log.read()]
+        lines += [Line("heldout", values) for values in evaluations.read()]
+        if lines:  # the sort is stable: an evaluation follows its step
+            yield tuple(sorted(lines, key=lambda line: int(line.values["step"])))
         if going:
             time.sleep(_POLL_S)
 
 
-def _shown(line: dict[str, Any]) -> str:
-    return (
-        f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}  "
-        f"reward_margin {line['reward_margin']:.3f}  {line['pairs_per_s']:.0f} pairs/s"
-    )
+def plain(line: Line, num_steps: int) -> str:
+    """One line of text about one line of a log."""
+    values, step = line.values, f"step {line.values['step']}/{num_steps}"
+    if line.kind == "train":
+        return (
+            f"{step}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
+            f"reward_margin {values['reward_margin']:.3f}  {values['pairs_per_s']:.0f} pairs/s"
+        )
+    return f"{step}  held out: {_accuracy(values)}  reward_margin {values['reward_margin']:.3f}"
+
+
+def _is_printed(line: Line, start: int, num_steps: int, every: int) -> bool:
+    step = line.values["step"]
+    return line.kind == "heldout" or step % every == 0 or step in (start + 1, num_steps)
+
+
+def _accuracy(values: dict[str, Any]) -> str:
+    low, high = values["accuracy_low"], values["accuracy_high"]
+    return f"accuracy {values['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+
+
+class _Tail:
+    """The new lines of a file that is appended to, and written anew when a worker restarts.
+
+    What is there at first is what an earlier process left: its lines up to `start` are kept by the
+    worker, the others are written again.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path, self._offset, self._last = path, 0, b""
+        there = [int(values["step"]) for values in self._appended()]
+        self._seen = {step for step in there if step <= start}
+
+    def read(self) -> list[dict[str, Any]]:
+        new = [values for values in self._appended() if values["step"] not in self._seen]
+        self._seen.update(values["step"] for values in new)
+        return new
+
+    def _appended(self) -> list[dict[str, Any]]:
+        """The complete lines after the last one that was read, or all if that one has changed."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset - len(self._last))
+                data = file.read()
+                if not data.startswith(self._last):
+                    self._offset, self._last = 0, b""
+                    file.seek(0)
+                    data = file.read()
+        except FileNotFoundError:
+            return []
+        lines = data[len(self._last) :].splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            del lines[-1]  # it is being written
+        if lines:
+            self._offset += sum(map(len, lines))
+            self._last = lines[-1]
+        return [json.loads(line) for line in lines]
+
+
+class _Board:
+    """What the live display shows: a bar, the newest step, the newest evaluation."""
+
+    def __init__(self, start: int, num_steps: int) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            speed_estimate_period=300,
+            expand=True,
+        )
+        self._task = self._bar.add_task("training", total=num_steps, completed=start)
+        self._step: dict[str, Any] | None = None
+        self._evaluation: dict[str, Any] | None = None
+
+    def update(self, line: Line) -> None:
+        if line.kind == "heldout":
+            self._evaluation = line.values
+        else:
+            self._step = line.values
+            self._bar.update(self._task, completed=line.values["step"])
+
+    def __rich__(self) -> Group:
+        if self._step is None:
+            return Group(self._bar, "  waiting for the first step")
+        step = self._step
+        cells = (
+            f"loss [bold]{step['loss']:.4f}[/]",
+            f"accuracy [bold]{step['accuracy']:.3f}[/]",
+            f"reward margin [bold]{step['reward_margin']:.3f}[/]",
+            f"learning rate [bold]{step['learning_rate']:.2g}[/]",
+            f"[bold]{step['pairs_per_s']:,.1f}[/] pairs/s",
+            f"[bold]{step['tokens_per_s']:,.0f}[/] tokens/s",
+            f"[bold]{100 * step['padding_saved']:.0f} %[/] of padding saved",
+            f"[bold]{step['memory_mb']:,.0f}[/] MB",
+        )
+        numbers = Padding(Columns(cells, padding=(0, 3)), (0, 0, 0, 2))
+        if self._evaluation is None:
+            return Group(self._bar, numbers)
+        values = self._evaluation
+        heldout = (
+            f"  held out at step {values['step']}: [bold]{_accuracy(values)}[/], "
+            f"reward margin [bold]{values['reward_margin']:.3f}[/]"
+        )
+        return Group(self._bar, numbers, heldout)

@@ -1,0 +1,371 @@
+"""The report of a training: its plots, its page and its model card, whatever the samples hold."""
+
+from __future__ import annotations
+
+import base64
+import random
+import re
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from conftest import CORPUS
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer_progress import evaluation_line, step_line
+
+from reward_actor.contract import ScoringContract
+from trainer.card import model_card
+from trainer.comparisons import Comparison, Comparisons
+from trainer.config import Source, TrainConfig, load_config
+from trainer.hardest import hardest_pairs
+from trainer.init_model import train_tokenizer
+from trainer.metrics import evaluate
+from trainer.plots import smooth
+from trainer.report import escape, write_report
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Decode = Callable[[Sequence[int]], str]
+FACTS = {"num_pairs": 8_168, "num_steps": 200, "num_dropped": 3, "dropped": "3 too long"}
+CONTRACT = ScoringContract(
+    format="text", chat_template=None, turn_end="", add_special_tokens=False, append_eos=True,
+    bos_token_id=None, eos_token_id=2, pad_token_id=0, max_length=512, vocab_size=400,
+)  # fmt: skip
+PNG = b"\x89PNG\r\n\x1a\n"
+PLOTS = ("loss", "accuracy", "margin", "calibration", "rewards", "length")
+WORDS = ("apple", "pear", "knife", "spoon", "pan", "egg", "tree", "tool", "water", "please")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(CORPUS, vocab_size=400, max_length=512)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    output_dir = tmp_path_factory.mktemp("run") / "polite"
+    given = {"data.train": "pairs.jsonl", "output_dir": output_dir, "optimizer.learning_rate": 2e-3}
+    return load_config(None, [(key, str(value)) for key, value in given.items()])
+
+
+def comparisons(texts: Sequence[tuple[str, str, str]], tokenizer: Any) -> Comparisons:
+    """(prompt, chosen, rejected) -> pairs of their token ids, in two subsets and none."""
+    return Comparisons.of(
+        (
+            Comparison(
+                [tokenizer.encode(prompt + side) for side in sides],
+                (1, 0),
+                prompt,
+                row=row,
+                subset=("math & logic", "<i>chat</i>", "")[row % 3],
+            )
+            for row, (prompt, *sides) in enumerate(texts, start=1)
+        ),
+        ["held-out.jsonl"],
+    )
+
+
+def plausible(tokenizer: Any, num_pairs: int = 450) -> tuple[Comparisons, NDArray[np.float32]]:
+    """Pairs and their rewards: chosen is ahead by about 1, and length pays a little."""
+    noise = random.Random(1)
+    texts = [
+        (
+            f"How do I use {noise.choice(WORDS)} and {noise.choice(WORDS)}? ",
+            *(" ".join(noise.choices(WORDS, k=noise.randint(2, 60))) for _ in range(2)),
+        )
+        for _ in range(num_pairs)
+    ]
+    held = comparisons(texts, tokenizer)
+    drawn = np.random.default_rng(2).normal(size=held.num_sequences) * 0.8
+    better = np.where(np.arange(held.num_sequences) % 2 == 0, 0.9, 0.0)
+    return held, (drawn + better + held.lengths / 150).astype(np.float32)
+
+
+def written(directory: Path, config: TrainConfig, decode: Decode, **given: Any) -> str:
+    """The page of a report of these things, and nothing else."""
+    parts = {"log": [], "evaluations": [], "heldout": None, "rewards": None, "facts": FACTS}
+    write_report(directory, config=config, contract=CONTRACT, decode=decode, **parts | given)
+    return (directory / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and whether each is closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_is_alone(text: str) -> None:
+    """Nothing of the page is fetched or run: no script, no address but data and places in it."""
+    page = Page(text)
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed", "form", "base"})
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "href"):
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+
+
+def test_a_whole_report_stands_alone_and_holds_every_number(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    held, rewards = plausible(tokenizer)
+    log = [step_line(step) for step in range(1, 201)]
+    evaluations = [evaluation_line(step) for step in range(25, 201, 25)]
+    names = write_report(
+        tmp_path, config=config, contract=CONTRACT, facts=FACTS, log=log, evaluations=evaluations,
+        heldout=held, rewards=rewards, decode=tokenizer.decode,
+    )  # fmt: skip
+    assert names == ["report.html", *(f"plots/{name}.png" for name in PLOTS)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "report.html"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    check_is_alone(text)
+    for name in PLOTS:
+        png = (tmp_path / "plots" / f"{name}.png").read_bytes()
+        assert png.startswith(PNG)
+        assert base64.b64encode(png).decode() in text
+    result = evaluate(held, rewards)
+    for shown in (
+        "Reward model: polite",
+        f"{100 * result.accuracy:.1f} %",
+        f"95 %: {100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f} %",
+        f"{result.reward_margin:.3f}",
+        f"{result.length_correlation:+.2f}",
+        "math &amp; logic",
+        "&lt;i&gt;chat&lt;/i&gt;",
+        "8,168",
+        "3 (3 too long)",
+        "optimizer.learning_rate",
+    ):
+        assert shown in text
+
+
+def test_equal_numbers_give_equal_bytes(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    held, rewards = plausible(tokenizer, 40)
+    log = [step_line(step) for step in range(1, 9)]
+    for name in ("a", "b"):
+        written(tmp_path / name, config, tokenizer.decode, log=log, heldout=held, rewards=rewards)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_nothing_held_out_leaves_out_what_needs_it(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    log = [step_line(step) for step in range(1, 5)]
+    text = written(tmp_path, config, tokenizer.decode, log=log)
+    check_is_alone(text)
+    assert "nothing is known about its accuracy" in text
+    assert 'id="hardest"' not in text
+    assert text.count("<img ") == 3
+
+
+def test_an_empty_held_out_set_is_nothing_held_out(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    text = written(
+        tmp_path, config, tokenizer.decode, heldout=Comparisons.of([], []),
+        rewards=np.empty(0, np.float32),
+    )  # fmt: skip
+    assert "nothing is known about its accuracy" in text
+    assert text.count("<img ") == 0
+
+
+def test_attributes_alone_have_no_pairs_to_show(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    alone = Comparisons.of([Comparison([[5, 6]], (0,), "a", attributes=[[0.5]])], ["a.jsonl"], 1)
+    log = [{**step_line(1), "accuracy": 0.0, "reward_margin": 0.0, "num_pairs": 0}]
+    text = written(
+        tmp_path, config, tokenizer.decode, log=log, heldout=alone, rewards=np.zeros(1, np.float32)
+    )
+    check_is_alone(text)
+    assert text.count("<img ") == 1
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_log_of_one_step_or_none_is_enough(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any, num_steps: int
+) -> None:
+    held, rewards = plausible(tokenizer, 1)
+    log = [step_line(1)][:num_steps]
+    text = written(
+        tmp_path, config, tokenizer.decode, log=log, evaluations=[evaluation_line(1)],
+        heldout=held, rewards=rewards,
+    )  # fmt: skip
+    check_is_alone(text)
+    assert text.count("<img ") == 3 + 3 * num_steps
+
+
+def test_equal_rewards_make_a_report_too(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any
+) -> None:
+    held, rewards = plausible(tokenizer, 30)
+    text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=np.zeros_like(rewards))
+    assert "not defined" in text  # the correlation with length
+    assert "50.0 %" in text
+
+
+HOSTILE = [
+    "<script>alert(1)</script><img src=x onerror=alert(2)>",
+    '"><style>body{display:none}</style><a href="javascript:alert(3)">',
+    "lone \ud800 surrogate and \udfff another",
+    "\u202eevil right-to-left override \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "nul \x00 bell \x07 escape \x1b[31m delete \x7f",
+    "</pre></details></table></body></html>",
+    "$title ${body} $ %s {x} {{y}} &amp; &#x3c;",
+    "x" * 100_000,
+    "日本語 ☀️ e\u0301" * 2_000,
+    "",
+]
+
+
+def test_hostile_samples_are_shown_and_do_nothing(tmp_path: Path, config: TrainConfig) -> None:
+    texts = {index + 10: text for index, text in enumerate(HOSTILE)}
+    held = Comparisons.of(
+        (
+            Comparison([[index, 1], [index, index]], (1, 0), text, row=index, subset=text[:40])
+            for index, text in texts.items()
+        ),
+        ['<b onclick="x">data</b>.jsonl'],
+    )
+    rewards = np.tile(np.float32([-1, 1]), len(held))
+    text = written(
+        tmp_path, config, lambda ids: "".join(texts.get(i, "?") for i in ids), heldout=held,
+        rewards=rewards, facts={**FACTS, "dropped": "<script>"},
+    )  # fmt: skip
+    check_is_alone(text)
+    assert len(text) < 3_000_000
+    assert "&lt;script&gt;alert(1)" in text
+    assert "80,000 characters" in text  # left out of the middle, after unfolding too
+    assert text.count('dir="auto"') >= 3 * len(held)
+    assert "\x00" not in text
+    assert "nul \u2400 bell \u2407 escape \u241b" in text
+
+
+@given(st.text(st.characters(), max_size=40))
+def test_escaped_text_can_always_be_written_and_opens_nothing(text: str) -> None:
+    escaped = escape(text)
+    escaped.encode("utf-8")
+    assert not set("<>\"'") & set(escaped)
+    assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in escaped)
+
+
+def test_the_hardest_pairs_are_the_wrong_ones_the_widest_first(tokenizer: Any) -> None:
+    prompt = "How do I boil an egg? "
+    texts = [(prompt, f"Yes please, {word}.", f"No {word}.") for word in WORDS[:6]]
+    held = comparisons(texts, tokenizer)
+    rewards = np.float32([1, 0, 0, 3, 0, 0, 0, 1, 5, 4, 0, 2])
+    pairs = hardest_pairs(held, rewards, tokenizer.decode)
+    assert [pair.where for pair in pairs] == [f"held-out.jsonl:{row}" for row in (2, 6, 4, 3)]
+    assert [pair.reward_margin for pair in pairs] == [-3, -2, -1, 0]
+    assert pairs[0].shared.startswith(prompt.rstrip())
+    assert pairs[0].shared + pairs[0].chosen == prompt + "Yes please, pear."
+    assert pairs[0].shared + pairs[0].rejected == prompt + "No pear."
+    assert (pairs[0].chosen_reward, pairs[0].rejected_reward) == (0, 3)
+    assert len(hardest_pairs(held, rewards, tokenizer.decode, most=2)) == 2
+
+
+def test_a_shared_beginning_does_not_cut_a_character_in_two() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    a, b = "日本".encode(), "日木".encode()  # the second characters differ in their last byte only
+    held = Comparisons.of([Comparison([list(a), list(b)], (1, 0), "x")], ["d"])
+    (pair,) = hardest_pairs(held, np.float32([0, 1]), decode)
+    assert (pair.shared, pair.chosen, pair.rejected) == ("日", "本", "木")
+
+
+def test_all_pairs_of_a_ranking_can_be_hard() -> None:
+    ranking = Comparisons.of([Comparison([[1, 2], [1, 3], [1, 4]], (2, 1, 0), "x", row=7)], ["d"])
+    pairs = hardest_pairs(ranking, np.float32([0, 1, 5]), lambda ids: str(list(ids)))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+        ("[2]", "[4]"), ("[3]", "[4]"), ("[2]", "[3]"),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(1, 10))
+def test_smoothing_stays_within_the_values_and_leaves_constants_alone(
+    values: list[float], width: float
+) -> None:
+    averages = smooth(np.array(values), width)
+    assert averages[0] == pytest.approx(values[0])
+    assert min(values) - 1e-9 <= averages.min()
+    assert averages.max() <= max(values) + 1e-9
+    assert smooth(np.full(9, 0.25), width) == pytest.approx(np.full(9, 0.25))
+
+
+def card_of(config: TrainConfig, files: Sequence[str] = (), **found: Any) -> str:
+    facts = {**FACTS, **{f"heldout_{key}": value for key, value in found.items()}}
+    return model_card(config, CONTRACT, facts, files)
+
+
+def test_the_card_shows_what_is_known_and_links_the_report(
+    config: TrainConfig, tokenizer: Any
+) -> None:
+    held, rewards = plausible(tokenizer)
+    result = evaluate(held, rewards)
+    card = card_of(config, ["report.html", "plots/loss.png"], **result.as_dict())
+    assert "On 450 held-out pairs" in card
+    assert f"in {100 * result.accuracy:.1f} % (ties count half; 95 % interval " in card
+    assert f"expected calibration error is {100 * result.calibration_error:.1f} %" in card
+    assert f"Reward and length correlate by {result.length_correlation:+.2f}; the chosen" in card
+    assert "| math & logic | 150 |" in card
+    assert r"| \<i\>chat\</i\> | 150 |" in card
+    assert "![Loss by step](plots/loss.png)" in card
+    assert "plots/margin.png" not in card  # not among the files
+    assert "(report.html#hardest)" in card
+
+
+def test_the_metadata_of_a_card_are_what_the_hub_reads(config: TrainConfig, tokenizer: Any) -> None:
+    changed = config.model_copy(deep=True)
+    changed.model.path = "some-lab/base-1B"
+    changed.data.train = {"some-lab/preferences:train": Source.model_validate({})}
+    result = evaluate(*plausible(tokenizer))
+    data = ModelCard(card_of(changed, **result.as_dict())).data
+    assert data.base_model == "some-lab/base-1B"
+    assert data.datasets == ["some-lab/preferences"]
+    assert data.pipeline_tag == "text-classification"
+    assert data.model_name == "polite"
+    assert {e.metric_type: e.metric_value for e in data.eval_results} == {
+        "accuracy": pytest.approx(result.accuracy, abs=1e-6),
+        "log_loss": pytest.approx(result.log_loss, abs=1e-6),
+        "calibration_error": pytest.approx(result.calibration_error, abs=1e-6),
+    }
+
+
+def test_a_card_without_held_out_pairs_claims_nothing(config: TrainConfig) -> None:
+    card = card_of(config)
+    data = ModelCard(card).data
+    assert "No pairs were held out, so nothing is known about its accuracy." in card
+    assert data.eval_results is None
+    assert data.base_model is None
+    assert data.datasets is None  # a file here is no data set there
