@@ -218,6 +218,7 @@ def export(
     tokenizer.save_pretrained(staging)
     contract = record(staging, contract, device)
     for name, content in files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Path):
             shutil.copyfile(content, staging / name)
         else:

@@ -10,6 +10,7 @@ Legend: N rows, M pooled rows, H hidden units, Hq query heads, Hkv key heads, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -128,15 +129,55 @@ class Decoder:
     ) -> None:
         """Update the queries' rows `hidden` in place: attention, then the feed-forward."""
         attention = layer.self_attn
-        window = getattr(attention, "sliding_window", None)
-        if attention.config.model_type in _SLIDING_EVERYWHERE:
-            window = attention.config.sliding_window
-        seen = attend(query, room.key, room.value, plan, attention.scaling, window).flatten(1)
+        window, scale = _window(attention), attention.scaling
+        seen = attend(query, room.key, room.value, plan, scale, window).flatten(1)
         for block in _blocks(hidden):
             if self.is_compiled:
                 hidden[block] = self._after(layer, hidden[block], seen[block])
             else:
                 _after_in_place(layer, hidden[block], seen[block], room)
+
+
+@contextmanager
+def last_layer_pooled(backbone: nn.Module, pooled: AttentionPlan) -> Iterator[bool]:
+    """While this lasts, the last layer of `transformers`' own forward, (1, N, H), computes and
+    returns only the rows that `pooled` queries, (1, M, H), with their gradients.
+
+    Gives whether it does: only where it is built like Llama's, with a plain feed-forward (a mixture
+    of experts counts the routes of every row).
+    """
+    try:
+        layer = cast("Any", backbone).layers[-1]
+        Decoder._check(layer)
+    except (AttributeError, TypeError, ValueError):
+        yield False
+        return
+    if not _is_gated(layer.mlp):
+        yield False
+        return
+
+    def forward(
+        hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **others: Any
+    ) -> Tensor:
+        hidden, rotary = hidden_states[0], [turn[0, :, None] for turn in position_embeddings]
+        rows = torch.from_numpy(pooled.query_rows).to(hidden.device)
+        kept = hidden[rows]
+        key, value = _keys_values(layer, hidden, rotary[0], rotary[1])
+        query = _queries(layer, kept, rotary[0][rows], rotary[1][rows])
+        seen = attend(query, key, value, pooled, layer.self_attn.scaling, _window(layer.self_attn))
+        return _after(layer, kept, seen.flatten(1))[None]
+
+    layer.forward = forward
+    try:
+        yield True
+    finally:
+        del layer.forward
+
+
+def _window(attention: Any) -> int | None:
+    if attention.config.model_type in _SLIDING_EVERYWHERE:
+        return cast("int | None", attention.config.sliding_window)
+    return getattr(attention, "sliding_window", None)
 
 
 class _Room:

@@ -18,6 +18,7 @@ from torch import Tensor
 from reward_actor.attention import NAME
 from reward_actor.attention_plan import AttentionPlan
 from reward_actor.batching import plan_batches
+from reward_actor.decoder import last_layer_pooled
 from reward_actor.forest import Forest, plan_forests
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class _ForestBatch:
     def pooled(self) -> Tensor:
         last = AttentionPlan(self.forest, self.model.device, pooled=True)
         if self.decoder is None:
-            hidden = self._every_row()[self._tensor(last.query_rows)]
+            with last_layer_pooled(self.model.backbone, last) as is_pooled:
+                hidden = self._every_row()
+            hidden = hidden if is_pooled else hidden[self._tensor(last.query_rows)]
         else:
             every = AttentionPlan(self.forest, self.model.device)
             hidden = self.decoder.pooled(every, last, *self._inputs())

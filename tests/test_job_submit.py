@@ -81,7 +81,7 @@ def test_a_job_trains_and_its_export_outlives_it(
             row = {"prompt": f"Say {number}.", "chosen": f"{number}.", "rejected": f"{number + 1}!"}
             file.write(json.dumps(row) + "\n")
     options = ["--model.path", str(base_model), "--data.train", str(data)]
-    options += ["--training.global_batch_pairs", "8", "--training.micro_batch_pairs", "4"]
+    options += ["--training.global_batch_pairs", "8", "--training.micro_batch_tokens", "256"]
     options += ["--output-dir", str(output)]
     done = submit(jobs_address, "--config", "examples/quickstart.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,7 +34,7 @@ def settings(model: Path, data: Path, output_dir: Path, **changes: Any) -> dict[
         "optimizer.learning_rate": 0.01,
         "training.num_epochs": 3,
         "training.global_batch_pairs": 12,  # 39 pairs: the last batch of an epoch has 3
-        "training.micro_batch_pairs": 4,
+        "training.micro_batch_tokens": 120,
         "distributed.num_workers": 2,
         "distributed.device": "cpu",
         "output_dir": output_dir,

@@ -1,10 +1,12 @@
-"""What follows the last step: the held-out evaluation and the export."""
+"""What follows the last step: the held-out evaluation, the report and the export."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,62 +16,112 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import checkpoint
-from reward_actor.contract import ScoringContract
-from trainer import resume, zero
-from trainer.batches import micro_batches
+from trainer import adapters, resume, zero
 from trainer.card import model_card
-from trainer.config import TrainConfig
-from trainer.evaluate import summarise
+from trainer.metrics import evaluate, pair_indices
 from trainer.network import base_config
-from trainer.pairs import PairSet
-from trainer.training_log import LOG_FILE
+from trainer.report import write_report
+from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, read_log
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from reward_actor.contract import ScoringContract
+    from trainer.comparisons import Comparisons
+    from trainer.config import TrainConfig
+    from trainer.step import Trainer
 
 EXPORT_DIR = "export"
 RESULT_FILE = "result.json"
 
 
-def evaluate(
-    engine: DeepSpeedEngine, config: TrainConfig, heldout: PairSet
-) -> dict[str, float | int]:
-    """`heldout_*` metrics over the pairs of all workers, exact; empty without held-out pairs."""
-    if not len(heldout):
-        return {}
-    # Each worker fills in its pairs and leaves zeros elsewhere, so a sum puts the parts together.
-    scores = torch.zeros(2, len(heldout), device=engine.device)
-    passes = micro_batches(
-        range(len(heldout)),
-        heldout.lengths,
-        config.training.micro_batch_pairs,
-        dist.get_rank(),
-        dist.get_world_size(),
-    )
-    engine.eval()
-    with torch.no_grad():
-        for mine in passes:
-            rows = [heldout.chosen(i) for i in mine] + [heldout.rejected(i) for i in mine]
-            scores[:, mine] = zero.forward(engine, rows or [[0]])[: len(rows)].view(2, -1)
-    dist.all_reduce(scores)
-    chosen, rejected = scores.cpu().numpy().astype(np.float32)
-    return {f"heldout_{key}": value for key, value in asdict(summarise(chosen, rejected)).items()}
+def heldout_rewards(trainer: Trainer) -> NDArray[np.float32]:
+    """(S,) raw scores of the held-out sequences, several heads folded; on every worker at once."""
+    scores = trainer.score(trainer.data.heldout)
+    weights = np.array(list(trainer.config.loss.attributes.values()), dtype=np.float32)
+    return scores if not len(weights) else (scores.reshape(len(scores), -1) * weights).sum(axis=1)
 
 
-def export(
-    engine: DeepSpeedEngine,
+def evaluate_heldout(trainer: Trainer) -> dict[str, Any]:
+    """The metrics of the held-out comparisons, exact; empty without any pair among them."""
+    return _metrics(trainer.data.heldout, heldout_rewards(trainer))
+
+
+def _metrics(heldout: Comparisons, raw_scores: NDArray[np.float32]) -> dict[str, Any]:
+    has_pairs = len(pair_indices(heldout)[0]) > 0
+    return evaluate(heldout, raw_scores).as_dict() if has_pairs else {}
+
+
+def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure, normalise, export: the result, on every worker. The engine is used up.
+
+    Its metrics are of raw scores, as in the log and in `rayward eval`; the export's contract
+    normalises them.
+    """
+    config, output_dir = trainer.config, Path(trainer.config.output_dir)
+    heldout = trainer.data.heldout
+    raw_scores = heldout_rewards(trainer) if len(heldout) else np.zeros(0, np.float32)
+    metrics = _metrics(heldout, raw_scores)
+    if config.evaluation.normalise:
+        contract = normalised(contract, raw_scores)
+    result = {**facts, **{f"heldout_{key}": value for key, value in metrics.items()}}
+    weights = zero.whole_weights(trainer.engine)
+    zero.release(trainer.engine)
+    if dist.get_rank() == 0:
+        with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
+            files = _files(Path(folder), trainer, contract, result, raw_scores)
+            _export(config, contract, weights, files)
+        resume.replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def normalised(contract: ScoringContract, rewards: NDArray[np.float32]) -> ScoringContract:
+    """The contract under which these raw scores have mean 0 and standard deviation 1.
+
+    Unchanged where that cannot be measured: with fewer than two scores, or equal ones.
+    """
+    wide = rewards.astype(np.float64)
+    std = float(wide.std()) if len(wide) > 1 else 0.0
+    return replace(contract, mean=float(wide.mean()), std=std) if std > 0 else contract
+
+
+def _files(
+    folder: Path,
+    trainer: Trainer,
+    contract: ScoringContract,
+    result: Mapping[str, Any],
+    raw_scores: NDArray[np.float32],
+) -> dict[str, Path]:
+    """The files about the model that go into its export: card, plots and report."""
+    config, output_dir = trainer.config, Path(trainer.config.output_dir)
+    tokenizer = checkpoint.load_tokenizer(Path(config.model.directory))
+    names: list[str] = []
+    try:
+        names = write_report(
+            folder,
+            config=config,
+            contract=contract,
+            facts=result,
+            log=list(read_log(output_dir / LOG_FILE)),
+            evaluations=list(read_log(output_dir / EVALUATIONS_FILE)),
+            heldout=trainer.data.heldout,
+            rewards=raw_scores,
+            decode=lambda ids: str(tokenizer.decode(list(ids))),
+        )
+    except Exception:  # a plot must not cost anyone a trained model
+        traceback.print_exc()
+    card = model_card(config, contract, result, names)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return {name: folder / name for name in ("README.md", *names)}
+
+
+def _export(
     config: TrainConfig,
     contract: ScoringContract,
-    facts: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, Path],
 ) -> None:
-    """Write `output_dir/export` on rank 0, and the result that says the run is finished.
-
-    Called on every worker; the engine is used up.
-    """
-    weights = zero.whole_weights(engine)
-    zero.release(engine)
-    if dist.get_rank() != 0:
-        return
     output_dir = Path(config.output_dir)
     network_config = base_config(config.model.directory)
     network_config.dtype = getattr(torch, config.model.dtype)
@@ -79,13 +131,12 @@ def export(
         output_dir / EXPORT_DIR,
         network_config,
         network,
-        weights,
+        adapters.exported(weights, config),
         checkpoint.load_tokenizer(Path(config.model.directory)),
         contract,
         files={
             "resolved_config.json": config.model_dump_json(indent=2) + "\n",
             LOG_FILE: output_dir / LOG_FILE,
-            "README.md": model_card(config, contract, facts),
+            **files,
         },
     )
-    resume.replace_text(output_dir / RESULT_FILE, json.dumps(dict(facts), indent=2) + "\n")

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from reward_actor.contract import ScoringContract
 from trainer import loop, progress, resume
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
-from trainer.pairs import Prepared
-from trainer.training_log import LOG_FILE
+from trainer.prepare import Prepared
+from trainer.step import TrainingData
+from trainer.tracking import Trackers
 
 _ABORT_S = 10
 
@@ -63,16 +65,21 @@ def launch(
             f"starting {settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        data = ray.put((prepared.train, prepared.heldout))
+        data = ray.put(TrainingData.of(prepared))
         job = loop.Job(config, contract, data, int(facts["num_steps"]), facts)
-        return _fit(job, bundle, use_gpu, start, is_private)
+        return _fit(job, bundle, use_gpu, start, is_private, say)
     finally:
         if not was_connected:
             ray.shutdown()
 
 
 def _fit(
-    job: loop.Job, bundle: dict[str, float], use_gpu: bool, start: int, is_private: bool
+    job: loop.Job,
+    bundle: dict[str, float],
+    use_gpu: bool,
+    start: int,
+    is_private: bool,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     config = job.config
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -93,25 +100,34 @@ def _fit(
         ),
     )
     trainer.is_private = is_private
+    with Trackers(config, say) as trackers, _following(job, start, trackers):
+        try:
+            result = trainer.fit()
+        except KeyboardInterrupt:
+            trainer.abort()
+            raise
+        except Exception as error:
+            raise _cause(error) from error
+    final: dict[str, Any] = result.return_value
+    return final
+
+
+@contextmanager
+def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
+    """Show, and tell the trackers, what the workers log while this lasts."""
     ended = threading.Event()
     follower = threading.Thread(
         target=progress.show,
-        args=(Path(config.output_dir) / LOG_FILE, start, job.num_steps, lambda: not ended.is_set()),
+        args=(Path(job.config.output_dir), start, job.num_steps, lambda: not ended.is_set()),
+        kwargs={"also": trackers.log},
         daemon=True,
     )
     follower.start()
     try:
-        result = trainer.fit()
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
-    except Exception as error:
-        raise _cause(error) from error
+        yield
     finally:
         ended.set()
         follower.join()
-    final: dict[str, Any] = result.return_value
-    return final
 
 
 class _Trainer(TorchTrainer):
@@ -147,9 +163,12 @@ class _Trainer(TorchTrainer):
 
 def _cause(error: Exception) -> Exception:
     """What our own code raised on a worker, or Ray's error if it was something else."""
+    return next(_causes(error), error)
+
+
+def _causes(error: Exception) -> Iterator[Exception]:
     for failure in getattr(error, "worker_failures", {}).values():
         while failure is not None:
             if isinstance(failure, ValueError | TrainingError):
-                return failure
+                yield failure
             failure = getattr(failure, "_base_exc", None) or failure.__cause__
-    return error

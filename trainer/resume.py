@@ -33,7 +33,7 @@ _TAG = "state"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 # Settings that decide what is learned, or how the training state is cut up.
-_IDENTITY = ("model", "optimizer", "training", "distributed")
+_IDENTITY = ("model", "adapter", "loss", "optimizer", "training", "distributed")
 _FREE = ("model.path", "distributed.device", "distributed.cpus_per_worker",
          "distributed.max_failures")  # fmt: skip
 
@@ -45,6 +45,7 @@ class SavedState:
     path: Path
     step: int
     num_workers: int
+    is_best: bool
 
 
 def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:
@@ -104,7 +105,10 @@ def saved_states(run_dir: Path) -> list[SavedState]:
             name: size for manifest in manifests for name, (_, size) in manifest["files"].items()
         }
         if all(_size(folder / name) == size for name, size in sizes.items()):
-            found.append(SavedState(folder, manifests[0]["step"], manifests[0]["num_workers"]))
+            first = manifests[0]
+            found.append(
+                SavedState(folder, first["step"], first["num_workers"], first.get("is_best", False))
+            )
     return sorted(found, key=lambda state: (-state.step, state.path.name))
 
 
@@ -120,9 +124,15 @@ def tidy(run_dir: Path) -> list[SavedState]:
 
 
 def save(
-    engine: DeepSpeedEngine, step: int, metrics: Mapping[str, Any], run_dir: Path, num_to_keep: int
+    engine: DeepSpeedEngine,
+    step: int,
+    metrics: Mapping[str, Any],
+    run_dir: Path,
+    num_to_keep: int,
+    is_best: bool = False,
 ) -> None:
-    """Report a checkpoint to Ray Train, on every worker at once, and delete the oldest ones.
+    """Report a checkpoint to Ray Train, on every worker at once, and delete the oldest ones, but
+    for the last of those that `is_best`.
 
     Returns when it is stored.
     """
@@ -135,6 +145,7 @@ def save(
         manifest = {
             "step": step,
             "num_workers": context.get_world_size(),
+            "is_best": is_best,
             "files": {
                 str(path.relative_to(folder)): (sha256_file(path), path.stat().st_size)
                 for path in sorted(folder.rglob("*"))
@@ -147,15 +158,18 @@ def save(
     finally:
         shutil.rmtree(folder)
     if context.get_world_rank() == 0:
-        for state in saved_states(run_dir)[num_to_keep:]:
-            shutil.rmtree(state.path)
+        states = saved_states(run_dir)
+        best = next((state for state in states if state.is_best), None)
+        for state in states[num_to_keep:]:
+            if state is not best:
+                shutil.rmtree(state.path)
 
 
-def restore(engine: DeepSpeedEngine, run_dir: Path) -> int:
+def restore(engine: DeepSpeedEngine, run_dir: Path, step: int | None = None) -> int:
     """Load the newest checkpoint that is whole on every worker; the number of steps it has done.
 
-    0 without a checkpoint. A damaged one is passed over for the one before it. Raises ValueError
-    if there are checkpoints and all are damaged.
+    0 without a checkpoint. With `step`, only one of that step will do. A damaged one is passed over
+    for the one before it. Raises ValueError if there are checkpoints and all are damaged.
     """
     import torch
     from torch import distributed as dist
@@ -163,6 +177,8 @@ def restore(engine: DeepSpeedEngine, run_dir: Path) -> int:
     found: list[list[SavedState]] = [saved_states(run_dir) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(found, src=0, device=engine.device)
     for state in found[0]:
+        if step not in (None, state.step):
+            continue
         whole = torch.tensor(int(_is_whole(state.path, dist.get_rank())), device=engine.device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
         if whole:

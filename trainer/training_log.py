@@ -1,4 +1,5 @@
-"""`training_log.jsonl`: one JSON line for each optimizer step. Standard library only."""
+"""`training_log.jsonl`, a JSON line for each optimizer step, and `evaluations.jsonl`, one for each
+held-out evaluation. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "training_log.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 class TrainingLog:

@@ -1,6 +1,6 @@
 """The network under DeepSpeed: built, sharded by ZeRO 0 to 3, stepped, and gathered whole again.
 
-The only place that knows DeepSpeed. Legend: B sequences, T tokens (padded).
+With `zero_settings`, the only place that knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -11,62 +11,32 @@ import io
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import get_scheduler
+from torch.utils.cpp_extension import get_default_build_root
 
-from reward_actor.paths import pad_right
+from trainer import adapters
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.network import build_model
+from trainer.optimizers import make_optimizer, make_schedule
+from trainer.zero_settings import deepspeed_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _SHARED_MEMORY = Path("/dev/shm")
-
-
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's settings. It does not divide a loss by anything but the number of workers."""
-    optimizer = config.optimizer
-    return {
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_pairs,
-        # The loop says which backward is the last of a step, and scales the loss itself.
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        # Gradients of a step's forward passes add up in float32; without ZeRO DeepSpeed adds them
-        # in the weights' dtype and takes no other.
-        "data_types": {"grad_accum_dtype": "fp32" if config.distributed.zero_stage else None},
-        "zero_optimization": {
-            "stage": config.distributed.zero_stage,
-            # Elements, not bytes; DeepSpeed's default of 5e8 reserves gigabytes for any model.
-            "reduce_bucket_size": 50_000_000,
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.learning_rate,
-                "betas": [optimizer.beta1, optimizer.beta2],
-                "eps": optimizer.epsilon,
-                "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own would be compiled on first use
-            },
-        },
-        # Every rank writes into a folder of its own; Ray Train merges them in the storage.
-        "checkpoint": {"use_node_local_storage": True},
-        "steps_per_print": 2**31,
-    }
+_TAG = "state"
 
 
 def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     """The engine around the network, with optimizer and schedule, on every worker at once."""
-    _sweep_shared_memory()
+    _sweep()
     settings = deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
         import deepspeed
@@ -76,15 +46,9 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
         model = build_model(config, settings)
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=list(model.parameters()),
+            optimizer=make_optimizer(config.optimizer, model),
             config=settings,
-            lr_scheduler=lambda optimizer: get_scheduler(
-                config.optimizer.schedule,
-                optimizer,
-                num_warmup_steps=math.ceil(config.optimizer.warmup_fraction * num_steps),
-                num_training_steps=num_steps,
-                scheduler_specific_kwargs=_schedule_settings(config.optimizer.schedule),
-            ),
+            lr_scheduler=lambda optimizer: make_schedule(config.optimizer, optimizer, num_steps),
         )
     if config.distributed.zero_stage == 0 and config.model.dtype == "bfloat16":
         # Here DeepSpeed has made Adam's state by a step with zero gradients, which would count as
@@ -93,21 +57,12 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     return engine
 
 
-def _schedule_settings(schedule: str) -> dict[str, float]:
-    return {"min_lr_rate": 0.1} if schedule == "cosine_with_min_lr" else {}
-
-
-def forward(engine: DeepSpeedEngine, rows: Sequence[Sequence[int]]) -> Tensor:
-    """B rows of token ids -> (B,) float32 rewards, through the engine's hooks."""
-    input_ids, lengths = pad_right(rows)
-    return cast("Tensor", engine(input_ids.to(engine.device), lengths.to(engine.device)))
-
-
-def step(engine: DeepSpeedEngine) -> float:
+def step(engine: DeepSpeedEngine, index: int) -> float:
     """Clip, update the weights, advance the learning rate; the gradient's norm before clipping.
 
-    Raises TrainingError if the gradient is not finite: ZeRO 1 and 2 would skip the update in
-    silence, the others would write NaN into the weights.
+    Muon's under ZeRO 1 to 3 is the norm of its updates. Raises TrainingError, with weights and
+    optimizer as they were, if the gradient of step `index` (from 0) is not finite: DeepSpeed would
+    skip the update in silence, or in float32 without ZeRO write NaN into the weights.
     """
     # Without ZeRO and bfloat16 DeepSpeed clips the gradients itself and keeps no norm of them.
     plain = not engine.zero_optimization() and not engine.bfloat16_enabled()
@@ -115,19 +70,48 @@ def step(engine: DeepSpeedEngine) -> float:
     if plain:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        _check_norm(float(norm))
+        _check_norm(float(norm), index)
+    if getattr(engine.optimizer, "use_muon", False) and engine.optimizer.has_overflow():
+        # ZeRO 3 would first add the finite gradients of other matrices to their momentum.
+        _check_norm(math.inf, index)
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
-    _check_norm(float(norm))
+    _check_norm(float(norm), index)
     if not engine.was_step_applied():
-        raise TrainingError("DeepSpeed skipped an update: the gradient overflowed")
+        raise TrainingError(
+            f"step {index + 1}: DeepSpeed skipped an update: the gradient overflowed"
+        )
     return float(norm)
 
 
-def _check_norm(norm: float) -> None:
+def _check_norm(norm: float, index: int) -> None:
     if not math.isfinite(norm):
-        raise TrainingError(f"the gradient's norm is {norm}; try a lower optimizer.learning_rate")
+        raise TrainingError(
+            f"step {index + 1}, rank {dist.get_rank()}: the gradient's norm is {norm}; try a lower "
+            "optimizer.learning_rate"
+        )
+
+
+def save(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Write what is trained, the optimizer and the schedule into `folder`, on every worker at once;
+    what is frozen comes from `model.path` again."""
+    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Go on from what `save` wrote, on every worker at once. By pickle: only from trusted files."""
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
+        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_trained)
+    assert loaded is not None, "DeepSpeed did not find what it has saved"
+
+
+def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    # Quantised weights are there in parts that belong to no parameter and fit no loaded layer.
+    wanted = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    assert wanted <= src.keys(), "a checkpoint holds all that is trained"
+    wanted |= {name for name, _ in dst.named_buffers()}
+    dst.load_state_dict({name: src[name] for name in wanted & src.keys()}, strict=False)
 
 
 def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -137,7 +121,7 @@ def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """
     import deepspeed
 
-    network = engine.module.network
+    network = engine.module.model.network
     sharded = engine.zero_optimization_partition_weights()
     first = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
@@ -149,6 +133,7 @@ def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         persistent = network.state_dict().keys()
         buffers = dict(network.named_buffers())
         weights |= {name: buffers[name].cpu() for name in buffers.keys() & persistent}
+        weights |= adapters.unquantised(network)
     return weights
 
 
@@ -161,14 +146,29 @@ def release(engine: DeepSpeedEngine) -> None:
         torch.cuda.empty_cache()
 
 
-def _sweep_shared_memory() -> None:
-    """Delete what killed workers left in /dev/shm: 66 MiB each, which nobody else deletes."""
-    if int(os.environ["LOCAL_RANK"]) == 0 and _SHARED_MEMORY.is_dir():
-        left = set(_SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
-        for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
-            with contextlib.suppress(OSError):  # the process ended, or is not ours
-                text = maps.read_text()
-                left = {path for path in left if str(path) not in text}
-        for path in left:
-            path.unlink(missing_ok=True)
+def _sweep() -> None:
+    """Delete what killed workers left and nobody else deletes: 66 MiB each in /dev/shm, and the
+    lock of a compilation, for which every later worker would wait without end."""
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        if _SHARED_MEMORY.is_dir():
+            left = set(_SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
+            for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
+                with contextlib.suppress(OSError):  # the process ended, or is not ours
+                    text = maps.read_text()
+                    left = {path for path in left if str(path) not in text}
+            for path in left:
+                path.unlink(missing_ok=True)
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+        for lock in Path(root).glob("**/deepspeed_*/lock"):
+            if not _is_open(lock):
+                lock.unlink(missing_ok=True)
     dist.barrier()  # no worker makes its own before the sweep is over
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine and user has it open; whoever compiles does."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # closed, or not ours
+            if descriptor.samefile(path):
+                return True
+    return False

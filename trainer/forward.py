@@ -1,0 +1,183 @@
+"""One pass of a training: sequences to raw scores, by the same paths that score.
+
+Legend: S sequences in a pass, R rows that are computed for them (R < their tokens where prefixes
+are shared), A outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reward_actor.paths import Batch, ForestPath, PaddedPath, Path
+from reward_actor.probe import Probe
+from reward_actor.rope import LengthClasses
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from numpy.typing import NDArray
+
+    from reward_actor.extract import RewardModel
+
+_UNLIMITED = 2**31
+
+
+class TrainedModel(nn.Module):
+    """A reward model as the root module under DeepSpeed.
+
+    Every pass is one call of its `forward`, whatever the path: ZeRO 3 starts anew at the root.
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+        self.routers = _Recorded(model)
+        self._bad_rows: list[Tensor] = []
+        model.backbone.get_input_embeddings().register_forward_hook(self._watch_gradient)
+
+    def forward(self, batches: Sequence[Batch], *, hidden: bool = False) -> Tensor:
+        """Batches of S sequences together -> (S,) or (S, A) float32 raw scores in the sequences'
+        order; with `hidden` the (S, H) last hidden states that the head would read."""
+        self.routers.logits.clear()
+        pooled = [batch.pooled() for batch in batches]
+        outputs = pooled if hidden else [self.model.head(rows).squeeze(-1) for rows in pooled]
+        order = np.argsort(np.concatenate([batch.indices for batch in batches]))
+        joined = torch.cat(outputs)
+        return joined[torch.from_numpy(order).to(joined.device)]
+
+    def _watch_gradient(self, _module: nn.Module, _inputs: Any, embedded: Tensor) -> None:
+        # What is not finite anywhere in the network's gradient comes down to the embeddings.
+        if embedded.requires_grad:
+            embedded.register_hook(
+                lambda gradient: self._bad_rows.append(
+                    ~torch.isfinite(gradient.detach()).flatten(0, -2).all(dim=-1)
+                )
+            )
+
+    def bad_rows(self) -> NDArray[np.bool_] | None:
+        """(R,) which rows' gradients of the last pass are not finite; None if it had none."""
+        seen, self._bad_rows = self._bad_rows, []
+        return torch.cat(seen).cpu().numpy() if seen else None
+
+
+class _Recorded:
+    """The logits of a mixture of experts' routers, of the last forward pass, by layer."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.logits: list[Tensor] = []
+        recorder = (getattr(model.backbone, "_can_record_outputs", None) or {}).get("router_logits")
+        self._index = getattr(recorder, "index", 0)
+        kind = getattr(recorder, "target_class", None)
+        config = model.network.config.get_text_config()
+        self.found = False
+        self.top_k: int = getattr(config, "num_experts_per_tok", 0) or 0
+        self.coefficient: float = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+        if kind is not None:
+            for module in model.backbone.modules():
+                if isinstance(module, kind):
+                    self.found = True
+                    module.register_forward_hook(self._record)
+
+    def _record(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.logits.append(outputs[self._index] if isinstance(outputs, tuple) else outputs)
+
+
+class Passes:
+    """How a network's passes are computed: packed where that is exact, else padded."""
+
+    def __init__(self, engine: DeepSpeedEngine, packing: str) -> None:
+        """Raises ValueError if packing is "forest" and the network cannot be packed.
+
+        On every worker at once: the network is tried.
+        """
+        self._engine = engine
+        model = engine.module.model
+        self._classes = LengthClasses(model.network.config)
+        padded: Path = PaddedPath(model)
+        forest: Path = ForestPath(model)
+        self.why_padded: str | None = "training.packing is padded"
+        if packing != "padded":
+            probe = Probe(model, self._classes, _UNLIMITED, self._hidden)
+            self.why_padded = probe.fault(forest)
+        if packing == "forest" and self.why_padded is not None:
+            raise ValueError(
+                f"training.packing: this network cannot be packed ({self.why_padded}); use auto"
+            )
+        self.path = padded if self.why_padded else forest
+
+    @property
+    def packed(self) -> bool:
+        return self.why_padded is None
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        with torch.enable_grad():  # attention has other ways without gradients
+            output: Tensor = self._engine([batch], hidden=True)
+        return output.detach()[list(batch.indices)]
+
+    def plan(self, sequences: Sequence[Sequence[int]]) -> list[Batch]:
+        """One pass, in as many batches as the rotary positions ask for: the same number in every
+        pass, so that all workers make the same calls. Without sequences, a row of one token."""
+        num_classes = self._classes.count
+        alike = self._classes.split(sequences) if sequences else []
+        batches: list[Batch] = []
+        for indices in alike:
+            (batch,) = self.path.plan([sequences[i] for i in indices], _UNLIMITED)
+            batches.append(_Renumbered(batch, indices))
+        while len(batches) < num_classes:
+            (batch,) = self.path.plan([[0]], _UNLIMITED)
+            batches.append(_Renumbered(batch, [len(sequences) + len(batches)]))
+        return batches
+
+    def run(self, batches: Sequence[Batch], num_sequences: int) -> Tensor:
+        """The raw scores of the first `num_sequences`; rows that only keep step are left out, with
+        a gradient of zero."""
+        output: Tensor = self._engine(batches)
+        return output[:num_sequences]
+
+
+class _Renumbered:
+    """A batch of some of a pass's sequences, by their numbers in the pass."""
+
+    def __init__(self, batch: Batch, indices: Sequence[int]) -> None:
+        self._batch = batch
+        self.indices = [indices[i] for i in batch.indices]
+        self.num_rows = batch.num_rows
+
+    def pooled(self) -> Tensor:
+        return self._batch.pooled()
+
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        return self._batch.token_rows()
+
+    def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
+        return self._batch.every_token()
+
+
+def row_weights(batches: Sequence[Batch], num_sequences: int) -> NDArray[np.float32]:
+    """(R,) how many of the first `num_sequences` each computed row stands for; 0 for padding."""
+    parts = []
+    for batch in batches:
+        weights = np.zeros(batch.num_rows, dtype=np.float32)
+        for index, rows in zip(batch.indices, batch.token_rows(), strict=True):
+            if index < num_sequences:
+                weights[rows] += 1
+        parts.append(weights)
+    return np.concatenate(parts)
+
+
+def sequences_of(batches: Sequence[Batch], bad: NDArray[np.bool_]) -> list[int]:
+    """The sequences that one of the computed rows marked in `bad` (R,) belongs to."""
+    found = []
+    start = 0
+    for batch in batches:
+        mine = bad[start : start + batch.num_rows]
+        start += batch.num_rows
+        for index, rows in zip(batch.indices, batch.token_rows(), strict=True):
+            if mine[rows].any():
+                found.append(index)
+    return sorted(found)

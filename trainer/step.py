@@ -1,0 +1,217 @@
+"""One optimizer step: forward, loss and backward of every pass, then the update.
+
+Legend: S sequences in a pass, W workers.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from trainer import zero
+from trainer.batches import global_batch, plan, steps_per_epoch
+from trainer.comparisons import Comparisons
+from trainer.config import TrainConfig
+from trainer.errors import TrainingError
+from trainer.forward import Passes, row_weights, sequences_of
+from trainer.objective import Labels, comparison_losses, pair_counts
+from trainer.router_loss import router_loss
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from numpy.typing import NDArray
+
+    from trainer.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a worker trains and is measured on; `use` lists an epoch's comparisons of `train`."""
+
+    train: Comparisons
+    heldout: Comparisons
+    use: NDArray[np.int64]
+    has_ties: bool
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> TrainingData:
+        return cls(prepared.train, prepared.heldout, prepared.use, prepared.has_ties)
+
+
+class Trainer:
+    """An engine with its data: takes steps."""
+
+    def __init__(self, engine: DeepSpeedEngine, config: TrainConfig, data: TrainingData) -> None:
+        self.engine = engine
+        self.config = config
+        self.data = data
+        self.passes = Passes(engine, config.training.packing)
+        routers = engine.module.routers
+        wanted = config.loss.router_coefficient
+        self.router_coefficient = routers.coefficient if wanted is None else wanted
+        if not routers.found:
+            self.router_coefficient = 0.0
+
+    def step(self, index: int) -> dict[str, Any]:
+        """Optimizer step `index` (from 0): the log's line. Raises TrainingError, with the weights
+        as they were, if a loss or a gradient is not finite.
+
+        The loss is the mean over the comparisons of the global batch, however they fall into
+        passes.
+        """
+        began = time.perf_counter()
+        training, train = self.config.training, self.data.train
+        workers, rank = dist.get_world_size(), dist.get_rank()
+        places = global_batch(len(self.data.use), training.global_batch_pairs, training.seed, index)
+        batch = self.data.use[places]
+        passes = plan(
+            train, batch, training.micro_batch_tokens, workers, packed=self.passes.packed
+        )[rank]
+        rates = self.engine.get_lr()
+        totals = _Totals(self.engine.device)
+        for number, mine in enumerate(passes):
+            self.engine.set_gradient_accumulation_boundary(number == len(passes) - 1)
+            self._run_pass(mine, len(batch), index, totals)
+        grad_norm = zero.step(self.engine, index)
+
+        sums = totals.reduced()
+        seconds = time.perf_counter() - began
+        num_pairs = max(1.0, sums["num_pairs"])
+        return {
+            "step": index + 1,
+            "epoch": index // steps_per_epoch(len(self.data.use), training.global_batch_pairs),
+            "loss": sums["loss"] / len(batch),
+            "accuracy": sums["num_correct"] / num_pairs,
+            "reward_margin": sums["sum_margin"] / num_pairs,
+            "min_reward": sums["min_reward"],
+            "mean_reward": sums["sum_reward"] / sums["num_sequences"],
+            "max_reward": sums["max_reward"],
+            "learning_rate": rates[0],
+            "grad_norm": grad_norm,
+            "num_pairs": int(sums["num_pairs"]),
+            "pairs_per_s": len(batch) / seconds,
+            "tokens_per_s": train.num_tokens(batch.tolist()) / seconds,
+            "padding_saved": 1 - sums["num_rows"] / sums["num_padded"],
+            "memory_mb": sums["memory_mb"],
+        }
+
+    def _run_pass(
+        self, mine: Sequence[int], num_comparisons: int, index: int, totals: _Totals
+    ) -> None:
+        train, config = self.data.train, self.config.loss
+        sequences = [ids for i in mine for ids in train.sequences(i)]
+        batches = self.passes.plan(sequences)
+        outputs = self.passes.run(batches, len(sequences))
+        labels = Labels.of(train, mine, self.engine.device)
+        result = comparison_losses(outputs, labels, config, self.data.has_ties)
+        self._check_losses(result.losses, mine, index)
+        # DeepSpeed averages over the workers, hence their number.
+        share = dist.get_world_size() / num_comparisons
+        loss = result.losses.sum() * share
+        if self.router_coefficient:
+            weights = torch.from_numpy(row_weights(batches, len(sequences)))
+            routers = self.engine.module.routers
+            balance = router_loss(routers.logits, routers.top_k, weights.to(loss.device))
+            loss = loss + self.router_coefficient * balance * (share * len(mine))
+        self.engine.backward(loss, scale_wrt_gas=False)
+        bad = self.engine.module.bad_rows()
+        if bad is not None and bad.any():
+            owners = [i for i in mine for _ in range(*train.starts[i : i + 2])]
+            found = [n for n in sequences_of(batches, bad) if n < len(owners)]
+            raise self._failure(index, "gradient", sorted({owners[n] for n in found}) or mine)
+        if sequences:
+            rows = sum(batch.num_rows for batch in batches)
+            padded = len(sequences) * max(map(len, sequences))
+            totals.add(result.losses, result.rewards, labels, rows, padded)
+
+    def _check_losses(self, losses: Tensor, mine: Sequence[int], index: int) -> None:
+        bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy()).tolist()
+        if bad:
+            raise self._failure(index, "loss", [mine[i] for i in bad])
+
+    def _failure(self, index: int, what: str, whose: Sequence[int]) -> TrainingError:
+        rows = ", ".join(self.data.train.where(i) for i in whose[:3])
+        more = f" and {len(whose) - 3} more" if len(whose) > 3 else ""
+        return TrainingError(
+            f"step {index + 1}, rank {dist.get_rank()}: the {what} is not finite for {rows}{more}; "
+            "the weights are as they were. Look at these samples, or try a lower "
+            "optimizer.learning_rate"
+        )
+
+    def score(self, comparisons: Comparisons) -> NDArray[np.float32]:
+        """(S,) or (S, A) raw scores of all sequences, computed by all workers, known to each."""
+        workers, rank = dist.get_world_size(), dist.get_rank()
+        everything = range(len(comparisons))
+        budget = self.config.training.micro_batch_tokens
+        passes = plan(comparisons, everything, budget, workers, packed=self.passes.packed)[rank]
+        num_heads = self.engine.module.model.head.out_features
+        # Each worker fills in its sequences and leaves zeros elsewhere: a sum puts them together.
+        scores = torch.zeros(comparisons.num_sequences, num_heads, device=self.engine.device)
+        self.engine.eval()
+        with torch.no_grad():
+            for mine in passes:
+                where = [n for i in mine for n in range(*comparisons.starts[i : i + 2])]
+                sequences = [comparisons.sequence(n) for n in where]
+                outputs = self.passes.run(self.passes.plan(sequences), len(sequences))
+                scores[where] = outputs.view(len(where), num_heads)
+        self.engine.train()
+        dist.all_reduce(scores)
+        gathered: NDArray[np.float32] = scores.squeeze(-1).cpu().numpy()
+        return gathered
+
+
+_SUMS = (
+    "loss", "num_correct", "sum_margin", "num_pairs", "sum_reward", "num_sequences",
+    "num_rows", "num_padded",
+)  # fmt: skip
+
+
+class _Totals:
+    """Sums and extremes over a step's passes, and then over the workers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self._highest = torch.full((3,), -math.inf, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, rewards: Tensor, labels: Labels, rows: int, padded: int) -> None:
+        counts, wide = pair_counts(rewards, labels), rewards.double()
+        self._sums[:5] += torch.stack(
+            [
+                losses.double().sum(),
+                counts.num_correct,
+                counts.sum_margin,
+                counts.num_pairs,
+                wide.sum(),
+            ]
+        )
+        self._sums[5:] += self._sums.new_tensor([len(wide), rows, padded])
+        self._highest[:2] = torch.maximum(self._highest[:2], torch.stack([wide.max(), -wide.min()]))
+
+    def reduced(self) -> dict[str, float]:
+        """The sums of all workers by name, and min_reward, max_reward and memory_mb."""
+        self._highest[2] = _peak_memory_mb(self._sums.device)
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._highest, op=dist.ReduceOp.MAX)
+        highest, negative_lowest, memory_mb = self._highest.tolist()
+        return {
+            **dict(zip(_SUMS, self._sums.tolist(), strict=True)),
+            "min_reward": -negative_lowest,
+            "max_reward": highest,
+            "memory_mb": memory_mb,
+        }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
