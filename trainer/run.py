@@ -67,6 +67,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
         len(prepared.use), config.training.global_batch_pairs
     )
+    from trainer.optimizers import check_optimizer  # with torch, which `prepare` needed, too
+
+    check_optimizer(config.optimizer, num_steps)
     facts = {
         "num_pairs": len(prepared.train),
         "num_steps": num_steps,
@@ -103,6 +106,14 @@ def _check(config: TrainConfig) -> None:
     except ValueError as error:
         raise ValueError(f"evaluation.metric: {error}") from None
     check_trackers(config.report)
+    if config.adapter.quantize != "none":
+        from trainer.adapters import check_quantization
+
+        check_quantization(config.adapter.quantize)
+    if config.distributed.deepspeed:  # our own settings need no check that takes seconds
+        from trainer.zero_settings import check_settings
+
+        check_settings(config)
     if config.report.push_to_hub:
         hub.check_push(config.report.push_to_hub)
 
