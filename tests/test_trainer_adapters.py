@@ -223,8 +223,3 @@ def test_adapters_on_quantised_weights_learn_and_resume(
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-3 < error < 0.2
     np.testing.assert_array_equal(weights["score.weight"], plain["score.weight"])
-
-
-def test_eight_bits_are_refused_since_they_round_more_than_weights() -> None:
-    with pytest.raises(ValueError, match="use 4bit"):
-        adapters.check_adapter(some_config(adapter__quantize="8bit").adapter)

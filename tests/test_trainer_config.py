@@ -78,6 +78,7 @@ def test_what_is_given_arrives(seed: int, rate: float, flag: str):
         ("data.train", "{a: [", "data.train is '{a: [', which is not YAML"),
         ("distributed.offload_parameters", "true", "needs distributed.zero_stage 3, not 2"),
         ("distributed.zeropp_partition_size", "2", "must divide distributed.num_workers (1)"),
+        ("adapter.quantize", "8bit", "adapter.quantize is '8bit'"),
         ("adapter.quantize", "4bit", "set adapter.rank to train adapters"),
         ("evaluation.patience", "2", "evaluation.patience needs evaluation.every_steps"),
         ("distributed.num_workers", "65", "distributed.num_workers is 65 but"),

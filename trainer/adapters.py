@@ -43,14 +43,7 @@ def quantization(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_adapter(config: AdapterConfig) -> None:
-    """Raises ValueError for a package that adapters or quantised weights need and that is missing,
-    and for 8 bits."""
-    if config.quantize == "8bit":
-        # LLM.int8 rounds the activations too, which no weights that are exported can do.
-        raise ValueError(
-            "adapter.quantize: with 8bit an export's rewards would not be those of training: "
-            "use 4bit"
-        )
+    """Raises ValueError for a package that adapters or quantised weights need and is missing."""
     needed = ["peft"] if config.rank else []
     needed += ["bitsandbytes", "accelerate"] if config.quantize == "4bit" else []
     missing = [name for name in needed if find_spec(name) is None]

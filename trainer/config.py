@@ -71,8 +71,8 @@ class AdapterConfig(Section):
     targets: list[str] = Field(
         ["all-linear"], min_length=1, description="names of the layers that get an adapter"
     )
-    quantize: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="of the frozen weights (QLoRA, arXiv:2305.14314; needs bitsandbytes)"
+    quantize: Literal["4bit"] | None = Field(
+        None, description="keep the frozen weights in 4 bits (QLoRA; needs bitsandbytes)"
     )
 
 
@@ -195,11 +195,11 @@ class LossConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "muon"] = Field(
-        "adamw", description="adamw_8bit needs bitsandbytes and a GPU"
+        "adamw", description="adamw_8bit needs bitsandbytes; muon: for the body's matrices"
     )
     learning_rate: float = Field(9e-6, gt=0, description="at its peak, after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of all parameters")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the running mean; muon's momentum")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of its running square")
     epsilon: float = Field(1e-8, gt=0, description="added to the denominator")
     warmup_fraction: float = Field(0.03, ge=0, le=1, description="of all steps")
@@ -358,8 +358,15 @@ class TrainConfig(Section):
                 f"distributed.zeropp_partition_size is {size}: it needs distributed.zero_stage 3 "
                 f"and must divide distributed.num_workers ({workers})"
             )
-        if self.adapter.quantize != "none" and not self.adapter.rank:
+        if self.adapter.quantize and not self.adapter.rank:
             wrong.append("adapter.quantize freezes the network: set adapter.rank to train adapters")
+        if self.adapter.quantize and stage == 3:
+            wrong.append("adapter.quantize needs distributed.zero_stage 0, 1 or 2")
+        if self.distributed.offload_optimizer and self.optimizer.name != "adamw":
+            wrong.append(
+                f"distributed.offload_optimizer works with optimizer.name adamw, not "
+                f"{self.optimizer.name}"
+            )
         if self.evaluation.patience and not self.evaluation.every_steps:
             wrong.append("evaluation.patience needs evaluation.every_steps")
         if self.evaluation.keep_best and not self.evaluation.every_steps:

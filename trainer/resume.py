@@ -11,8 +11,6 @@ lags behind a kill or is cut short by it, and Ray refuses to start when it names
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import tempfile
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 RUN_NAME = "checkpoints"
 IDENTITY_FILE = "run.json"
-_TAG = "state"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 # Settings that decide what is learned, or how the training state is cut up.
@@ -138,10 +135,12 @@ def save(
     """
     import ray.train
 
+    from trainer import zero
+
     context = ray.train.get_context()
     folder = Path(tempfile.mkdtemp(prefix="rayward-checkpoint-"))
     try:
-        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        zero.save(engine, folder)
         manifest = {
             "step": step,
             "num_workers": context.get_world_size(),
@@ -174,6 +173,8 @@ def restore(engine: DeepSpeedEngine, run_dir: Path, step: int | None = None) -> 
     import torch
     from torch import distributed as dist
 
+    from trainer import zero
+
     found: list[list[SavedState]] = [saved_states(run_dir) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(found, src=0, device=engine.device)
     for state in found[0]:
@@ -182,9 +183,7 @@ def restore(engine: DeepSpeedEngine, run_dir: Path, step: int | None = None) -> 
         whole = torch.tensor(int(_is_whole(state.path, dist.get_rank())), device=engine.device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
         if whole:
-            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
-                loaded, _ = engine.load_checkpoint(str(state.path), tag=_TAG)
-            assert loaded is not None, "DeepSpeed did not find what it has saved"
+            zero.load(engine, state.path)
             return state.step
     if found[0]:
         raise ValueError(f"every checkpoint in {run_dir} is damaged; delete it to start again")

@@ -106,10 +106,10 @@ def _check(config: TrainConfig) -> None:
     except ValueError as error:
         raise ValueError(f"evaluation.metric: {error}") from None
     check_trackers(config.report)
-    if config.adapter.quantize != "none":
-        from trainer.adapters import check_quantization
+    if config.adapter.rank:
+        from trainer.adapters import check_adapter
 
-        check_quantization(config.adapter.quantize)
+        check_adapter(config.adapter)
     if config.distributed.deepspeed:  # our own settings need no check that takes seconds
         from trainer.zero_settings import check_settings
 
