@@ -15,6 +15,10 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
 from ray.train.v2.api.config import LoggingConfig
 
 from reward_actor.cluster import capacity, connect, require_resources
@@ -130,8 +134,18 @@ def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
         follower.join()
 
 
+class _OnlyLostWorkers(DefaultFailurePolicy):
+    """Restarts after a worker was lost; what our own code has raised would be raised again."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if any(_causes(training_failed_error)):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
 class _Trainer(TorchTrainer):
-    """Ray's trainer with Ctrl-C left to Python, which ends `fit` with KeyboardInterrupt at once.
+    """Ray's trainer with its own idea of failures, and with Ctrl-C left to Python, which ends `fit`
+    with KeyboardInterrupt at once.
 
     Ray's own handler waits for the workers and exits with status 0. `fit` must run on the main
     thread: a thread that still waits for Ray when it is shut down makes Ray end the process.
@@ -139,6 +153,11 @@ class _Trainer(TorchTrainer):
 
     is_private = False
     _controller: Any = None
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        run_config: Any = self.run_config
+        arguments["failure_policy"] = _OnlyLostWorkers(run_config.failure_config)
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

@@ -18,9 +18,9 @@ from trainer.batches import steps_per_epoch
 from trainer.config import Source, TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
 from trainer.gather import take
-from trainer.identity import replace_text
 from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of
+from trainer.resume import replace_text
 from trainer.rows import Row, Side
 from trainer.sources import check_source, is_file_name
 from trainer.tracking import check_trackers
