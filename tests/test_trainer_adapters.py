@@ -135,7 +135,10 @@ def resume(model: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
     return {"through": through, "resumed": last_two(built)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3],
+)
 def test_a_resumed_training_goes_on_bit_for_bit(
     base_model: Path, tmp_path: Path, stage: int
 ) -> None:

@@ -171,7 +171,7 @@ def test_a_muon_update_is_the_orthogonal_part_of_the_gradient_in_every_stage(
             np.testing.assert_allclose(other["changes"][name], change, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_muon_learns_the_same_in_every_stage(base_model: Path, dtype: str) -> None:
     changes = {**MUON, "model__dtype": dtype, "optimizer__learning_rate": 0.002}
     curves = {
@@ -222,7 +222,10 @@ HIGH, HEAD = "model.layers.1.mlp.up_proj.weight", "score.weight"
 ADAPTER = "model.layers.1.mlp.up_proj.lora_B.reward.weight"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3],
+)
 @pytest.mark.parametrize(
     ("parameter", "changes"),
     [
