@@ -51,7 +51,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             arguments.model, arguments.data, arguments.rewardbench, **_loading(arguments)
         )
     else:
-        from trainer.config import Columns
+        from trainer.data_config import Columns
         from trainer.evaluate import evaluate_model
 
         columns = Columns.model_validate({"subset_column": arguments.subset_column})

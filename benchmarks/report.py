@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import Workload, count_prefix_tokens
@@ -99,6 +103,11 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{figures['max_abs_diff']:.1e}",
                 )
             )
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns: the first two to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -107,3 +116,27 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for row in rows
     )
+
+
+def started(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """When a run ended and how it was asked for: what its JSON begins with."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "arguments": list(sys.argv[1:] if arguments is None else arguments),
+    }
+
+
+def write(result: Mapping[str, Any], output: Path) -> None:
+    """A run's figures as JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+def heading(result: Mapping[str, Any], *more: str) -> str:
+    """The machine and its rate of matrix products, above a table."""
+    where = result["machine"].get("gpu", result["machine"]["cpu"])
+    lines = [", ".join([where, result["dtype"], f"{result['threads']} threads", *more])]
+    for product, rate in result["matmul"].items():
+        lines.append(f"matmul {product}: {rate['median'] / 1e9:,.0f} GFLOP/s")
+    return "\n".join(lines)

@@ -13,7 +13,6 @@ import contextlib
 import json
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ if not __package__:  # started as a file: the checkout is not importable yet
 
 from benchmarks import machine
 from benchmarks.channel import ChildError
-from benchmarks.report import spread, summarize, table
+from benchmarks.report import heading, spread, started, summarize, table, write
 from benchmarks.rounds import PEERS, TOLERANCES, Rounds, Setting, choose_peers
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.workloads import Range, Workload, grpo, real, unique
@@ -60,8 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"failed: {error}", file=sys.stderr)
             return 1
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": sys.argv[1:] if arguments is None else arguments,
+        **started(arguments),
         **rounds.machine,
         "device": device,
         "threads": args.threads,
@@ -72,10 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     default_name = f"scoring-{device.split(':')[0]}-{result['dtype']}.json"
     output = args.output or Path(__file__).parent / "results" / default_name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
     print_result(result)
-    print(f"written to {output}")
+    write(result, output)
     return 0
 
 
@@ -197,10 +193,7 @@ def print_round(rounds: Rounds, number: int, num_rounds: int) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    cpu = result["machine"]["cpu"]
-    print(f"\n{result['machine'].get('gpu', cpu)}, {result['dtype']}, {result['threads']} threads")
-    for product, rate in result["matmul"].items():
-        print(f"matmul {product}: {rate['median'] / 1e9:,.0f} GFLOP/s")
+    print(f"\n{heading(result)}")
     print(table(result["workloads"]))
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import statistics
 import sys
 import tempfile
-from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +30,7 @@ from benchmarks import probe
 from benchmarks.channel import Answer
 from benchmarks.machine import available_threads
 from benchmarks.pairs import PairWorkload, real, synthetic
-from benchmarks.report import spread
+from benchmarks.report import heading, spread, started, write
 from benchmarks.rounds import TOLERANCES
 from benchmarks.scoring import positive
 from benchmarks.shapes import SHAPES, build_network
@@ -65,8 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     preloads = filter(None, os.environ.get("LD_PRELOAD", "").split(":"))
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": sys.argv[1:] if arguments is None else arguments,
+        **started(arguments),
         **found,
         "versions": {**found["versions"], **more_versions()},
         "threads": args.threads,
@@ -79,10 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         **figures,
     }
     output = args.output or default_output(args, found)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
     print_result(result)
-    print(f"written to {output}")
+    write(result, output)
     return 0
 
 
@@ -226,10 +221,7 @@ def print_round(
 
 
 def print_result(result: dict[str, Any]) -> None:
-    where = result["machine"].get("gpu", result["machine"]["cpu"])
-    print(f"\n{where}, {result['dtype']}, {result['threads']} threads, {result['engine']}")
-    for product, rate in result["matmul"].items():
-        print(f"matmul {product}: {rate['median'] / 1e9:,.0f} GFLOP/s")
+    print(f"\n{heading(result, result['engine'])}")
     print(table(result["workloads"]))
     for name, profiled in result["profiles"].items():
         print(f"\nours, {name}, one profiled step: {profiled['seconds']:.3f} s")

@@ -133,7 +133,7 @@ def deepspeed_engine(
         world_size=1,
     )
     from trainer import zero
-    from trainer.config import load_config
+    from trainer.config_file import load_config
 
     model_dir = scratch / "model"
     network.save_pretrained(model_dir)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.report import max_abs_diff, spread
+from benchmarks.report import aligned, max_abs_diff, spread
 from benchmarks.training_peers import PEERS, Step
 
 _GIB = 1 << 30
@@ -121,17 +121,9 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{figures['max_difference']:.1e}",
                 )
             )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
     counts = [
         f"{name}: {workload['num_tokens']:,} tokens of pairs, "
         f"{workload['num_distinct_tokens']:,} distinct, in all rounds"
         for name, workload in workloads.items()
     ]
-    return "\n".join([*lines, *counts])
+    return "\n".join([aligned(rows), *counts])

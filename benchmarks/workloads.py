@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import Shape
+from benchmarks.tokens import FIRST_ID, trained_tokenizer
 
-_FIRST_ID = 3  # the ids below pad, begin and end texts
-_TEXT_VOCABULARY = 4096
 _SEED = 11
 
 Ids = list[int]
@@ -92,7 +91,7 @@ def grpo(
 def unique(shape: Shape, num_sequences: int, num_tokens: Range) -> Workload:
     """Sequences with distinct first tokens: no two share a prefix."""
     source = random.Random(f"{_SEED}-unique")
-    firsts = source.sample(range(_FIRST_ID, shape.vocab_size), num_sequences)
+    firsts = source.sample(range(FIRST_ID, shape.vocab_size), num_sequences)
     sequences = [
         [first, *_draw_ids(source, shape, num_tokens.draw(source) - 1)] for first in firsts
     ]
@@ -107,22 +106,11 @@ def real(shape: Shape, path: Path, max_groups: int) -> Workload:
     BPE that is trained on all texts of the file, which spares a download. Sequences are cut at the
     shape's maximum. Raises ValueError naming the line that does not fit.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     groups = [
         [f"{prompt}\n\n{completion}" for completion in completions]
         for prompt, completions in _read_groups(path)
     ]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(_TEXT_VOCABULARY, shape.vocab_size),
-        special_tokens=[f"<|{i}|>" for i in range(_FIRST_ID)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(chain.from_iterable(groups), trainer)
+    tokenizer = trained_tokenizer(chain.from_iterable(groups), shape)
     texts = list(chain.from_iterable(groups[:max_groups]))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     longest = shape.max_position_embeddings
@@ -152,7 +140,7 @@ def count_prefix_tokens(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _draw_ids(source: random.Random, shape: Shape, num_tokens: int) -> Ids:
-    return source.choices(range(_FIRST_ID, shape.vocab_size), k=num_tokens)
+    return source.choices(range(FIRST_ID, shape.vocab_size), k=num_tokens)
 
 
 def _read_groups(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -124,7 +124,7 @@ def comparisons(num: int = 32, seed: int = 0) -> Comparisons:
 
 def settings(model: Path | str, **changes: Any) -> TrainConfig:
     """A small training in float32; `changes` use __ for the dot."""
-    from trainer.config import load_config
+    from trainer.config_file import load_config
 
     values = {
         "model.path": model,
@@ -144,7 +144,8 @@ def trainer(config: TrainConfig, num_steps: int = 20) -> Trainer:
     import numpy as np
 
     from trainer import zero
-    from trainer.step import Trainer, TrainingData
+    from trainer.prepare import TrainingData
+    from trainer.step import Trainer
 
     data = comparisons()
     engine = zero.initialize(config, num_steps)

@@ -20,6 +20,8 @@ LIGHT = [
     "reward_actor.settings",
     "serve.config",
     "trainer.config",
+    "trainer.config_file",
+    "trainer.data_config",
     "trainer.metrics",
     "trainer.options",
     "rayward",

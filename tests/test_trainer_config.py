@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.options import add_arguments, config_from_arguments, leaves
 
 NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]

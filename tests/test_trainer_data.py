@@ -18,8 +18,9 @@ from reward_actor.checkpoint import load_tokenizer
 from reward_actor.render import Renderer, contract_for
 from trainer.batches import global_batch, steps_per_epoch
 from trainer.comparisons import Comparisons
-from trainer.config import Source, load_config
+from trainer.config_file import load_config
 from trainer.data import choose_format, gather_rows, load_comparisons, read_rows
+from trainer.data_config import Source
 from trainer.gather import Gathered
 from trainer.prepare import split_by_prompt
 from trainer.rendered import Rules, hash_key

@@ -13,7 +13,7 @@ from trainer_runs import write_pairs
 import rayward
 from reward_actor import Group, RewardScorer
 from trainer import evaluate
-from trainer.config import Columns
+from trainer.data_config import Columns
 from trainer.evaluate import evaluate_model
 
 TOO_LONG = "apple " * 400

@@ -57,9 +57,8 @@ def test_a_pair_costs_the_expected_surprise_and_pulls_by_its_probability(loss, p
         right, swapped = sigmoid(c - r - m), sigmoid(r - c - m)
         expected = -(1 - eps) * math.log(right) - eps * math.log(swapped)
         slope = -(1 - eps) * (1 - right) + eps * (1 - swapped)
-        assert losses[i].item() == pytest.approx(expected, **CLOSE)
-        assert by_chosen[i].item() == pytest.approx(slope, **CLOSE)
-        assert by_rejected[i].item() == pytest.approx(-slope, **CLOSE)
+        found = (losses[i].item(), by_chosen[i].item(), by_rejected[i].item())
+        assert found == pytest.approx((expected, slope, -slope), **CLOSE)
 
 
 def test_the_best_difference_under_label_smoothing_is_the_log_odds_of_the_labels():
@@ -90,9 +89,8 @@ def test_rao_kupper_is_its_three_probabilities(pairs, log_theta, eps):
                 right, swapped = (1 / (1 + theta * math.exp(m - d)) for d in (c - r, r - c))
                 expected = -(1 - eps) * math.log(right) - eps * math.log(swapped)
                 slope = -(1 - eps) * (1 - right) + eps * (1 - swapped)
-            assert losses[i].item() == pytest.approx(expected, **CLOSE)
-            assert by_chosen[i].item() == pytest.approx(slope, **CLOSE)
-            assert by_rejected[i].item() == pytest.approx(-slope, **CLOSE)
+            found = (losses[i].item(), by_chosen[i].item(), by_rejected[i].item())
+            assert found == pytest.approx((expected, slope, -slope), **CLOSE)
 
 
 @FEW
@@ -120,9 +118,8 @@ def test_davidson_is_its_three_probabilities(pairs, nu, eps):
                 (right, up), (swapped, down) = decided(c - r - m), decided(r - c - m)
                 expected = -(1 - eps) * math.log(right) - eps * math.log(swapped)
                 slope = (1 - eps) * up - eps * down
-            assert losses[i].item() == pytest.approx(expected, **CLOSE)
-            assert by_chosen[i].item() == pytest.approx(slope, **CLOSE)
-            assert by_rejected[i].item() == pytest.approx(-slope, **CLOSE)
+            found = (losses[i].item(), by_chosen[i].item(), by_rejected[i].item())
+            assert found == pytest.approx((expected, slope, -slope), **CLOSE)
 
 
 @pytest.mark.parametrize("loss", [rao_kupper, davidson])

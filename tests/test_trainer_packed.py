@@ -11,7 +11,7 @@ from torch import Tensor
 from reward_actor.extract import RewardModel
 from reward_actor.paths import ForestPath, PaddedPath, Path
 from trainer.comparisons import Comparison, Comparisons
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.forward import Passes, TrainedModel, row_weights, sequences_of
 from trainer.objective import Labels, comparison_losses
 from trainer.router_loss import router_loss

@@ -1,90 +1,41 @@
-"""The report of a training: its plots, its page and its model card, whatever the samples hold."""
+"""The report of a training: its plots and its page, whatever the samples hold."""
 
 from __future__ import annotations
 
 import base64
-import random
 import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CORPUS
-from huggingface_hub import ModelCard
+import reports
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import CONTRACT, FACTS, config_of, plausible
 from test_trainer_progress import evaluation_line, step_line
 
-from reward_actor.contract import ScoringContract
-from trainer.card import model_card
 from trainer.comparisons import Comparison, Comparisons
-from trainer.config import Source, TrainConfig, load_config
-from trainer.hardest import hardest_pairs
-from trainer.init_model import train_tokenizer
+from trainer.config import TrainConfig
 from trainer.metrics import evaluate
 from trainer.plots import smooth
 from trainer.report import escape, write_report
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 Decode = Callable[[Sequence[int]], str]
-FACTS = {"num_pairs": 8_168, "num_steps": 200, "num_dropped": 3, "dropped": "3 too long"}
-CONTRACT = ScoringContract(
-    format="text", chat_template=None, turn_end="", add_special_tokens=False, append_eos=True,
-    bos_token_id=None, eos_token_id=2, pad_token_id=0, max_length=512, vocab_size=400,
-)  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
 PLOTS = ("loss", "accuracy", "margin", "calibration", "rewards", "length")
-WORDS = ("apple", "pear", "knife", "spoon", "pan", "egg", "tree", "tool", "water", "please")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer(CORPUS, vocab_size=400, max_length=512)
+    return reports.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    output_dir = tmp_path_factory.mktemp("run") / "polite"
-    given = {"data.train": "pairs.jsonl", "output_dir": output_dir, "optimizer.learning_rate": 2e-3}
-    return load_config(None, [(key, str(value)) for key, value in given.items()])
-
-
-def comparisons(texts: Sequence[tuple[str, str, str]], tokenizer: Any) -> Comparisons:
-    """(prompt, chosen, rejected) -> pairs of their token ids, in two subsets and none."""
-    return Comparisons.of(
-        (
-            Comparison(
-                [tokenizer.encode(prompt + side) for side in sides],
-                (1, 0),
-                prompt,
-                row=row,
-                subset=("math & logic", "<i>chat</i>", "")[row % 3],
-            )
-            for row, (prompt, *sides) in enumerate(texts, start=1)
-        ),
-        ["held-out.jsonl"],
-    )
-
-
-def plausible(tokenizer: Any, num_pairs: int = 450) -> tuple[Comparisons, NDArray[np.float32]]:
-    """Pairs and their rewards: chosen is ahead by about 1, and length pays a little."""
-    noise = random.Random(1)
-    texts = [
-        (
-            f"How do I use {noise.choice(WORDS)} and {noise.choice(WORDS)}? ",
-            *(" ".join(noise.choices(WORDS, k=noise.randint(2, 60))) for _ in range(2)),
-        )
-        for _ in range(num_pairs)
-    ]
-    held = comparisons(texts, tokenizer)
-    drawn = np.random.default_rng(2).normal(size=held.num_sequences) * 0.8
-    better = np.where(np.arange(held.num_sequences) % 2 == 0, 0.9, 0.0)
-    return held, (drawn + better + held.lengths / 150).astype(np.float32)
+    return config_of(tmp_path_factory.mktemp("run") / "polite")
 
 
 def written(directory: Path, config: TrainConfig, decode: Decode, **given: Any) -> str:
@@ -279,39 +230,6 @@ def test_escaped_text_can_always_be_written_and_opens_nothing(text: str) -> None
     assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in escaped)
 
 
-def test_the_hardest_pairs_are_the_wrong_ones_the_widest_first(tokenizer: Any) -> None:
-    prompt = "How do I boil an egg? "
-    texts = [(prompt, f"Yes please, {word}.", f"No {word}.") for word in WORDS[:6]]
-    held = comparisons(texts, tokenizer)
-    rewards = np.float32([1, 0, 0, 3, 0, 0, 0, 1, 5, 4, 0, 2])
-    pairs = hardest_pairs(held, rewards, tokenizer.decode)
-    assert [pair.where for pair in pairs] == [f"held-out.jsonl:{row}" for row in (2, 6, 4, 3)]
-    assert [pair.reward_margin for pair in pairs] == [-3, -2, -1, 0]
-    assert pairs[0].shared.startswith(prompt.rstrip())
-    assert pairs[0].shared + pairs[0].chosen == prompt + "Yes please, pear."
-    assert pairs[0].shared + pairs[0].rejected == prompt + "No pear."
-    assert (pairs[0].chosen_reward, pairs[0].rejected_reward) == (0, 3)
-    assert len(hardest_pairs(held, rewards, tokenizer.decode, most=2)) == 2
-
-
-def test_a_shared_beginning_does_not_cut_a_character_in_two() -> None:
-    def decode(ids: Sequence[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
-
-    a, b = "日本".encode(), "日木".encode()  # the second characters differ in their last byte only
-    held = Comparisons.of([Comparison([list(a), list(b)], (1, 0), "x")], ["d"])
-    (pair,) = hardest_pairs(held, np.float32([0, 1]), decode)
-    assert (pair.shared, pair.chosen, pair.rejected) == ("日", "本", "木")
-
-
-def test_all_pairs_of_a_ranking_can_be_hard() -> None:
-    ranking = Comparisons.of([Comparison([[1, 2], [1, 3], [1, 4]], (2, 1, 0), "x", row=7)], ["d"])
-    pairs = hardest_pairs(ranking, np.float32([0, 1, 5]), lambda ids: str(list(ids)))
-    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
-        ("[2]", "[4]"), ("[3]", "[4]"), ("[2]", "[3]"),
-    ]  # fmt: skip
-
-
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(1, 10))
 def test_smoothing_stays_within_the_values_and_leaves_constants_alone(
     values: list[float], width: float
@@ -321,51 +239,3 @@ def test_smoothing_stays_within_the_values_and_leaves_constants_alone(
     assert min(values) - 1e-9 <= averages.min()
     assert averages.max() <= max(values) + 1e-9
     assert smooth(np.full(9, 0.25), width) == pytest.approx(np.full(9, 0.25))
-
-
-def card_of(config: TrainConfig, files: Sequence[str] = (), **found: Any) -> str:
-    facts = {**FACTS, **{f"heldout_{key}": value for key, value in found.items()}}
-    return model_card(config, CONTRACT, facts, files)
-
-
-def test_the_card_shows_what_is_known_and_links_the_report(
-    config: TrainConfig, tokenizer: Any
-) -> None:
-    held, rewards = plausible(tokenizer)
-    result = evaluate(held, rewards)
-    card = card_of(config, ["report.html", "plots/loss.png"], **result.as_dict())
-    assert "On 450 held-out pairs" in card
-    assert f"in {100 * result.accuracy:.1f} % (ties count half; 95 % interval " in card
-    assert f"expected calibration error is {100 * result.calibration_error:.1f} %" in card
-    assert f"Reward and length correlate by {result.length_correlation:+.2f}; the chosen" in card
-    assert "| math & logic | 150 |" in card
-    assert r"| \<i\>chat\</i\> | 150 |" in card
-    assert "![Loss by step](plots/loss.png)" in card
-    assert "plots/margin.png" not in card  # not among the files
-    assert "(report.html#hardest)" in card
-
-
-def test_the_metadata_of_a_card_are_what_the_hub_reads(config: TrainConfig, tokenizer: Any) -> None:
-    changed = config.model_copy(deep=True)
-    changed.model.path = "some-lab/base-1B"
-    changed.data.train = {"some-lab/preferences:train": Source.model_validate({})}
-    result = evaluate(*plausible(tokenizer))
-    data = ModelCard(card_of(changed, **result.as_dict())).data
-    assert data.base_model == "some-lab/base-1B"
-    assert data.datasets == ["some-lab/preferences"]
-    assert data.pipeline_tag == "text-classification"
-    assert data.model_name == "polite"
-    assert {e.metric_type: e.metric_value for e in data.eval_results} == {
-        "accuracy": pytest.approx(result.accuracy, abs=1e-6),
-        "log_loss": pytest.approx(result.log_loss, abs=1e-6),
-        "calibration_error": pytest.approx(result.calibration_error, abs=1e-6),
-    }
-
-
-def test_a_card_without_held_out_pairs_claims_nothing(config: TrainConfig) -> None:
-    card = card_of(config)
-    data = ModelCard(card).data
-    assert "No pairs were held out, so nothing is known about its accuracy." in card
-    assert data.eval_results is None
-    assert data.base_model is None
-    assert data.datasets is None  # a file here is no data set there

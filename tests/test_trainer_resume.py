@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
 from trainer import resume
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 from trainer.run import resolve_paths, train
 from trainer.training_log import TrainingLog
 

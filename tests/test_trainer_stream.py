@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import data_files
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.comparisons import Comparisons
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
 from trainer.prepare import Prepared
-from trainer.run import prepare, resolve_paths
+from trainer.run import prepare
 from trainer.sources import read_split, splits
 from trainer.stream import prepare_stream
 
@@ -57,17 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def config_of(base_model: Path, output_dir: Path, train: Any, **changes: Any) -> TrainConfig:
-    values = {
-        "model.path": base_model,
-        "model.dtype": "float32",
-        "model.max_length": 96,
-        "data.train": json.dumps(train),
-        "data.eval_fraction": 0.2,
-        "output_dir": output_dir,
-        **{key.replace("__", "."): value for key, value in changes.items()},
-    }
-    overrides = [(key, str(value)) for key, value in values.items()]
-    return resolve_paths(load_config(None, overrides))
+    return data_files.config_of(base_model, output_dir, train, model__max_length=96, **changes)
 
 
 def streamed(config: TrainConfig, split_bytes: int = 5000) -> Prepared:
@@ -113,14 +104,19 @@ def test_a_stream_is_what_memory_would_hold(
     found = streamed(config)
     assert_equal(found, expected)
     assert isinstance(found.train.ids, np.memmap)
-    assert found.directory is not None
-    assert found.directory.parent == tmp_path / "run" / "data"
-    assert Comparisons.open(found.directory / "heldout").digest() == expected.heldout.digest()
-    assert {path.name for path in found.directory.iterdir()} == {
+    assert place(found).parent == tmp_path / "run" / "data"
+    assert Comparisons.open(place(found) / "heldout").digest() == expected.heldout.digest()
+    assert {path.name for path in place(found).iterdir()} == {
         "train",
         "heldout",
         "summary.json",
     }
+
+
+def place(data: Prepared) -> Path:
+    """Where the files of a stream lie."""
+    assert data.train.directory is not None
+    return data.train.directory.parent
 
 
 def test_limits_and_an_evaluation_set_stream_alike(
@@ -143,17 +139,16 @@ def test_a_stream_is_used_again_until_something_changes(
     data.write_bytes(Path(files[".jsonl"]).read_bytes())
     config = config_of(base_model, tmp_path / "run", {str(data): 1})
     first = streamed(config)
-    assert first.directory is not None
-    stamp = (first.directory / "summary.json").stat().st_mtime_ns
+    stamp = (place(first) / "summary.json").stat().st_mtime_ns
     half = config_of(base_model, tmp_path / "run", {str(data): 0.5})
     again = streamed(half)  # which of them are used is decided later
-    assert again.directory == first.directory
+    assert place(again) == place(first)
     assert len(again.use) == round(len(first.use) / 2)
-    assert (first.directory / "summary.json").stat().st_mtime_ns == stamp
+    assert (place(first) / "summary.json").stat().st_mtime_ns == stamp
     os.utime(data, ns=(1, 1))
-    assert streamed(config).directory != first.directory
+    assert place(streamed(config)) != place(first)
     other = config_of(base_model, tmp_path / "run", {str(data): 1}, data__split_seed=1)
-    assert len({streamed(some).directory for some in (config, other)}) == 2
+    assert len({place(streamed(some)) for some in (config, other)}) == 2
 
 
 def test_what_is_wrong_is_told_and_leaves_nothing_behind(

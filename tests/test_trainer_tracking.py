@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer_progress import evaluation_line, step_line
 
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 from trainer.progress import Line
 from trainer.tracking import STATE_FILE, Trackers, check_trackers, metrics_of, settings_of
 

@@ -12,12 +12,12 @@ from trainer_runs import log_of, overrides, settings, write_pairs
 from reward_actor.scorer import RewardScorer
 from trainer import loop
 from trainer.comparisons import Comparisons
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 from trainer.errors import TrainingError
 from trainer.loop import Job
 from trainer.metrics import EvalResult, evaluate
 from trainer.run import TrainResult, prepare, train
-from trainer.step import TrainingData
 
 STAGES = (0, 1, 2, 3)
 NUM_STEPS = 50
@@ -46,7 +46,7 @@ def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
         (root / name).mkdir()
         prepared, contract = prepare(config)
         facts = {"num_pairs": 39, "num_steps": NUM_STEPS, "num_dropped": 0, "dropped": "none"}
-        jobs[name] = Job(config, contract, ray.put(TrainingData.of(prepared)), NUM_STEPS, facts)
+        jobs[name] = Job(config, contract, ray.put(prepared), NUM_STEPS, facts)
 
     def train_all(jobs: list[Job]) -> None:
         for job in jobs:

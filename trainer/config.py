@@ -1,20 +1,14 @@
-"""Settings of a training. pydantic and yaml only: neither torch nor ray is imported here."""
+"""Settings of a training, and what of them does not fit together. pydantic only: neither torch nor
+ray is imported here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from reward_actor.settings import validate
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+from trainer.data_config import DataConfig, Section
 
 
 class ModelConfig(Section):
@@ -74,85 +68,6 @@ class AdapterConfig(Section):
     quantize: Literal["4bit"] | None = Field(
         None, description="keep the frozen weights in 4 bits (QLoRA; needs bitsandbytes)"
     )
-
-
-class Columns(Section):
-    """Where a row keeps what. All but chosen and rejected may be absent."""
-
-    prompt_column: str = Field("prompt", description="absent: each side is a whole dialogue")
-    chosen_column: str = Field("chosen", description="the preferred side: text or messages")
-    rejected_column: str = Field("rejected", description="the other side: text or messages")
-    margin_column: str = Field("margin", description="how much better chosen is")
-    tie_column: str = Field("tie", description="true where neither side is preferred")
-    completions_column: str = Field("completions", description="of a ranking: a list of texts")
-    scores_column: str = Field(
-        "scores", description="one for each completion, higher is better; absent: best first"
-    )
-    completion_column: str = Field("completion", description="of a row with attributes")
-    attributes_column: str = Field(
-        "attributes", description="{name: number} of the completion (a list for a list)"
-    )
-    subset_column: str = Field("subset", description="a name; evaluations show each by itself")
-    tools_column: str = Field("tools", description="tool definitions for the chat template")
-    template_args_column: str = Field(
-        "chat_template_kwargs", description="more arguments for the chat template"
-    )
-
-
-class Source(Columns):
-    """One of several data sets."""
-
-    weight: float = Field(
-        1.0, gt=0, description="how often its rows are used in an epoch; 0.5: a random half"
-    )
-
-
-class DataConfig(Columns):
-    train: dict[str, Source] = Field(
-        min_length=1,
-        description=".jsonl, .jsonl.gz or .parquet file, or Hugging Face NAME[:SPLIT]; several "
-        "as {name: weight} or {name: {weight: 1, chosen_column: ...}}",
-    )
-    eval: dict[str, Source] | None = Field(
-        None, description="the same, for evaluation; none: a part of train is held out"
-    )
-    eval_fraction: float = Field(
-        0.05, ge=0, lt=1, description="fraction of the prompts held out when there is no eval"
-    )
-    split_seed: int = Field(0, description="decides which prompts are held out")
-    max_pairs: int | None = Field(None, gt=0, description="read only so many rows of each data set")
-    over_long: Literal["drop", "truncate_left", "error"] = Field(
-        "drop",
-        description="what happens to a row with a sequence of more than model.max_length tokens",
-    )
-    deduplicate: bool = Field(True, description="use rows of equal tokens and labels once")
-    streaming: bool = Field(
-        False,
-        description="read and render through Ray Data into files below output_dir, for sets that "
-        "are larger than memory",
-    )
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _weights(cls, value: Any) -> Any:
-        """{name: 2} is short for {name: {weight: 2}}, and a name alone for {name: 1}."""
-        if isinstance(value, str):
-            value = {value: 1.0} if value else {}
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: source if isinstance(source, dict | Source) else {"weight": source}
-            for name, source in value.items()
-        }
-
-    def sources(self, which: Literal["train", "eval"]) -> dict[str, Source]:
-        """The data sets of `train` or `eval` by name; what one leaves out is what `data` says."""
-        value = self.train if which == "train" else self.eval
-        columns = {name: getattr(self, name) for name in Columns.model_fields}
-        return {
-            name: Source.model_validate({**columns, **source.model_dump(exclude_unset=True)})
-            for name, source in (value or {}).items()
-        }
 
 
 class LossConfig(Section):
@@ -364,48 +279,3 @@ class TrainConfig(Section):
         if self.evaluation.keep_best and not self.evaluation.every_steps:
             wrong.append("evaluation.keep_best needs evaluation.every_steps")
         return wrong
-
-
-def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
-    """The YAML file at `path` with dotted keys replaced, in order, by `overrides`.
-
-    Lists and mappings are given as YAML: `["a", "b"]`, `{name: 0.5}`. Raises ValueError for a file
-    that cannot be read, and for every key that is unknown (naming the nearest one), missing or
-    wrong.
-    """
-    data = {} if path is None else _read_yaml(Path(path))
-    for name in TrainConfig.model_fields:
-        if name != "output_dir" and data.get(name) is None:
-            data[name] = {}
-    for key, value in overrides:
-        *sections, leaf = key.split(".")
-        place = data
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{key}: {section} is {place!r}, not a section")
-        place[leaf] = _value(key, value)
-    return validate(TrainConfig, data, source=path or "")
-
-
-def _value(key: str, text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    if not text.startswith(("[", "{")):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key} is {text!r}, which is not YAML: {error}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML: {error}") from error
-    if not isinstance(data or {}, dict):
-        raise ValueError(f"--config: {path} holds {type(data).__name__}, not sections of settings")
-    return data or {}

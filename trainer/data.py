@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trainer.comparisons import Comparisons
-from trainer.config import Source
+from trainer.data_config import Source
 from trainer.gather import Gathered, first_uses, gather, take
 from trainer.parse import parse_line
 from trainer.rendered import Dropped, Rules, Tally, render_rows

@@ -18,8 +18,8 @@ import numpy as np
 from reward_actor.groups import Group, GroupScores
 from trainer import metrics
 from trainer.comparisons import Comparison, Comparisons
-from trainer.config import Columns, Source
 from trainer.data import load_comparisons, read_rows
+from trainer.data_config import Columns, Source
 from trainer.sources import check_source
 
 if TYPE_CHECKING:

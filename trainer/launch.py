@@ -27,7 +27,6 @@ from trainer import loop, progress, resume
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.prepare import Prepared
-from trainer.step import TrainingData
 from trainer.tracking import Trackers
 
 _ABORT_S = 10
@@ -69,8 +68,7 @@ def launch(
             f"starting {settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        data = ray.put(TrainingData.of(prepared))
-        job = loop.Job(config, contract, data, int(facts["num_steps"]), facts)
+        job = loop.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
         return _fit(job, bundle, use_gpu, start, is_private, say)
     finally:
         if not was_connected:

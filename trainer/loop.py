@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from reward_actor.contract import ScoringContract
 from trainer import finish, resume, zero
 from trainer.config import TrainConfig
+from trainer.prepare import TrainingData
 from trainer.selection import Selection
-from trainer.step import Trainer, TrainingData
+from trainer.step import Trainer
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
 
 

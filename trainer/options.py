@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor.settings import did_you_mean
-from trainer.config import Section, TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
+from trainer.data_config import Section
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

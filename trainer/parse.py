@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config import Columns
+from trainer.data_config import Columns
 from trainer.messages import kind_of, parse_messages, parse_side, without_nulls
 from trainer.rows import Row, Side, num_shared, prompt_key
 

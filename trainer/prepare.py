@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +32,8 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The data of a training and how it came about."""
+class TrainingData:
+    """What a worker trains and is measured on."""
 
     train: Comparisons
     heldout: Comparisons
@@ -42,6 +41,12 @@ class Prepared:
     """The comparisons of `train` that make up an epoch, repeated as their source's weight says."""
     has_ties: bool
     """Whether any pair of `train` is a tie."""
+
+
+@dataclass(frozen=True)
+class Prepared(TrainingData):
+    """The data of a training and how it came about."""
+
     num_rows: int
     """Read of the training sources."""
     dropped: Dropped
@@ -51,9 +56,6 @@ class Prepared:
     "total": {...}, "sources": {name: {...}}}; see `_measured`."""
     warnings: list[str] = field(default_factory=list)
     """What is probably a mistake, and what to do about it."""
-    directory: Path | None = None
-    """Where `train` and `heldout` lie, for `Comparisons.open(directory / "train")`; None: only in
-    memory."""
 
     @classmethod
     def of(
@@ -62,7 +64,6 @@ class Prepared:
         heldout: Comparisons,
         summary: Summary,
         config: TrainConfig,
-        directory: Path | None = None,
     ) -> Prepared:
         """Raises ValueError if the weights of the sources leave nothing to train on."""
         sources = config.data.sources("train")
@@ -81,7 +82,6 @@ class Prepared:
             dropped=Dropped(**summary.dropped),
             facts=summary.facts,
             warnings=summary.warnings,
-            directory=directory,
         )
 
     def digest(self) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from reward_actor.contract import sha256_file, sha256_text
 from trainer import hub, resume
 from trainer.batches import steps_per_epoch
-from trainer.config import Source, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
+from trainer.data_config import Source
 from trainer.gather import take
 from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of

@@ -9,7 +9,6 @@ import math
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,21 +29,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from numpy.typing import NDArray
 
-    from trainer.prepare import Prepared
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a worker trains and is measured on; `use` lists an epoch's comparisons of `train`."""
-
-    train: Comparisons
-    heldout: Comparisons
-    use: NDArray[np.int64]
-    has_ties: bool
-
-    @classmethod
-    def of(cls, prepared: Prepared) -> TrainingData:
-        return cls(prepared.train, prepared.heldout, prepared.use, prepared.has_ties)
+    from trainer.prepare import TrainingData
 
 
 class Trainer:

@@ -26,7 +26,8 @@ import ray.data
 from reward_actor.cluster import connect
 from reward_actor.contract import ScoringContract, sha256_text
 from trainer.comparisons import Comparisons
-from trainer.config import Source, TrainConfig
+from trainer.config import TrainConfig
+from trainer.data_config import Source
 from trainer.gather import gather, take
 from trainer.parse import parse_line
 from trainer.prepare import Prepared, Summary, decide, rules_of
@@ -99,7 +100,7 @@ def prepare_stream(
                 shutil.rmtree(partial, ignore_errors=True)
     summary = Summary(**json.loads((directory / _SUMMARY_FILE).read_text(encoding="utf-8")))
     train, heldout = (Comparisons.open(directory / name) for name in ("train", "heldout"))
-    return Prepared.of(train, heldout, summary, config, directory)
+    return Prepared.of(train, heldout, summary, config)
 
 
 def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
