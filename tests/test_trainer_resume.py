@@ -7,17 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
-from trainer import resume
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 from trainer.run import resolve_paths, train
+from trainer.saved import SavedState, saved_states
+from trainer.storage import checkpoint_storage
 from trainer.training_log import TrainingLog
 
 # Many more than a worker takes while a signal is on its way.
@@ -30,13 +35,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
 
 
-def config_for(base_model: Path, data: Path, output_dir: Path) -> TrainConfig:
-    changes = {"training__max_steps": NUM_STEPS, "checkpoint__every_steps": EVERY}
+def config_for(base_model: Path, data: Path, output_dir: Path, **changes: Any) -> TrainConfig:
+    changes = {
+        "training__max_steps": NUM_STEPS,
+        "checkpoint__every_steps": EVERY,
+        "evaluation__every_steps": 2 * EVERY,
+        **changes,
+    }
     return load_config(None, overrides(settings(base_model, data, output_dir, **changes)))
 
 
 def listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def config_in(output_dir: Path) -> TrainConfig:
+    text = (output_dir / "export" / "resolved_config.json").read_text()
+    return TrainConfig.model_validate_json(text)
 
 
 def start(config: TrainConfig) -> subprocess.Popen[str]:
@@ -54,11 +69,17 @@ def start(config: TrainConfig) -> subprocess.Popen[str]:
     )
 
 
+def states_of(config: TrainConfig) -> list[SavedState]:
+    try:
+        return saved_states(checkpoint_storage(config))
+    except FileNotFoundError:  # deleted while it is looked at
+        return states_of(config)
+
+
 def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: int, by: int) -> str:
     """Wait for a checkpoint at `step` or later, send the signal; what was printed."""
-    run_dir = Path(config.output_dir) / resume.RUN_NAME
     deadline = time.monotonic() + 240
-    while not any(state.step >= step for state in resume.saved_states(run_dir)):
+    while not any(state.step >= step for state in states_of(config)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -76,16 +97,15 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     whole = config_for(base_model, data, root / "whole")
     train(whole, say=lambda _: None)
     config = config_for(base_model, data, root / "broken")
-    run_dir = root / "broken" / resume.RUN_NAME
+    run_dir = Path(checkpoint_storage(config).root)
     printed = [kill_after_step(start(config), config, EVERY, signal.SIGINT)]
     half = run_dir / "checkpoint_half"
     (half / "state").mkdir(parents=True)
     (half / "manifest-rank0.json").write_text('{"step": 50, "num_workers": 2, "files": {}}')
-    last = resume.saved_states(run_dir)[0].step
+    last = states_of(config)[0].step
     printed.append(kill_after_step(start(config), config, last + EVERY, signal.SIGKILL))
     assert not half.exists()
-    newest = resume.saved_states(run_dir)[0].path
-    weights = next(newest.rglob("*model_states.pt"))
+    weights = next((run_dir / states_of(config)[0].folder).rglob("*model_states.pt"))
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
     process = start(config)
     out, err = process.communicate(timeout=300)
@@ -102,6 +122,82 @@ def test_the_same_command_ends_with_the_same_weights(interrupted):
         assert (ours[name] == weight).all(), name
 
 
+@pytest.fixture(scope="module")
+def restarted(interrupted, base_model, data, tmp_path_factory) -> Path:
+    """The directory of a run whose workers were killed, one after the other, while evaluations ran
+    beside it."""
+    output_dir = tmp_path_factory.mktemp("restarted") / "run"
+    config = config_for(base_model, data, output_dir, evaluation__asynchronous=True)
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_workers, args=(config, [EVERY, 3 * EVERY], ended))
+    killer.start()
+    try:
+        train(config, say=lambda _: None)
+    finally:
+        ended.set()
+        killer.join()
+    return output_dir
+
+
+def kill_workers(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
+    """SIGKILL one of the workers as soon as a checkpoint of each of these steps is there."""
+    mine = psutil.Process()
+    for number, step in enumerate(steps):
+        while not any(state.step >= step for state in states_of(config)):
+            if ended.wait(0.02):
+                return
+        workers = [p for p in mine.children(recursive=True) if "TrainWorker" in p.name()]
+        workers[number % len(workers)].kill()
+
+
+def test_a_killed_worker_changes_nothing(restarted, interrupted):
+    whole = interrupted[1]
+    ours = load_file(restarted / "export" / "model.safetensors")
+    for name, weight in load_file(whole / "export" / "model.safetensors").items():
+        assert (ours[name] == weight).all(), name
+    assert [line["loss"] for line in log_of(restarted)] == [line["loss"] for line in log_of(whole)]
+    newest = [
+        Path(checkpoint_storage(config_in(run)).path(states_of(config_in(run))[0].folder))
+        for run in (restarted, whole)
+    ]
+    names = sorted(path.relative_to(newest[1]) for path in newest[1].rglob("*optim_states.pt"))
+    assert len(names) == 2
+    for name in names:
+        mine, theirs = (
+            torch.load(folder / name, weights_only=False)["optimizer_state_dict"]
+            for folder in newest
+        )
+        assert same(mine, theirs), name
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two trees of tensors are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right) if isinstance(left, int | float | str | None) else True
+
+
+def test_evaluations_beside_the_training_say_the_same(restarted, interrupted):
+    ours, expected = (
+        [json.loads(line) for line in (run / "evaluations.jsonl").open()]
+        for run in (restarted, interrupted[1])
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in expected]
+    for mine, theirs in zip(ours, expected, strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert mine[key] == pytest.approx(value, abs=1e-5), key
+
+
+def test_exports_hold_no_pickle(interrupted):
+    files = {path.suffix for path in (interrupted[1] / "export").rglob("*") if path.is_file()}
+    assert files <= {".json", ".jsonl", ".jinja", ".safetensors", ".md", ".png", ".html"}
+
+
 def test_the_log_has_every_step_once(interrupted):
     broken, whole, _ = interrupted
     ours, expected = log_of(broken), log_of(whole)
@@ -113,12 +209,14 @@ def test_it_is_told_in_plain_words(interrupted):
     first, _, last = interrupted[2]
     assert "interrupted; the same command goes on from the last checkpoint" in first
     assert "Traceback" not in first
+    assert "is damaged: state/mp_rank_00_model_states.pt does not have the sha256" in last
+    assert "is taken." in last
     assert "going on after step" in last
     assert "the reward model is in" in last
 
 
 def test_only_the_newest_checkpoints_are_kept(interrupted):
-    states = resume.saved_states(interrupted[0] / resume.RUN_NAME)
+    states = states_of(config_in(interrupted[0]))
     assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - EVERY]
 
 
@@ -126,7 +224,7 @@ def test_a_lost_export_is_written_again(interrupted, ray_cluster):
     import shutil
 
     whole = interrupted[1]
-    config = TrainConfig.model_validate_json((whole / "export/resolved_config.json").read_text())
+    config = config_in(whole)
     before = (whole / "export" / "model.safetensors").read_bytes()
     shutil.rmtree(whole / "export")
     said: list[str] = []
@@ -208,27 +306,3 @@ def test_a_log_goes_on_after_a_step(tmp_path: Path):
         {"step": 2},
         {"step": 3, "again": True},
     ]
-
-
-def test_incomplete_checkpoints_are_never_chosen(tmp_path: Path):
-    def checkpoint(name: str, step: int, files: dict[str, int], workers: int = 1) -> None:
-        folder = tmp_path / f"checkpoint_{name}"
-        folder.mkdir()
-        (folder / "state.pt").write_bytes(b"1234")
-        manifest = {
-            "step": step,
-            "num_workers": workers,
-            "files": {f: ["", n] for f, n in files.items()},
-        }
-        (folder / "manifest-rank0.json").write_text(json.dumps(manifest))
-
-    checkpoint("a", 1, {"state.pt": 4})
-    checkpoint("b", 2, {"state.pt": 4})
-    checkpoint("short", 3, {"state.pt": 5})
-    checkpoint("absent", 4, {"state.pt": 4, "more.pt": 1})
-    checkpoint("rank", 5, {"state.pt": 4}, workers=2)
-    checkpoint("torn", 6, {"state.pt": 4})
-    (tmp_path / "checkpoint_torn" / "manifest-rank0.json").write_text('{"step": 6')
-    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{")
-    assert [state.step for state in resume.tidy(tmp_path)] == [2, 1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_a", "checkpoint_b"]

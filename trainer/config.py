@@ -159,6 +159,9 @@ class EvaluationConfig(Section):
     patience: int | None = Field(
         None, gt=0, description="stop after so many evaluations without a better metric"
     )
+    asynchronous: bool = Field(
+        False, description="evaluate checkpoints in a Ray task of their own while training goes on"
+    )
     normalise: bool = Field(
         True, description="give the export's rewards mean 0 and standard deviation 1, measured on "
         "the held-out pairs"
@@ -207,6 +210,11 @@ class CheckpointConfig(Section):
     every_steps: int = Field(200, gt=0, description="steps from one checkpoint to the next")
     # Two: if the newest turns out to be damaged there is one to fall back to.
     num_to_keep: int = Field(2, ge=2, description="checkpoints kept, the newest ones")
+    storage_path: str | None = Field(
+        None,
+        description="where they are kept, such as s3://bucket/runs; none: below output_dir",
+    )
+    asynchronous: bool = Field(True, description="store them while training goes on")
 
 
 class ReportConfig(Section):

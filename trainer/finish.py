@@ -16,8 +16,9 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import checkpoint
-from trainer import adapters, resume, zero
+from trainer import adapters, zero
 from trainer.card import model_card
+from trainer.identity import replace_text
 from trainer.metrics import evaluate, pair_indices
 from trainer.network import base_config
 from trainer.report import write_report
@@ -72,7 +73,7 @@ def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]
         with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
             files = _files(Path(folder), trainer, contract, result, raw_scores)
             _export(config, contract, weights, files)
-        resume.replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from ray.train.v2.api.config import LoggingConfig
 
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.contract import ScoringContract
-from trainer import loop, progress, resume
+from trainer import loop, progress
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.prepare import Prepared
 from trainer.tracking import Trackers
+from trainer.validation import Validator
 
 _ABORT_S = 10
 
@@ -53,23 +55,24 @@ def launch(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if is_private:  # no node of a cluster that ends with this process is taken away before
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # An evaluation beside the training has the resources of one more worker.
+    num_places = settings.num_workers + int(config.evaluation.asynchronous)
     connect(
-        settings.num_workers * settings.cpus_per_worker + 1,
-        settings.num_workers if settings.device == "cuda" else 0,
+        num_places * settings.cpus_per_worker + 1,
+        num_places if settings.device == "cuda" else 0,
     )
     try:
         gpus = capacity("GPU")
-        use_gpu = settings.device == "cuda" or (
-            settings.device == "auto" and gpus >= settings.num_workers
-        )
+        use_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus >= num_places)
         bundle = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-        require_resources([bundle] * settings.num_workers)
+        require_resources([bundle] * num_places)
         say(
             f"starting {settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
         job = loop.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
-        return _fit(job, bundle, use_gpu, start, is_private, say)
+        with tempfile.TemporaryDirectory(prefix="rayward-ray-") as ray_dir:
+            return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say)
     finally:
         if not was_connected:
             ray.shutdown()
@@ -81,6 +84,7 @@ def _fit(
     use_gpu: bool,
     start: int,
     is_private: bool,
+    ray_dir: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     config = job.config
@@ -95,11 +99,14 @@ def _fit(
             num_workers=config.distributed.num_workers, use_gpu=use_gpu, resources_per_worker=bundle
         ),
         run_config=run_config(
-            name=resume.RUN_NAME,
-            storage_path=config.output_dir,
+            name="train",
+            # Ray's notes about the run. Nothing is read from them, and a disk that is full where
+            # the checkpoints lie would end the training when Ray cannot write them.
+            storage_path=ray_dir,
             failure_config=ray.train.FailureConfig(max_failures=config.distributed.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
+        validation_config=_validation(job, bundle) if config.evaluation.asynchronous else None,
     )
     trainer.is_private = is_private
     with Trackers(config, say) as trackers, _following(job, start, trackers):
@@ -132,6 +139,13 @@ def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
         follower.join()
 
 
+def _validation(job: loop.Job, bundle: dict[str, float]) -> ray.train.ValidationConfig:
+    resources = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0)}
+    return ray.train.ValidationConfig(
+        fn=Validator(job.config, job.data), ray_remote_kwargs=resources
+    )
+
+
 class _OnlyLostWorkers(DefaultFailurePolicy):
     """Restarts after a worker was lost; what our own code has raised would be raised again."""
 
@@ -154,7 +168,8 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
-        arguments["failure_policy"] = _OnlyLostWorkers(run_config.failure_config)
+        policy = _OnlyLostWorkers(run_config.failure_config)
+        arguments["failure_policy"] = policy
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from reward_actor.contract import ScoringContract
-from trainer import finish, resume, zero
+from trainer import finish, zero
 from trainer.config import TrainConfig
 from trainer.prepare import TrainingData
+from trainer.resume import Checkpoints
 from trainer.selection import Selection
 from trainer.step import Trainer
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
+from trainer.validation import Validations
 
 
 @dataclass(frozen=True)
@@ -45,33 +48,57 @@ def train(job: Job) -> dict[str, Any]:
     _prepare_process(config.distributed.cpus_per_worker)
 
     trainer = Trainer(zero.initialize(config, job.num_steps), config, ray.get(job.data))
-    run_dir = output_dir / resume.RUN_NAME
-    start = resume.restore(trainer.engine, run_dir)
+    checkpoints = Checkpoints(trainer.engine, config)
+    start = checkpoints.restore()
     log = TrainingLog(output_dir / LOG_FILE, start) if _is_first() else None
     evaluations = TrainingLog(output_dir / EVALUATIONS_FILE, start) if _is_first() else None
-    selection = Selection(evaluation, _lines(output_dir / EVALUATIONS_FILE, start))
+    before = _lines(output_dir / EVALUATIONS_FILE, start)
+    selection = Selection(evaluation, before)
+    validations = None
+    if evaluation.asynchronous:
+        validations = Validations(checkpoints, config, [line["step"] for line in before])
+
+    def select(results: Sequence[tuple[int, dict[str, Any]]]) -> bool:
+        """Write results down; whether the last of them is the best so far."""
+        is_best = False
+        for at, result in results:
+            is_best = selection.add(at, result)
+            if evaluations is not None:
+                evaluations.write({"step": at, **result})
+        best = {selection.best_step} if evaluation.keep_best and selection.best_step else set()
+        checkpoints.keep = best | (validations.steps if validations else set())
+        return is_best
+
     step = start
     while step < job.num_steps and not selection.is_exhausted:
         metrics = trainer.step(step)
         step += 1
-        is_best = False
-        if evaluation.every_steps and step % evaluation.every_steps == 0:
-            result = finish.evaluate_heldout(trainer)
-            is_best = selection.add(step, result)
-            if evaluations is not None:
-                evaluations.write({"step": step, **result})
+        is_due = bool(evaluation.every_steps and step % evaluation.every_steps == 0)
+        if validations is None:
+            is_kept = select([(step, finish.evaluate_heldout(trainer))] if is_due else [])
+            is_kept &= evaluation.keep_best
+        else:
+            if is_due:
+                validations.want(step)
+            select(validations.results())
+            is_kept = is_due
         if log is not None:
             log.write(metrics)
         is_last = step == job.num_steps or selection.is_exhausted
-        is_kept = is_best and evaluation.keep_best
         if step % checkpoint.every_steps == 0 or is_last or is_kept:
-            resume.save(trainer.engine, step, metrics, run_dir, checkpoint.num_to_keep, is_kept)
+            checkpoints.save(step)
+        checkpoints.poll()
+    checkpoints.wait()
+    if validations is not None:
+        select(validations.results(wait=True))
     if evaluation.keep_best and selection.best_step not in (None, step):
-        step = resume.restore(trainer.engine, run_dir, selection.best_step)
+        step = checkpoints.restore(selection.best_step) or step  # it may not have been stored
+    checkpoints.close()
     for file in (log, evaluations):
         if file is not None:
             file.close()
-    return finish.finish(trainer, job.contract, {**job.facts, "num_steps": step})
+    failed = {"num_failed_checkpoints": checkpoints.num_failed}
+    return finish.finish(trainer, job.contract, {**job.facts, **failed, "num_steps": step})
 
 
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:

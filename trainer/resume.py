@@ -1,203 +1,263 @@
-"""Checkpoints that can be trusted, and whether a directory holds this run or another one.
+"""Checkpoints of a training: snapshots, stored in the background, and loaded again.
 
-A checkpoint is what DeepSpeed saves on every rank, merged by Ray Train into one folder of the run.
-Each rank adds a manifest with the size and sha256 of its files. A folder is complete when all
-manifests and all their files are there in full; the digests are checked before anything is loaded,
-because DeepSpeed reads its files by pickle.
-
-What there is to resume from, and to delete, is read from the folders. Ray Train's own list of them
-lags behind a kill or is cut short by it, and Ray refuses to start when it names a missing folder.
+See `trainer.saved` for what is stored.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_actor.contract import sha256_file
-from trainer.config import TrainConfig
+import torch
+from torch import distributed as dist
+
+from trainer import zero
+from trainer.errors import TrainingError
+from trainer.saved import (
+    TAG,
+    SavedState,
+    fetched,
+    is_read_by,
+    manifest_name,
+    saved_states,
+    stored_files,
+    tidy,
+)
+from trainer.storage import StorageError, checkpoint_storage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-RUN_NAME = "checkpoints"
-IDENTITY_FILE = "run.json"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
+    from trainer.config import TrainConfig
 
-# Settings that decide what is learned, or how the training state is cut up.
-_IDENTITY = ("model", "adapter", "loss", "optimizer", "training", "distributed")
-_FREE = ("model.path", "distributed.device", "distributed.cpus_per_worker",
-         "distributed.max_failures")  # fmt: skip
+_STAGING = "rayward-checkpoint-"
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """A complete checkpoint: `step` optimizer steps are done."""
+@dataclass
+class _Upload:
+    """A checkpoint on its way: what became of this worker's part, None where it was stored."""
 
-    path: Path
+    folder: str
     step: int
-    num_workers: int
-    is_best: bool
+    outcome: Future[str | None]
 
 
-def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued; `model` and `data` are fingerprints."""
-    settings = config.model_dump(mode="json")
-    return {
-        **{
-            f"{section}.{key}": value
-            for section in _IDENTITY
-            for key, value in settings[section].items()
-            if f"{section}.{key}" not in _FREE
-        },
-        "the weights at model.path": model,
-        "the training pairs": data,
-    }
+class Checkpoints:
+    """The checkpoints of a run. Every method is called by all workers at once.
 
+    keep        steps whose checkpoints are not deleted, besides the newest ones
+    num_failed  how many could not be stored
+    on_stored   called on every worker when a checkpoint is complete in the storage
+    """
 
-def check_identity(output_dir: Path, current: Mapping[str, Any]) -> None:
-    """Claim an empty `output_dir` for this run. Raises ValueError if it holds another one."""
-    path = output_dir / IDENTITY_FILE
-    if not path.exists():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(dict(current), indent=2) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    different = [key for key in sorted({*before, *current}) if before.get(key) != current.get(key)]
-    if different:
-        shown = [
-            f"{key} differ" if key.startswith("the ") else
-            f"{key} was {before.get(key)!r}, is now {current.get(key)!r}"
-            for key in different
-        ]  # fmt: skip
-        raise ValueError(
-            f"output_dir: {output_dir} holds another run: {'; '.join(shown)}. Put that back to go "
-            "on with it, choose another --output-dir, or delete the directory."
+    def __init__(self, engine: DeepSpeedEngine, config: TrainConfig) -> None:
+        self._engine = engine
+        self._storage = checkpoint_storage(config)
+        self._settings = config.checkpoint
+        self._staging = _make_staging()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: _Upload | None = None
+        self.keep: set[int] = set()
+        self.num_failed = 0
+        self.on_stored: Callable[[SavedState], None] = lambda _: None
+
+    def save(self, step: int) -> None:
+        """Take a snapshot and store it: in the background if `checkpoint.asynchronous`, one at a
+        time. A checkpoint that cannot be stored is told and counted, and nothing else."""
+        self.wait()
+        name = f"checkpoint_{step:08d}_{uuid.uuid4().hex[:8]}"
+        folder: str = _from_first(name, self._engine)
+        shutil.rmtree(self._staging / TAG, ignore_errors=True)
+        with _collected_errors(self._engine) as errors:
+            zero.save(self._engine, self._staging)
+        outcome = self._thread.submit(
+            self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
+        )
+        self._in_flight = _Upload(folder, step, outcome)
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Settle a checkpoint whose storing has ended. Meant to be called after every step."""
+        if self._in_flight is not None:
+            done = torch.tensor(int(self._in_flight.outcome.done()), device=self._engine.device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done:
+                self.wait()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is on its way any more."""
+        upload, self._in_flight = self._in_flight, None
+        if upload is None:
+            return
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, upload.outcome.result())
+        shutil.rmtree(self._staging / TAG, ignore_errors=True)
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
+        if problems:
+            self.num_failed += 1
+            self._say(
+                f"the checkpoint of step {upload.step} could not be stored in "
+                f"{self._storage.root} ({'; '.join(problems)}); training goes on, and the ones "
+                f"before it are untouched. {self.num_failed} failed so far."
+            )
+            if dist.get_rank() == 0:
+                self._try(lambda: self._storage.delete(upload.folder))
+            return
+        if dist.get_rank() == 0:
+            self._try(self._delete_old)
+        self.on_stored(
+            SavedState(upload.folder, upload.step, dist.get_world_size(), self.num_failed)
         )
 
+    def restore(self, step: int | None = None) -> int:
+        """Load the newest checkpoint that is whole on every worker; the steps it has done.
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def saved_states(run_dir: Path) -> list[SavedState]:
-    """The complete checkpoints of a run, newest first, judged by names and sizes of their files."""
-    found = []
-    for folder in run_dir.glob("checkpoint_*"):
-        try:
-            manifests = [json.loads(path.read_text()) for path in folder.glob(_manifest_name("*"))]
-        except ValueError:  # cut short
-            continue
-        if not manifests or len(manifests) != manifests[0]["num_workers"]:
-            continue
-        sizes = {
-            name: size for manifest in manifests for name, (_, size) in manifest["files"].items()
-        }
-        if all(_size(folder / name) == size for name, size in sizes.items()):
-            first = manifests[0]
-            found.append(
-                SavedState(folder, first["step"], first["num_workers"], first.get("is_best", False))
+        0 without a checkpoint. A damaged one is passed over for the one before it, loudly. With
+        `step` only the one of that step will do: 0, loudly, without it. Raises TrainingError if
+        there are checkpoints and all are damaged.
+        """
+        self.wait()
+        found = self.stored()
+        wanted = [state for state in found if step in (None, state.step)]
+        for number, state in enumerate(wanted):
+            with fetched(self._storage, state, self._files(state), self._staging) as (
+                place,
+                problem,
+            ):
+                problems: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(problems, problem)
+                if not any(problems):
+                    zero.load(self._engine, place)
+                    self.num_failed = max(self.num_failed, state.num_failed)
+                    return state.step
+            left = wanted[number + 1 :]
+            self._say(
+                f"the checkpoint of step {state.step} is damaged: "
+                f"{'; '.join(sorted({p for p in problems if p}))}. "
+                + (f"The one of step {left[0].step} is taken." if left else "There is no other.")
             )
-    return sorted(found, key=lambda state: (-state.step, state.path.name))
+        if step is not None:
+            self._say(f"{self._storage.root} has no whole checkpoint of step {step}")
+        elif wanted:
+            raise TrainingError(
+                f"every checkpoint in {self._storage.root} is damaged; delete it to start again"
+            )
+        return 0
+
+    def stored(self) -> list[SavedState]:
+        """The complete checkpoints, newest first. What was left half-written is deleted."""
+        found: list[SavedState] = _from_first(
+            tidy(self._storage) if dist.get_rank() == 0 else [], self._engine
+        )
+        return found
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, delete those that `keep` no longer names, and clean up."""
+        self.wait()
+        if dist.get_rank() == 0:
+            self._try(self._delete_old)
+        self._thread.shutdown()
+        shutil.rmtree(self._staging)
+
+    def _store(
+        self, folder: str, step: int, rank: int, num_workers: int, errors: list[Exception]
+    ) -> str | None:
+        """Store this worker's files and then its manifest; why it could not, or None."""
+        try:
+            if errors:
+                raise errors[0]
+            files = {}
+            for path in sorted((self._staging / TAG).rglob("*")):
+                if path.is_file():
+                    name = path.relative_to(self._staging).as_posix()
+                    digest = self._storage.upload(path, f"{folder}/{name}")
+                    files[name] = (digest, path.stat().st_size)
+            manifest = {
+                "step": step,
+                "num_workers": num_workers,
+                "num_failed": self.num_failed,
+                "files": files,
+            }
+            self._storage.write_json(f"{folder}/{manifest_name(rank)}", manifest)
+        except (*StorageError, RuntimeError) as error:  # torch.save raises RuntimeError
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return None
+
+    def _delete_old(self) -> None:
+        states = saved_states(self._storage)
+        for state in states[self._settings.num_to_keep :]:
+            if state.step not in self.keep:
+                self._storage.delete(state.folder)
+
+    def _files(self, state: SavedState) -> dict[str, str]:
+        """The sha256 of what this worker checks. Files in place are checked by who stored them."""
+        rank = dist.get_rank()
+        if self._storage.is_local:
+            return stored_files(self._storage, state, [rank])
+        files = stored_files(self._storage, state, range(state.num_workers))
+        return {name: digest for name, digest in files.items() if is_read_by(rank, name)}
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """Cleaning up that a storage out of reach may put off."""
+        try:
+            act()
+        except StorageError as error:
+            self._say(f"{self._storage.root} cannot be tidied up: {error}")
+
+    def _say(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def tidy(run_dir: Path) -> list[SavedState]:
-    """Delete half-written checkpoints before a run goes on; the complete ones, newest first."""
-    states = saved_states(run_dir)
-    complete = {state.path for state in states}
-    for folder in run_dir.glob("checkpoint_*"):
-        if folder.is_dir() and folder not in complete:
-            shutil.rmtree(folder)
-    (run_dir / _SNAPSHOT).unlink(missing_ok=True)
-    return states
+def _from_first(value: Any, engine: DeepSpeedEngine) -> Any:
+    """What the first worker has, on every worker."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0, device=engine.device)
+    return shared[0]
 
 
-def save(
-    engine: DeepSpeedEngine,
-    step: int,
-    metrics: Mapping[str, Any],
-    run_dir: Path,
-    num_to_keep: int,
-    is_best: bool = False,
-) -> None:
-    """Report a checkpoint to Ray Train, on every worker at once, and delete the oldest ones, but
-    for the last of those that `is_best`.
+@contextlib.contextmanager
+def _collected_errors(engine: DeepSpeedEngine) -> Iterator[list[Exception]]:
+    """Errors of DeepSpeed's writer go into a list: a worker that cannot write would otherwise leave
+    `save_checkpoint` before the others, who would wait for it at the next barrier for ever."""
+    writer = engine.checkpoint_engine
+    errors: list[Exception] = []
+    write = writer.save
 
-    Returns when it is stored.
-    """
-    import ray.train
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
 
-    from trainer import zero
-
-    context = ray.train.get_context()
-    folder = Path(tempfile.mkdtemp(prefix="rayward-checkpoint-"))
+    writer.save = save
+    engine._copy_recovery_script = lambda _: None  # a file that nothing here reads
     try:
-        zero.save(engine, folder)
-        manifest = {
-            "step": step,
-            "num_workers": context.get_world_size(),
-            "is_best": is_best,
-            "files": {
-                str(path.relative_to(folder)): (sha256_file(path), path.stat().st_size)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            },
-        }
-        (folder / _manifest_name(context.get_world_rank())).write_text(json.dumps(manifest))
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({**metrics, "step": step}, checkpoint=checkpoint)
+        yield errors
     finally:
-        shutil.rmtree(folder)
-    if context.get_world_rank() == 0:
-        states = saved_states(run_dir)
-        best = next((state for state in states if state.is_best), None)
-        for state in states[num_to_keep:]:
-            if state is not best:
-                shutil.rmtree(state.path)
+        del writer.save, engine._copy_recovery_script
 
 
-def restore(engine: DeepSpeedEngine, run_dir: Path, step: int | None = None) -> int:
-    """Load the newest checkpoint that is whole on every worker; the number of steps it has done.
-
-    0 without a checkpoint. With `step`, only one of that step will do. A damaged one is passed over
-    for the one before it. Raises ValueError if there are checkpoints and all are damaged.
-    """
-    import torch
-    from torch import distributed as dist
-
-    from trainer import zero
-
-    found: list[list[SavedState]] = [saved_states(run_dir) if dist.get_rank() == 0 else []]
-    dist.broadcast_object_list(found, src=0, device=engine.device)
-    for state in found[0]:
-        if step not in (None, state.step):
-            continue
-        whole = torch.tensor(int(_is_whole(state.path, dist.get_rank())), device=engine.device)
-        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
-        if whole:
-            zero.load(engine, state.path)
-            return state.step
-    if found[0]:
-        raise ValueError(f"every checkpoint in {run_dir} is damaged; delete it to start again")
-    return 0
-
-
-def _is_whole(folder: Path, rank: int) -> bool:
-    files = json.loads((folder / _manifest_name(rank)).read_text())["files"]
-    return all(sha256_file(folder / name) == sha for name, (sha, _) in files.items())
-
-
-def _manifest_name(rank: int | str) -> str:
-    return f"manifest-rank{rank}.json"
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _make_staging() -> Path:
+    """A temporary folder that is locked while this process lives; those of killed ones go."""
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_STAGING}*"):
+        with contextlib.suppress(OSError), (left / ".lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    new = Path(tempfile.mkdtemp(prefix=f".{_STAGING}"))
+    descriptor = os.open(new / ".lock", os.O_RDWR | os.O_CREAT)  # open as long as the process
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return new.rename(root / f"{new.name.lstrip('.')}-{time.time_ns()}")

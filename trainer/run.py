@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import sha256_file, sha256_text
-from trainer import hub, resume
+from trainer import hub
 from trainer.batches import steps_per_epoch
 from trainer.config import TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
 from trainer.data_config import Source
 from trainer.gather import take
+from trainer.identity import check_identity, identity, replace_text
 from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of
-from trainer.resume import replace_text
 from trainer.rows import Row, Side
+from trainer.saved import tidy
 from trainer.sources import check_source, is_file_name
+from trainer.storage import checkpoint_storage
 from trainer.tracking import check_trackers
 
 if TYPE_CHECKING:
@@ -78,11 +80,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
         "dropped": str(prepared.dropped),
     }
     data = prepared.digest()
-    resume.check_identity(output_dir, resume.identity(config, _model_digest(config), data))
+    check_identity(config, identity(config, _model_digest(config), data))
     with _locked(output_dir):
         result = finished(output_dir)
         if result is None:
-            states = resume.tidy(output_dir / resume.RUN_NAME)
+            states = tidy(checkpoint_storage(config))
             start = states[0].step if states else 0
             if start:
                 say(f"going on after step {start} of {num_steps}")
@@ -142,6 +144,10 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
         resolved.model.path = str(output_dir / SCRATCH_DIR)
     else:
         resolved.model.path = _resolve_model(config.model.path)
+    place = config.checkpoint.storage_path
+    if place is not None and "://" not in place:
+        resolved.checkpoint.storage_path = str(Path(place).expanduser().absolute())
+    checkpoint_storage(resolved)  # tells at once what is no place at all
     resolved.data.train = _resolve_sources(config.data.sources("train"), "data.train")
     if config.data.eval is not None:
         resolved.data.eval = _resolve_sources(config.data.sources("eval"), "data.eval")

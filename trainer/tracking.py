@@ -19,8 +19,8 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
 from trainer.config import ReportConfig, TrainConfig
+from trainer.identity import replace_text
 from trainer.progress import Line
-from trainer.resume import replace_text
 
 STATE_FILE = "trackers.json"
 _MODULES = {

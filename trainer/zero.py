@@ -25,13 +25,13 @@ from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.network import build_model
 from trainer.optimizers import make_optimizer, make_schedule
+from trainer.saved import TAG
 from trainer.zero_settings import deepspeed_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _SHARED_MEMORY = Path("/dev/shm")
-_TAG = "state"
 
 
 def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
@@ -96,17 +96,18 @@ def _check_norm(norm: float, index: int) -> None:
 def save(engine: DeepSpeedEngine, folder: Path) -> None:
     """Write what is trained, the optimizer and the schedule into `folder`, on every worker at once;
     what is frozen comes from `model.path` again."""
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load(engine: DeepSpeedEngine, folder: Path) -> None:
     """Go on from what `save` wrote, on every worker at once. By pickle: only from trusted files."""
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
-        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_trained)
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load_trained)
     assert loaded is not None, "DeepSpeed did not find what it has saved"
 
 
-def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+def load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Put the weights that are trained, and buffers, into a network that has the frozen ones."""
     # Quantised weights are there in parts that belong to no parameter and fit no loaded layer.
     wanted = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     assert wanted <= src.keys(), "a checkpoint holds all that is trained"
