@@ -23,7 +23,6 @@ from trainer.config_file import load_config
 from trainer.run import resolve_paths, train
 from trainer.saved import SavedState, saved_states
 from trainer.storage import checkpoint_storage
-from trainer.training_log import TrainingLog
 
 # Many more than a worker takes while a signal is on its way.
 NUM_STEPS = 120
@@ -293,16 +292,3 @@ def test_a_relative_output_is_refused_inside_a_ray_job(base_model, data, tmp_pat
     config = load_config(None, overrides(settings(base_model, data, Path("outputs"))))
     with pytest.raises(ValueError, match="a Ray job's working directory is deleted"):
         resolve_paths(config)
-
-
-def test_a_log_goes_on_after_a_step(tmp_path: Path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = TrainingLog(path, 2)
-    log.write({"step": 3, "again": True})
-    log.close()
-    assert [json.loads(line) for line in path.open()] == [
-        {"step": 1},
-        {"step": 2},
-        {"step": 3, "again": True},
-    ]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,20 +64,6 @@ def test_killed_while_a_checkpoint_is_written_the_newest_complete_one_goes_on(
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(ours[name], weight), name
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of its own, of a few MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small filesystem needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(base_model, tmp_path, small_disk: Path):

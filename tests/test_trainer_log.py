@@ -1,0 +1,40 @@
+"""The log of a training: resumed, cut short by a kill, on a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from trainer.training_log import TrainingLog, read_log
+
+
+def test_a_log_goes_on_after_a_step(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = TrainingLog(path, 2)
+    log.write({"step": 3, "again": True})
+    log.close()
+    assert [json.loads(line) for line in path.open()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def test_a_log_waits_for_room_on_a_full_disk(small_disk: Path, capfd):
+    path = small_disk / "log.jsonl"
+    log = TrainingLog(path, 0)
+    log.write({"step": 1})
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**20)):
+            pass
+    long = "x" * 6000  # more than what is left of the page
+    log.write({"step": 2, "long": long})
+    log.write({"step": 3})
+    assert capfd.readouterr().err.count("its lines wait in memory") == 1
+    ballast.unlink()
+    log.write({"step": 4})
+    log.close()
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4]
