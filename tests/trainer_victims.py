@@ -85,7 +85,6 @@ def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, 
     said = sys.stdout
     sys.stdout = sys.stderr  # DeepSpeed prints
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # which DeepSpeed would import for seconds
-    import deepspeed.ops
     import numpy as np
     import torch
     from torch import distributed as dist
@@ -109,8 +108,6 @@ def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, 
     config = load_config(None, overrides(settings(Path(model), Path(), Path(directory), **changes)))
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    # Workers that die while DeepSpeed loads this leave a lock behind that the next ones wait for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     input()
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank,
                             world_size=NUM_WORKERS)  # fmt: skip

@@ -31,8 +31,6 @@ from trainer.zero_settings import deepspeed_config
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_SHARED_MEMORY = Path("/dev/shm")
-
 
 def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     """The engine around the network, with optimizer and schedule, on every worker at once."""
@@ -41,6 +39,9 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
         import deepspeed
 
+        # Its all-reduce for CPUs, which it would compile for a minute, leaves 66 MiB in /dev/shm
+        # behind every worker that is killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed()
         model = build_model(config, settings)
@@ -148,19 +149,10 @@ def release(engine: DeepSpeedEngine) -> None:
 
 
 def _sweep() -> None:
-    """Delete what killed workers left and nobody else deletes: 66 MiB each in /dev/shm, and the
-    lock of a compilation, for which every later worker would wait without end."""
+    """Delete locks of compilations that were killed: every later worker would wait without end."""
     if int(os.environ["LOCAL_RANK"]) == 0:
-        if _SHARED_MEMORY.is_dir():
-            left = set(_SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
-            for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
-                with contextlib.suppress(OSError):  # the process ended, or is not ours
-                    text = maps.read_text()
-                    left = {path for path in left if str(path) not in text}
-            for path in left:
-                path.unlink(missing_ok=True)
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-        for lock in Path(root).glob("**/deepspeed_*/lock"):
+        for lock in Path(root).glob("**/lock"):
             if not _is_open(lock):
                 lock.unlink(missing_ok=True)
     dist.barrier()  # no worker makes its own before the sweep is over
