@@ -18,6 +18,16 @@ from trainer.router_loss import router_loss
 
 PACKED = [family for family in FAMILIES if family not in ("gemma2", "bloom")]
 LOSS = load_config(None, [("data.train", "x")]).loss
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+        "original_max_position_embeddings": 32,
+    },
+    "original_max_position_embeddings": 32,
+}
 
 
 def comparisons(seed: int = 0, longest: int = 40) -> Comparisons:
@@ -111,14 +121,7 @@ def test_a_pass_without_sequences_moves_nothing() -> None:
 
 
 def test_sequences_on_both_sides_of_a_rope_border_make_two_batches_in_every_pass() -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 16,
-        "long_factor": [4.0] * 16,
-        "original_max_position_embeddings": 32,
-    }
-    engine = InOnePass("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    engine = InOnePass("phi3", **LONGROPE)
     passes = Passes(engine, "auto")  # type: ignore[arg-type]
     assert passes.packed
     sequences = [[7] * 10, [7] * 40, [7] * 20 + [8], [7] * 40 + [9]]
@@ -150,4 +153,21 @@ def test_a_gradient_that_is_not_finite_names_its_sequences() -> None:
     bad = model.bad_rows()
     assert bad is not None
     assert sequences_of([batch], bad) == [2]
+    with torch.no_grad():
+        model([batch])
     assert model.bad_rows() is None
+
+
+def test_it_names_them_in_a_pass_of_several_batches() -> None:
+    engine = InOnePass("phi3", **LONGROPE)
+    passes = Passes(engine, "auto")  # type: ignore[arg-type]
+    sequences = [[7] * 10, [8] * 40, [9] * 12]
+    batches = passes.plan(sequences)
+    assert len(batches) == 2
+    for number in range(3):
+        gradient = torch.zeros(3)
+        gradient[number] = float("inf")
+        passes.run(batches, 3).backward(gradient)
+        bad = engine.module.bad_rows()
+        assert bad is not None
+        assert sequences_of(batches, bad) == [number]

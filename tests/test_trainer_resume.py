@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,8 +83,11 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)  # until then they may store another one
+    assert not alive
     assert not (Path(config.output_dir) / "result.json").exists(), "it was too fast to interrupt"
     return out + err
 
@@ -100,7 +104,7 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     printed = [kill_after_step(start(config), config, EVERY, signal.SIGINT)]
     half = run_dir / "checkpoint_half"
     (half / "state").mkdir(parents=True)
-    (half / "manifest-rank0.json").write_text('{"step": 50, "num_workers": 2, "files": {}}')
+    (half / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
     last = states_of(config)[0].step
     printed.append(kill_after_step(start(config), config, last + EVERY, signal.SIGKILL))
     assert not half.exists()
@@ -128,7 +132,7 @@ def restarted(interrupted, base_model, data, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("restarted") / "run"
     config = config_for(base_model, data, output_dir, evaluation__asynchronous=True)
     ended = threading.Event()
-    killer = threading.Thread(target=kill_workers, args=(config, [EVERY, 3 * EVERY], ended))
+    killer = threading.Thread(target=kill, args=(config, [EVERY, 3 * EVERY, 4 * EVERY], ended))
     killer.start()
     try:
         train(config, say=lambda _: None)
@@ -138,18 +142,36 @@ def restarted(interrupted, base_model, data, tmp_path_factory) -> Path:
     return output_dir
 
 
-def kill_workers(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
-    """SIGKILL one of the workers as soon as a checkpoint of each of these steps is there."""
-    mine = psutil.Process()
-    for number, step in enumerate(steps):
+killed: list[str] = []
+
+
+def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
+    """SIGKILL the first worker, the second one and an evaluation, each as soon as a checkpoint of
+    its step is there."""
+    order = [("RayTrainWorker", 0), ("RayTrainWorker", 1), ("_measure", 0)]
+    for step, (name, number) in zip(steps, order, strict=True):
         while not any(state.step >= step for state in states_of(config)):
             if ended.wait(0.02):
                 return
-        workers = [p for p in mine.children(recursive=True) if "TrainWorker" in p.name()]
-        workers[number % len(workers)].kill()
+        while len(found := named(name)) <= number:
+            if ended.wait(0.02):
+                return
+        found[number].kill()
+        killed.append(name)
+
+
+def named(name: str) -> list[psutil.Process]:
+    """The processes of this session's cluster whose task or actor is called so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
 
 
 def test_a_killed_worker_changes_nothing(restarted, interrupted):
+    assert killed == ["RayTrainWorker", "RayTrainWorker", "_measure"]
     whole = interrupted[1]
     ours = load_file(restarted / "export" / "model.safetensors")
     for name, weight in load_file(whole / "export" / "model.safetensors").items():
@@ -208,8 +230,8 @@ def test_it_is_told_in_plain_words(interrupted):
     first, _, last = interrupted[2]
     assert "interrupted; the same command goes on from the last checkpoint" in first
     assert "Traceback" not in first
-    assert "is damaged: state/mp_rank_00_model_states.pt does not have the sha256" in last
-    assert "is taken." in last
+    assert "(state/mp_rank_00_model_states.pt does not have the sha256 of its manifest)" in last
+    assert "is taken, they are deleted" in last
     assert "going on after step" in last
     assert "the reward model is in" in last
 

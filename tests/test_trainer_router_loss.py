@@ -7,9 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from reward_actor.extract import RewardModel
+from trainer.forward import TrainedModel
 from trainer.router_loss import router_loss
 
 LAYERS, EXPERTS = 3, 5
@@ -96,3 +99,42 @@ def test_extreme_logits_give_a_finite_float32_loss(dtype):
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(3)
     assert layer.grad.isfinite().all()
+
+
+SIZES = {
+    "jamba": {
+        "num_experts": 4,
+        "mamba_d_state": 4,
+        **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+        **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
+    },
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_networks_routers_are_those_that_transformers_records(kind: str) -> None:
+    """They are marked by the name of a layer, in a list, and by a class alone."""
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts_per_tok=2,
+        vocab_size=100,
+        pad_token_id=0,
+        **SIZES[kind],
+    )
+    config.num_labels = 1
+    network = AutoModelForSequenceClassification.from_config(config)
+    routers = TrainedModel(RewardModel(network)).routers
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = network.model(input_ids=ids, output_router_logits=True).router_logits
+    ours = list(routers.logits)
+    assert routers.found
+    assert len(ours) == len(theirs) > 0
+    for mine, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from pyarrow import fs
 from trainer_runs import overrides, settings
@@ -15,8 +16,22 @@ from reward_actor.contract import sha256_file
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 from trainer.identity import IDENTITY_FILE, check_identity, identity
-from trainer.saved import SavedState, fetched, is_read_by, saved_states, stored_files, tidy
+from trainer.run import _stored_steps
+from trainer.saved import (
+    Problem,
+    SavedState,
+    Survey,
+    delete,
+    fetched,
+    manifest_name,
+    new_folder,
+    saved_states,
+    survey,
+    tidy,
+    write_manifest,
+)
 from trainer.storage import Storage, checkpoint_storage
+from trainer.training_log import TrainingLog
 
 
 def remote(directory: Path) -> Storage:
@@ -36,7 +51,7 @@ def store(
     storage: Storage, step: int, directory: Path, *, workers: int = 2, without: str = ""
 ) -> SavedState:
     """A checkpoint as a training stores it, but for the file or manifest `without`."""
-    folder = f"checkpoint_{step:08d}"
+    folder = new_folder(step, "mark")
     directory.mkdir(exist_ok=True)
     for rank in range(workers):
         files = {}
@@ -49,7 +64,7 @@ def store(
                 files[name] = (storage.upload(source, f"{folder}/{name}"), source.stat().st_size)
         if without != f"manifest-rank{rank}.json":
             manifest = {"step": step, "num_workers": workers, "num_failed": 0, "files": files}
-            storage.write_json(f"{folder}/manifest-rank{rank}.json", manifest)
+            write_manifest(storage, folder, rank, manifest)
     return SavedState(folder, step, workers, 0)
 
 
@@ -59,79 +74,134 @@ def test_complete_checkpoints_are_listed_newest_first(storage, tmp_path: Path):
 
 
 def test_there_is_nothing_in_a_storage_that_does_not_exist(storage):
-    assert saved_states(storage) == []
-    assert tidy(storage) == []
+    assert survey(storage) == tidy(storage) == Survey([], {}, [])
 
 
-@pytest.mark.parametrize(
-    "without", ["state/zero_pp_rank_1_states.pt", "manifest-rank0.json", "manifest-rank1.json"]
-)
-def test_an_incomplete_checkpoint_is_never_chosen_and_tidied_away(
+@pytest.mark.parametrize("without", ["manifest-rank0.json", "manifest-rank1.json"])
+def test_an_unfinished_checkpoint_is_never_chosen_and_tidied_away(
     storage, tmp_path: Path, without: str
 ):
     whole = store(storage, 1, tmp_path / "source")
-    store(storage, 2, tmp_path / "source", without=without)
-    assert saved_states(storage) == [whole]
-    assert tidy(storage) == [whole]
+    half = store(storage, 2, tmp_path / "source", without=without)
+    assert tidy(storage) == Survey([whole], {}, [half.folder])
     assert storage.folders() == [whole.folder]
 
 
-def test_a_file_cut_short_makes_a_checkpoint_incomplete(storage, tmp_path: Path):
+def test_a_half_deleted_checkpoint_is_unfinished(storage, tmp_path: Path, monkeypatch):
+    whole, old = (store(storage, step, tmp_path / "source") for step in (2, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", lambda *_: None)  # killed before it
+        delete(storage, old.folder)
+    assert survey(storage) == Survey([whole], {}, [old.folder])
+
+
+def test_what_is_no_checkpoint_is_left_alone(storage, tmp_path: Path):
+    (tmp_path / "mine").write_text("notes")
+    storage.upload(tmp_path / "mine", "[x/manifest-rank0.json")
+    assert tidy(storage) == Survey([], {}, [])
+    assert storage.folders() == ["[x"]
+
+
+@pytest.mark.parametrize("without", ["state/zero_pp_rank_1_states.pt", "state/common.pt"])
+def test_a_lost_file_makes_a_checkpoint_damaged(storage, tmp_path: Path, without: str):
+    whole = store(storage, 1, tmp_path / "source")
+    lost = store(storage, 2, tmp_path / "source", without=without)
+    damaged = {lost.folder: f"{without} is missing or was cut short"}
+    assert tidy(storage) == Survey([whole], damaged, [])
+    assert sorted(storage.folders()) == [whole.folder, lost.folder]
+
+
+def test_a_file_cut_short_makes_a_checkpoint_damaged(storage, tmp_path: Path):
     state = store(storage, 1, tmp_path / "source")
-    with storage.filesystem.open_output_stream(
-        storage.path(f"{state.folder}/state/common.pt")
-    ) as f:
-        f.write(b"1 state/common.pt ")
-    assert saved_states(storage) == []
+    write(storage, f"{state.folder}/state/common.pt", b"1 state/common.pt ")
+    assert survey(storage).damaged == {state.folder: "state/common.pt is missing or was cut short"}
 
 
+def write(storage: Storage, name: str, data: bytes) -> None:
+    with storage.filesystem.open_output_stream(storage.path(name)) as file:
+        file.write(data)
+
+
+def read(storage: Storage, name: str) -> bytes:
+    with storage.filesystem.open_input_stream(storage.path(name)) as file:
+        return bytes(file.read())
+
+
+@settings_(max_examples=30, deadline=None)
 @given(kept=st.floats(0, 1, exclude_max=True))
-def test_a_manifest_cut_short_anywhere_makes_a_checkpoint_incomplete(tmp_path_factory, kept: float):
+def test_a_manifest_cut_short_anywhere_makes_a_checkpoint_damaged(tmp_path_factory, kept: float):
     root = tmp_path_factory.mktemp("cut")
     storage = Storage.at(str(root / "disk"))
     state = store(storage, 1, root / "source")
     manifest = Path(storage.path(state.folder)) / "manifest-rank1.json"
     text = manifest.read_bytes().rstrip()
     manifest.write_bytes(text[: int(kept * len(text))])
-    assert saved_states(storage) == []
+    found = survey(storage)
+    assert not found.states
+    assert list(found.damaged) == [state.folder]
+
+
+@settings_(max_examples=30, deadline=None)
+@given(place=st.integers(0), bit=st.integers(0, 7))
+def test_a_flipped_bit_of_a_manifest_is_damage_or_means_the_same(
+    tmp_path_factory, place: int, bit: int
+):
+    root = tmp_path_factory.mktemp("flipped")
+    storage = Storage.at(str(root / "disk"))
+    state = store(storage, 40, root / "source")
+    name = f"{state.folder}/{manifest_name(0)}"
+    data = bytearray(read(storage, name))
+    data[place % len(data)] ^= 1 << bit
+    write(storage, name, bytes(data))
+    found = survey(storage)
+    assert found.states == [state] or list(found.damaged) == [state.folder]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_fetches_what_it_reads(storage, tmp_path: Path, rank: int):
     state = store(storage, 7, tmp_path / "source")
-    files = stored_files(storage, state, range(2))
-    mine = {name: digest for name, digest in files.items() if is_read_by(rank, name)}
-    assert sorted(mine) == ["state/common.pt", f"state/zero_pp_rank_{rank}_states.pt"]
-    with fetched(storage, state, mine, tmp_path) as (place, problem):
+    with fetched(storage, state, rank, tmp_path) as (place, problem):
         assert problem is None
-        for name, digest in mine.items():
-            assert sha256_file(place / name) == digest
-        found = {path.name for path in place.rglob("*.pt")}
+        found = {path.relative_to(place).as_posix() for path in place.rglob("*.pt")}
+    mine = {"state/common.pt", f"state/zero_pp_rank_{rank}_states.pt"}
+    assert mine <= found
     if not storage.is_local:
-        assert found == {Path(name).name for name in mine}
+        assert mine == found
         assert not place.exists()
 
 
 def test_a_flipped_byte_is_found_and_named(storage, tmp_path: Path):
     state = store(storage, 7, tmp_path / "source")
     name = f"{state.folder}/state/common.pt"
-    with storage.filesystem.open_input_stream(storage.path(name)) as file:
-        data = bytearray(file.read())
+    data = bytearray(read(storage, name))
     data[len(data) // 2] ^= 1
-    with storage.filesystem.open_output_stream(storage.path(name)) as file:
-        file.write(bytes(data))
+    write(storage, name, bytes(data))
     assert saved_states(storage) == [state], "its size is right"
-    with fetched(storage, state, stored_files(storage, state, [0]), tmp_path) as (_, problem):
-        assert problem == "state/common.pt does not have the sha256 that its manifest says"
+    for rank in (None, 0):
+        with fetched(storage, state, rank, tmp_path) as (_, problem):
+            text = "state/common.pt does not have the sha256 of its manifest"
+            assert problem == Problem(text, is_damage=True)
 
 
 def test_a_file_that_is_gone_by_then_is_damage(storage, tmp_path: Path):
     state = store(storage, 7, tmp_path / "source")
-    files = stored_files(storage, state, [0])
     storage.filesystem.delete_file(storage.path(f"{state.folder}/state/common.pt"))
-    with fetched(storage, state, files, tmp_path) as (_, problem):
+    with fetched(storage, state, 0, tmp_path) as (_, problem):
+        assert problem == Problem("state/common.pt is missing", is_damage=True)
+
+
+def test_a_storage_out_of_reach_is_no_damage(storage, tmp_path: Path, monkeypatch):
+    state = store(storage, 7, tmp_path / "source")
+
+    def unplugged(*_: object) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(Storage, "sha256", unplugged)
+    monkeypatch.setattr(Storage, "download", unplugged)
+    with fetched(storage, state, 0, tmp_path) as (_, problem):
         assert problem is not None
-        assert problem.startswith("state/common.pt cannot be read")
+        assert not problem.is_damage
+        assert "cannot be read: Input/output error" in problem.text
 
 
 def config_for(output_dir: Path, **changes: str) -> TrainConfig:
@@ -175,3 +245,33 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path):
     config = config_for(tmp_path / "rm", checkpoint__storage_path=str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"checkpoint.storage_path: .* cannot be used"):
         check_identity(config, identity(config, "model", "data"))
+
+
+def test_a_damaged_note_about_the_run_is_no_empty_place(tmp_path: Path):
+    config = config_for(tmp_path / "rm")
+    mine = identity(config, "model", "data")
+    check_identity(config, mine)
+    note = tmp_path / "rm" / IDENTITY_FILE
+    note.write_text(note.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"output_dir: .*run.json is damaged.*nobody can tell"):
+        check_identity(config, mine)
+
+
+def run_with(tmp_path: Path, steps: int) -> TrainConfig:
+    """One that has logged so many steps, with a checkpoint every 20, and none is there."""
+    config = config_for(tmp_path / "rm", checkpoint__every_steps="20")
+    (tmp_path / "rm").mkdir()
+    log = TrainingLog(tmp_path / "rm" / "training_log.jsonl", 0)
+    for step in range(steps):
+        log.write({"step": step + 1})
+    log.close()
+    return config
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path):
+    assert _stored_steps(run_with(tmp_path, 40)) == 0
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has 41 steps, but there is no checkpoint in .*mounted"):
+        _stored_steps(run_with(tmp_path, 41))

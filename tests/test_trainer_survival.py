@@ -13,7 +13,7 @@ import torch
 from trainer_victims import Victims
 
 from reward_actor.contract import sha256_file
-from trainer.saved import saved_states
+from trainer.saved import saved_states, survey
 from trainer.storage import Storage
 
 
@@ -23,40 +23,46 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "zero_stage"),
+    ("num_kills", "zero_stage", "is_remote"),
     [
-        pytest.param(3, 2, id="3"),
-        pytest.param(20, 3, id="20", marks=pytest.mark.long),
+        pytest.param(3, 2, True, id="3"),
+        pytest.param(20, 3, False, id="20", marks=pytest.mark.long),
     ],
 )
 def test_killed_while_a_checkpoint_is_written_the_newest_complete_one_goes_on(
-    base_model, tmp_path: Path, num_kills: int, zero_stage: int
+    base_model, tmp_path: Path, num_kills: int, zero_stage: int, is_remote: bool
 ):
     rng = random.Random(num_kills)
     changes = {"distributed__zero_stage": zero_stage}
     storage = Storage.at(str(tmp_path / "killed" / "checkpoints"))
-    waiting = Victims(base_model, tmp_path / "killed", changes)
+
+    def victims_in(name: str, last: int = 10_000) -> Victims:
+        return Victims(base_model, tmp_path / name, changes, last, is_remote=is_remote)
+
+    waiting = victims_in("killed")
     newest, seen_half_written = 0, 0
     for _ in range(num_kills):
-        victims, waiting = waiting, Victims(base_model, tmp_path / "killed", changes)
+        victims, waiting = waiting, victims_in("killed")
         victims.go()
         assert victims.heard()["step"] == newest, "it goes on from the newest complete one"
         while victims.heard()["step"] < newest + 2:  # one was stored, the next is on its way
             pass
         there = set(os.listdir(storage.root))
+        deadline = time.monotonic() + 60
         while set(os.listdir(storage.root)) <= there:  # until another one is begun
-            pass
+            assert time.monotonic() < deadline
         time.sleep(rng.random() * 0.02)
         victims.kill()
-        states = saved_states(storage)
-        assert states[0].step > newest
-        newest = states[0].step
-        seen_half_written += len(storage.folders()) - len(states)
+        found = survey(storage)
+        assert found.states[0].step > newest
+        assert not found.damaged
+        newest = found.states[0].step
+        seen_half_written += len(found.unfinished)
     waiting.kill()
     print(f"{num_kills} kills left {seen_half_written} checkpoints half-written")
     assert seen_half_written or num_kills < 20
     last = newest + 2
-    final = [Victims(base_model, tmp_path / name, changes, last) for name in ("killed", "alone")]
+    final = [victims_in(name, last) for name in ("killed", "alone")]
     for victims in final:
         victims.go()
         victims.finish()
@@ -66,8 +72,11 @@ def test_killed_while_a_checkpoint_is_written_the_newest_complete_one_goes_on(
         assert torch.equal(ours[name], weight), name
 
 
-def test_a_full_disk_costs_a_checkpoint_and_nothing_else(base_model, tmp_path, small_disk: Path):
-    changes = {"checkpoint__storage_path": small_disk, "checkpoint__asynchronous": False}
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
+    base_model, tmp_path, small_disk: Path, asynchronous: bool
+):
+    changes = {"checkpoint__storage_path": small_disk, "checkpoint__asynchronous": asynchronous}
     told = {key: str(value) for key, value in changes.items()}
     victims = Victims(base_model, tmp_path / "run", told, last=5, paced=True)
     storage = Storage.at(str(small_disk), "run")

@@ -114,8 +114,8 @@ def unquantised(network: nn.Module) -> dict[str, Tensor]:
 def exported(weights: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
     """The whole weights as one plain network with one head, by its own names.
 
-    Adapters are merged in float32 and rounded once, and several heads folded by their weights: the
-    reward stays the same.
+    Adapters are merged in float32 and several heads folded by their weights: the same reward, but
+    for the rounding of the sums to `model.dtype`.
     """
     merged = _merged(weights, config)
     attribute_weights = list(config.loss.attributes.values())

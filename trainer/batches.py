@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,15 @@ def global_batch(
     resume without any saved state.
     """
     epoch, index = divmod(step, steps_per_epoch(num_comparisons, global_batch_pairs))
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_comparisons)
+    order = _order(num_comparisons, seed, epoch)
     return order[index * global_batch_pairs : (index + 1) * global_batch_pairs]
+
+
+@lru_cache(maxsize=1)  # seconds for ten million, and every step of an epoch asks for it
+def _order(num_comparisons: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_comparisons)
+    order.flags.writeable = False
+    return order
 
 
 def forest_passes(costs: Sequence[int], max_tokens: int, num_workers: int) -> list[Passes]:

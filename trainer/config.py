@@ -248,8 +248,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
-        for complaint in self._misfits():
-            raise ValueError(complaint)
+        if complaints := self._misfits():
+            raise ValueError("; ".join(complaints))
         return self
 
     def _misfits(self) -> list[str]:
@@ -282,8 +282,7 @@ class TrainConfig(Section):
                 f"distributed.offload_optimizer works with optimizer.name adamw, not "
                 f"{self.optimizer.name}"
             )
-        if self.evaluation.patience and not self.evaluation.every_steps:
-            wrong.append("evaluation.patience needs evaluation.every_steps")
-        if self.evaluation.keep_best and not self.evaluation.every_steps:
-            wrong.append("evaluation.keep_best needs evaluation.every_steps")
+        for name in ("patience", "keep_best", "asynchronous"):
+            if getattr(self.evaluation, name) and not self.evaluation.every_steps:
+                wrong.append(f"evaluation.{name} needs evaluation.every_steps")
         return wrong

@@ -7,6 +7,7 @@ are shared), A outputs of the head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from reward_actor.paths import Batch, ForestPath, PaddedPath, Path
 from reward_actor.probe import Probe
 from reward_actor.rope import LengthClasses
+from trainer.ranks import from_all
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -43,6 +45,7 @@ class TrainedModel(nn.Module):
         """Batches of S sequences together -> (S,) or (S, A) float32 raw scores in the sequences'
         order; with `hidden` the (S, H) last hidden states that the head would read."""
         self.routers.logits.clear()
+        self._bad_rows = []
         pooled = [batch.pooled() for batch in batches]
         outputs = pooled if hidden else [self.model.head(rows).squeeze(-1) for rows in pooled]
         order = np.argsort(np.concatenate([batch.indices for batch in batches]))
@@ -52,16 +55,19 @@ class TrainedModel(nn.Module):
     def _watch_gradient(self, _module: nn.Module, _inputs: Any, embedded: Tensor) -> None:
         # What is not finite anywhere in the network's gradient comes down to the embeddings.
         if embedded.requires_grad:
-            embedded.register_hook(
-                lambda gradient: self._bad_rows.append(
-                    ~torch.isfinite(gradient.detach()).flatten(0, -2).all(dim=-1)
-                )
-            )
+            seen, number = self._bad_rows, len(self._bad_rows)
+            seen.append(torch.zeros(embedded[..., 0].numel(), dtype=torch.bool))
+
+            def look(gradient: Tensor) -> None:  # the last batch's comes first
+                seen[number] = ~torch.isfinite(gradient.detach()).flatten(0, -2).all(dim=-1)
+
+            embedded.register_hook(look)
 
     def bad_rows(self) -> NDArray[np.bool_] | None:
-        """(R,) which rows' gradients of the last pass are not finite; None if it had none."""
-        seen, self._bad_rows = self._bad_rows, []
-        return torch.cat(seen).cpu().numpy() if seen else None
+        """(R,) which rows' gradients of the last pass are not finite; None where none come down to
+        the embeddings, because they are frozen."""
+        bad = [rows.cpu().numpy() for rows in self._bad_rows]
+        return np.concatenate(bad) if bad else None
 
 
 class _Recorded:
@@ -69,22 +75,24 @@ class _Recorded:
 
     def __init__(self, model: RewardModel) -> None:
         self.logits: list[Tensor] = []
-        recorder = (getattr(model.backbone, "_can_record_outputs", None) or {}).get("router_logits")
-        self._index = getattr(recorder, "index", 0)
-        kind = getattr(recorder, "target_class", None)
-        config = model.network.config.get_text_config()
         self.found = False
+        config = model.network.config.get_text_config()
         self.top_k: int = getattr(config, "num_experts_per_tok", 0) or 0
         self.coefficient: float = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
-        if kind is not None:
-            for module in model.backbone.modules():
-                if isinstance(module, kind):
+        known = (getattr(model.backbone, "_can_record_outputs", None) or {}).get("router_logits")
+        for recorder in known if isinstance(known, list) else [known] if known else []:
+            # A bare class, whose output is a tuple, or one with a place in it and a layer's name.
+            kind: Any = getattr(recorder, "target_class", recorder)
+            layer = getattr(recorder, "layer_name", None)
+            for name, module in model.backbone.named_modules():
+                if isinstance(module, kind) and (layer is None or f".{layer}." in f".{name}."):
                     self.found = True
-                    module.register_forward_hook(self._record)
+                    place = getattr(recorder, "index", 1)
+                    module.register_forward_hook(partial(self._record, place))
 
-    def _record(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+    def _record(self, index: int, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
         if torch.is_grad_enabled():
-            self.logits.append(outputs[self._index] if isinstance(outputs, tuple) else outputs)
+            self.logits.append(outputs[index] if isinstance(outputs, tuple) else outputs)
 
 
 class Passes:
@@ -103,7 +111,8 @@ class Passes:
         self.why_padded: str | None = "training.packing is padded"
         if packing != "padded":
             probe = Probe(model, self._classes, _UNLIMITED, self._hidden)
-            self.why_padded = probe.fault(forest)
+            faults = from_all(probe.fault(forest))  # the same way on all, or they would not meet
+            self.why_padded = next((fault for fault in faults if fault is not None), None)
         if packing == "forest" and self.why_padded is not None:
             raise ValueError(
                 f"training.packing: this network cannot be packed ({self.why_padded}); use auto"

@@ -50,7 +50,12 @@ def check_identity(config: TrainConfig, current: Mapping[str, Any]) -> None:
 
 
 def _claim(setting: str, place: Storage, current: Mapping[str, Any]) -> None:
-    before = place.read_json(IDENTITY_FILE)
+    try:
+        before = place.read_json(IDENTITY_FILE)
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}: nobody can tell which run this is") from None
     if before is None:
         place.make()
         place.write_json(IDENTITY_FILE, dict(current))

@@ -63,7 +63,8 @@ def launch(
     )
     try:
         gpus = capacity("GPU")
-        use_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus >= num_places)
+        enough = gpus >= settings.num_workers
+        use_gpu = settings.device == "cuda" or (settings.device == "auto" and enough)
         bundle = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         require_resources([bundle] * num_places)
         say(
@@ -71,7 +72,8 @@ def launch(
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
         job = loop.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
-        with tempfile.TemporaryDirectory(prefix="rayward-ray-") as ray_dir:
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
+        with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
             return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say)
     finally:
         if not was_connected:
@@ -100,8 +102,8 @@ def _fit(
         ),
         run_config=run_config(
             name="train",
-            # Ray's notes about the run. Nothing is read from them, and a disk that is full where
-            # the checkpoints lie would end the training when Ray cannot write them.
+            # Ray's notes about the run, from which nothing is read: a training ends when Ray cannot
+            # write them.
             storage_path=ray_dir,
             failure_config=ray.train.FailureConfig(max_failures=config.distributed.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -142,7 +144,7 @@ def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
 def _validation(job: loop.Job, bundle: dict[str, float]) -> ray.train.ValidationConfig:
     resources = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0)}
     return ray.train.ValidationConfig(
-        fn=Validator(job.config, job.data), ray_remote_kwargs=resources
+        fn=Validator(job.config, job.data, resources), ray_remote_kwargs={"num_cpus": 0}
     )
 
 

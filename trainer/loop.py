@@ -16,18 +16,18 @@ from typing import Any
 
 import ray
 import torch
-from torch import distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from reward_actor.contract import ScoringContract
 from trainer import finish, zero
 from trainer.config import TrainConfig
 from trainer.prepare import TrainingData
+from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
 from trainer.selection import Selection
 from trainer.step import Trainer
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
-from trainer.validation import Validations
+from trainer.validation import MAX_PENDING, Validations
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def train(job: Job) -> dict[str, Any]:
     trainer = Trainer(zero.initialize(config, job.num_steps), config, ray.get(job.data))
     checkpoints = Checkpoints(trainer.engine, config)
     start = checkpoints.restore()
-    log = TrainingLog(output_dir / LOG_FILE, start) if _is_first() else None
-    evaluations = TrainingLog(output_dir / EVALUATIONS_FILE, start) if _is_first() else None
+    log = TrainingLog(output_dir / LOG_FILE, start) if is_first() else None
+    evaluations = TrainingLog(output_dir / EVALUATIONS_FILE, start) if is_first() else None
     before = _lines(output_dir / EVALUATIONS_FILE, start)
     selection = Selection(evaluation, before)
     validations = None
@@ -65,34 +65,39 @@ def train(job: Job) -> dict[str, Any]:
             is_best = selection.add(at, result)
             if evaluations is not None:
                 evaluations.write({"step": at, **result})
-        best = {selection.best_step} if evaluation.keep_best and selection.best_step else set()
-        checkpoints.keep = best | (validations.steps if validations else set())
+            if is_best and evaluation.keep_best and validations is not None:
+                checkpoints.best = at
+        checkpoints.also_keep = validations.steps if validations is not None else set()
         return is_best
 
+    if evaluation.keep_best:
+        checkpoints.best = selection.best_of(state.step for state in checkpoints.stored().states)
     step = start
     while step < job.num_steps and not selection.is_exhausted:
         metrics = trainer.step(step)
         step += 1
+        is_last = step == job.num_steps
         is_due = bool(evaluation.every_steps and step % evaluation.every_steps == 0)
-        if validations is None:
-            is_kept = select([(step, finish.evaluate_heldout(trainer))] if is_due else [])
-            is_kept &= evaluation.keep_best
-        else:
+        is_due |= is_last and evaluation.keep_best
+        is_best = False
+        if validations is not None:
             if is_due:
                 validations.want(step)
-            select(validations.results())
-            is_kept = is_due
+            select(validations.wait(at_most=MAX_PENDING))
+        elif is_due:
+            is_best = select([(step, finish.evaluate_heldout(trainer))]) and evaluation.keep_best
         if log is not None:
             log.write(metrics)
-        is_last = step == job.num_steps or selection.is_exhausted
-        if step % checkpoint.every_steps == 0 or is_last or is_kept:
-            checkpoints.save(step)
+        is_last |= selection.is_exhausted
+        is_wanted = is_best or (is_due and validations is not None)
+        if step % checkpoint.every_steps == 0 or is_last or is_wanted:
+            checkpoints.save(step, is_best)
         checkpoints.poll()
     checkpoints.wait()
     if validations is not None:
-        select(validations.results(wait=True))
-    if evaluation.keep_best and selection.best_step not in (None, step):
-        step = checkpoints.restore(selection.best_step) or step  # it may not have been stored
+        select(validations.wait())
+    if evaluation.keep_best and selection.best_step != step and checkpoints.best is not None:
+        step = checkpoints.restore(checkpoints.best) or step
     checkpoints.close()
     for file in (log, evaluations):
         if file is not None:
@@ -103,14 +108,9 @@ def train(job: Job) -> dict[str, Any]:
 
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines of a log up to `step`, which the first worker reads, on every worker."""
-    lines = [line for line in read_log(path) if line["step"] <= step] if _is_first() else []
-    shared: list[Any] = [lines]
-    dist.broadcast_object_list(shared, src=0)
-    return list(shared[0])
-
-
-def _is_first() -> bool:
-    return dist.get_rank() == 0
+    return from_first(
+        [line for line in read_log(path) if line["step"] <= step] if is_first() else []
+    )
 
 
 def _prepare_process(cpus: float) -> None:

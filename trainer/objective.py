@@ -149,7 +149,7 @@ def _pair_losses(
         of_ties = rao_kupper if config.ties == "rao_kupper" else davidson
         return of_ties(chosen, rejected, tied, config.tie_parameter, margin, smoothing)
     of_pairs = log_exp if config.kind == "log_exp" else bradley_terry
-    # Only an evaluation meets a tie here. Its model knows none, so that the tie is a toss-up.
+    # A model that knows no ties sees a toss-up in one. Training sets with ties never come here.
     toss_up = bradley_terry(chosen, rejected, label_smoothing=0.5)
     return torch.where(tied, toss_up, of_pairs(chosen, rejected, margin, smoothing))
 

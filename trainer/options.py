@@ -63,6 +63,8 @@ def _shown(value: Any) -> str:
 
 def _metavar(field: FieldInfo) -> str:
     annotation = field.annotation
+    if getattr(annotation, "__origin__", None) is dict:
+        return "YAML"
     if getattr(annotation, "__origin__", None) is Literal:
         return "|".join(annotation.__args__)  # type: ignore[union-attr]
     for kind, shown in ((bool, "BOOL"), (int, "INT"), (float, "FLOAT")):

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,17 @@ from torch import distributed as dist
 
 from trainer import zero
 from trainer.errors import TrainingError
+from trainer.ranks import from_all, from_first, is_first
 from trainer.saved import (
     TAG,
     SavedState,
+    Survey,
+    delete,
     fetched,
-    is_read_by,
-    manifest_name,
+    new_folder,
     saved_states,
-    stored_files,
     tidy,
+    write_manifest,
 )
 from trainer.storage import StorageError, checkpoint_storage
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
 _STAGING = "rayward-checkpoint-"
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
 
 @dataclass
@@ -50,15 +54,17 @@ class _Upload:
 
     folder: str
     step: int
+    is_best: bool
     outcome: Future[str | None]
 
 
 class Checkpoints:
     """The checkpoints of a run. Every method is called by all workers at once.
 
-    keep        steps whose checkpoints are not deleted, besides the newest ones
+    best        the step of the best one that is stored; it is not deleted
+    also_keep   steps whose checkpoints are not deleted either
     num_failed  how many could not be stored
-    on_stored   called on every worker when a checkpoint is complete in the storage
+    on_settled  called on every worker when one is in the storage, or could not be stored (None)
     """
 
     def __init__(self, engine: DeepSpeedEngine, config: TrainConfig) -> None:
@@ -68,105 +74,137 @@ class Checkpoints:
         self._staging = _make_staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: _Upload | None = None
-        self.keep: set[int] = set()
+        self.best: int | None = None
+        self.also_keep: set[int] = set()
         self.num_failed = 0
-        self.on_stored: Callable[[SavedState], None] = lambda _: None
+        self.on_settled: Callable[[int, SavedState | None], None] = lambda *_: None
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, is_best: bool = False) -> None:
         """Take a snapshot and store it: in the background if `checkpoint.asynchronous`, one at a
         time. A checkpoint that cannot be stored is told and counted, and nothing else."""
         self.wait()
-        name = f"checkpoint_{step:08d}_{uuid.uuid4().hex[:8]}"
-        folder: str = _from_first(name, self._engine)
+        folder = from_first(new_folder(step, uuid.uuid4().hex[:8]))
         shutil.rmtree(self._staging / TAG, ignore_errors=True)
         with _collected_errors(self._engine) as errors:
             zero.save(self._engine, self._staging)
         outcome = self._thread.submit(
             self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
         )
-        self._in_flight = _Upload(folder, step, outcome)
+        self._in_flight = _Upload(folder, step, is_best, outcome)
         if not self._settings.asynchronous:
             self.wait()
 
-    def poll(self) -> None:
-        """Settle a checkpoint whose storing has ended. Meant to be called after every step."""
-        if self._in_flight is not None:
-            done = torch.tensor(int(self._in_flight.outcome.done()), device=self._engine.device)
-            dist.all_reduce(done, op=dist.ReduceOp.MIN)
-            if done:
-                self.wait()
+    def poll(self) -> bool:
+        """Settle a checkpoint whose storing has ended; whether none is on its way any more. Meant
+        to be called after every step."""
+        upload = self._in_flight
+        if upload is None:
+            return True
+        done = torch.tensor(int(upload.outcome.done()), device=self._engine.device)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        if not done:
+            return False
+        self._in_flight = None
+        self._settle(upload)
+        return True
 
     def wait(self) -> None:
         """Return when no checkpoint is on its way any more."""
-        upload, self._in_flight = self._in_flight, None
-        if upload is None:
-            return
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, upload.outcome.result())
+        pause = _SHORTEST_PAUSE_S
+        while not self.poll():  # never silent for long: others' collectives would time out
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _settle(self, upload: _Upload) -> None:
+        outcomes = from_all(upload.outcome.result())
         shutil.rmtree(self._staging / TAG, ignore_errors=True)
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
-        if problems:
+        problem = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text)
+        if not problem:
+            problem = from_first(self._check_stored(upload.folder) if is_first() else "")
+        state = None
+        if problem:
             self.num_failed += 1
             self._say(
                 f"the checkpoint of step {upload.step} could not be stored in "
-                f"{self._storage.root} ({'; '.join(problems)}); training goes on, and the ones "
-                f"before it are untouched. {self.num_failed} failed so far."
+                f"{self._storage.root} ({problem}); training goes on, and the ones before it are "
+                f"untouched. {self.num_failed} failed so far."
             )
-            if dist.get_rank() == 0:
-                self._try(lambda: self._storage.delete(upload.folder))
-            return
-        if dist.get_rank() == 0:
-            self._try(self._delete_old)
-        self.on_stored(
-            SavedState(upload.folder, upload.step, dist.get_world_size(), self.num_failed)
-        )
+            if is_first():
+                self._try(lambda: delete(self._storage, upload.folder))
+        else:
+            if upload.is_best:
+                self.best = upload.step
+            if is_first():
+                self._try(self._delete_old)
+            state = SavedState(upload.folder, upload.step, dist.get_world_size(), self.num_failed)
+        self.on_settled(upload.step, state)
+
+    def _check_stored(self, folder: str) -> str:
+        """Why a checkpoint that every worker has stored is not there in full; empty if it is."""
+        try:
+            if any(state.folder == folder for state in saved_states(self._storage)):
+                return ""
+        except StorageError as error:
+            return f"it cannot be read again: {error}"
+        return "what other workers have stored is not there: it is no storage that all nodes share"
 
     def restore(self, step: int | None = None) -> int:
         """Load the newest checkpoint that is whole on every worker; the steps it has done.
 
-        0 without a checkpoint. A damaged one is passed over for the one before it, loudly. With
-        `step` only the one of that step will do: 0, loudly, without it. Raises TrainingError if
-        there are checkpoints and all are damaged.
+        0 without a checkpoint. A damaged one is passed over for the one before it, loudly, and then
+        deleted. With `step` only the one of that step will do: 0, loudly, without it. Raises
+        TrainingError if there are checkpoints and all are damaged, and OSError if the storage
+        cannot be read.
         """
         self.wait()
         found = self.stored()
-        wanted = [state for state in found if step in (None, state.step)]
-        for number, state in enumerate(wanted):
-            with fetched(self._storage, state, self._files(state), self._staging) as (
-                place,
-                problem,
-            ):
-                problems: list[Any] = [None] * dist.get_world_size()
-                dist.all_gather_object(problems, problem)
-                if not any(problems):
+        damaged = dict(found.damaged)
+        chosen: SavedState | None = None
+        for state in found.states:
+            if step not in (None, state.step):
+                continue
+            with fetched(self._storage, state, dist.get_rank(), self._staging) as (place, problem):
+                problems = [problem for problem in from_all(problem) if problem is not None]
+                unreadable = [problem.text for problem in problems if not problem.is_damage]
+                if unreadable:
+                    raise OSError(f"{self._storage.root}: {state.folder}: {unreadable[0]}")
+                if not problems:
                     zero.load(self._engine, place)
-                    self.num_failed = max(self.num_failed, state.num_failed)
-                    return state.step
-            left = wanted[number + 1 :]
-            self._say(
-                f"the checkpoint of step {state.step} is damaged: "
-                f"{'; '.join(sorted({p for p in problems if p}))}. "
-                + (f"The one of step {left[0].step} is taken." if left else "There is no other.")
+                    chosen = state
+                    break
+            damaged[state.folder] = "; ".join(sorted({problem.text for problem in problems}))
+        if damaged:
+            then = (
+                f"That of step {chosen.step} is taken, they are deleted"
+                if chosen
+                else ("There is no other")
             )
+            self._say(
+                "damaged checkpoints: "
+                + "; ".join(f"{folder} ({text})" for folder, text in sorted(damaged.items()))
+                + f". {then}."
+            )
+        if chosen is not None:
+            self.num_failed = max(self.num_failed, chosen.num_failed)
+            for folder in damaged if is_first() else ():
+                self._try(partial(delete, self._storage, folder))
+            return chosen.step
         if step is not None:
             self._say(f"{self._storage.root} has no whole checkpoint of step {step}")
-        elif wanted:
+        elif damaged:
             raise TrainingError(
                 f"every checkpoint in {self._storage.root} is damaged; delete it to start again"
             )
         return 0
 
-    def stored(self) -> list[SavedState]:
-        """The complete checkpoints, newest first. What was left half-written is deleted."""
-        found: list[SavedState] = _from_first(
-            tidy(self._storage) if dist.get_rank() == 0 else [], self._engine
-        )
-        return found
+    def stored(self) -> Survey:
+        """What is in the storage. What was left half-written is deleted."""
+        return from_first(tidy(self._storage) if is_first() else Survey([], {}, []))
 
     def close(self) -> None:
-        """Wait for the last checkpoint, delete those that `keep` no longer names, and clean up."""
+        """Wait for the last checkpoint, delete those that need not be kept, and clean up."""
         self.wait()
-        if dist.get_rank() == 0:
+        if is_first():
             self._try(self._delete_old)
         self._thread.shutdown()
         shutil.rmtree(self._staging)
@@ -190,7 +228,7 @@ class Checkpoints:
                 "num_failed": self.num_failed,
                 "files": files,
             }
-            self._storage.write_json(f"{folder}/{manifest_name(rank)}", manifest)
+            write_manifest(self._storage, folder, rank, manifest)
         except (*StorageError, RuntimeError) as error:  # torch.save raises RuntimeError
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return None
@@ -198,18 +236,10 @@ class Checkpoints:
     def _delete_old(self) -> None:
         states = saved_states(self._storage)
         for state in states[self._settings.num_to_keep :]:
-            if state.step not in self.keep:
-                self._storage.delete(state.folder)
+            if state.step != self.best and state.step not in self.also_keep:
+                delete(self._storage, state.folder)
 
-    def _files(self, state: SavedState) -> dict[str, str]:
-        """The sha256 of what this worker checks. Files in place are checked by who stored them."""
-        rank = dist.get_rank()
-        if self._storage.is_local:
-            return stored_files(self._storage, state, [rank])
-        files = stored_files(self._storage, state, range(state.num_workers))
-        return {name: digest for name, digest in files.items() if is_read_by(rank, name)}
-
-    def _try(self, act: Callable[[], None]) -> None:
+    def _try(self, act: Callable[[], object]) -> None:
         """Cleaning up that a storage out of reach may put off."""
         try:
             act()
@@ -217,15 +247,8 @@ class Checkpoints:
             self._say(f"{self._storage.root} cannot be tidied up: {error}")
 
     def _say(self, text: str) -> None:
-        if dist.get_rank() == 0:
+        if is_first():
             print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _from_first(value: Any, engine: DeepSpeedEngine) -> Any:
-    """What the first worker has, on every worker."""
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0, device=engine.device)
-    return shared[0]
 
 
 @contextlib.contextmanager

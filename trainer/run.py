@@ -25,8 +25,9 @@ from trainer.prepare import Prepared, decide, rules_of
 from trainer.rows import Row, Side
 from trainer.saved import tidy
 from trainer.sources import check_source, is_file_name
-from trainer.storage import checkpoint_storage
+from trainer.storage import StorageError, checkpoint_storage
 from trainer.tracking import check_trackers
+from trainer.training_log import LOG_FILE, read_log
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
@@ -84,8 +85,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     with _locked(output_dir):
         result = finished(output_dir)
         if result is None:
-            states = tidy(checkpoint_storage(config))
-            start = states[0].step if states else 0
+            start = _stored_steps(config)
             if start:
                 say(f"going on after step {start} of {num_steps}")
             from trainer.launch import launch  # Ray is not needed, nor imported, before this
@@ -99,7 +99,30 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
         say(f"it is at {hub.push(output_dir / 'export', repository, private)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
     seconds = round(time.perf_counter() - began, 1)
-    return TrainResult(output_dir / "export", num_steps, len(prepared.train), metrics, seconds)
+    return TrainResult(
+        output_dir / "export", int(result["num_steps"]), len(prepared.train), metrics, seconds
+    )
+
+
+def _stored_steps(config: TrainConfig) -> int:
+    """The steps that the newest checkpoint has done. Raises ValueError if the storage cannot be
+    read, or has lost the checkpoints of a run that surely had some."""
+    storage = checkpoint_storage(config)
+    try:
+        found = tidy(storage)
+    except StorageError as error:
+        raise ValueError(f"the checkpoints in {storage.root} cannot be read: {error}") from error
+    if found.states or found.damaged:
+        return found.states[0].step if found.states else 0
+    log = Path(config.output_dir) / LOG_FILE
+    last = max((line["step"] for line in read_log(log)), default=0)
+    # The first one was stored, or given up, before the second was begun.
+    if last > 2 * config.checkpoint.every_steps:
+        raise ValueError(
+            f"{log} has {last} steps, but there is no checkpoint in {storage.root}: is that the "
+            "place where they were stored, and is it mounted? Delete output_dir to start again"
+        )
+    return 0
 
 
 def _check(config: TrainConfig) -> None:
@@ -146,7 +169,13 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
         resolved.model.path = _resolve_model(config.model.path)
     place = config.checkpoint.storage_path
     if place is not None and "://" not in place:
-        resolved.checkpoint.storage_path = str(Path(place).expanduser().absolute())
+        path = Path(place).expanduser()
+        if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+            raise ValueError(
+                f"checkpoint.storage_path: {place} is relative, but a Ray job's working directory "
+                "is deleted when the job ends; give an absolute path or a URI"
+            )
+        resolved.checkpoint.storage_path = str(path.absolute())
     checkpoint_storage(resolved)  # tells at once what is no place at all
     resolved.data.train = _resolve_sources(config.data.sources("train"), "data.train")
     if config.data.eval is not None:

@@ -1,11 +1,11 @@
 """What is stored of a run's checkpoints: which are complete, which are whole. No torch.
 
 A checkpoint is what DeepSpeed saves on every worker, in one folder of the run's storage. Each
-worker stores its files and, after them, a manifest with their sizes and sha256. A folder is
-complete when all manifests and all their files are there in full, whatever was killed when; the
-digests are checked before anything is loaded, because DeepSpeed reads its files by pickle. They
-show damage, not an attack: they lie beside the files, so whoever can write to the storage can
-change both, and run code in the training. Guard the storage like the training itself.
+worker stores its files and, after them, a manifest with their sizes and sha256, and its own. A
+folder is complete when all manifests are there, whatever was killed when; the digests are checked
+before anything is loaded, because DeepSpeed reads its files by pickle. They show damage, not an
+attack: they lie beside the files, so whoever can write to the storage can change both, and run code
+in the training. Guard the storage like the training itself.
 
 What there is to resume from is read from the folders. Ray Train's own list of checkpoints is not
 used: it lags behind a kill, and Ray ends a training when a checkpoint cannot be stored.
@@ -14,16 +14,22 @@ used: it lags behind a kill, and Ray ends a training when a checkpoint cannot be
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from reward_actor.contract import sha256_text
 from trainer.storage import Storage, StorageError
 
 # DeepSpeed's files lie in a folder of this name inside that of the checkpoint.
 TAG = "state"
+
+_PREFIX = "checkpoint_"
+_MANIFEST = re.compile(r"manifest-rank\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -37,46 +43,110 @@ class SavedState:
     """Checkpoints of the run that could not be stored before this one."""
 
 
-def saved_states(storage: Storage) -> list[SavedState]:
-    """The complete checkpoints, newest first, judged by the names and sizes of their files."""
+@dataclass(frozen=True)
+class Survey:
+    """What a storage holds, by the names and sizes of its files and by the manifests."""
+
+    states: list[SavedState]
+    """The complete checkpoints, newest first."""
+    damaged: dict[str, str]
+    """Folders that were complete once, and what is wrong with them."""
+    unfinished: list[str]
+    """Folders that a killed run has left half-written or half-deleted."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a checkpoint cannot be loaded: it is damaged, or its storage is out of reach."""
+
+    text: str
+    is_damage: bool
+
+
+def new_folder(step: int, mark: str) -> str:
+    """The name of a checkpoint's folder; `mark` tells two of the same step apart."""
+    return f"{_PREFIX}{step:08d}_{mark}"
+
+
+def survey(storage: Storage) -> Survey:
     sizes = storage.sizes()
-    found = []
-    for folder in sorted({name.partition("/")[0] for name in sizes if "/" in name}):
-        names = [name for name in sizes if re.fullmatch(f"{folder}/manifest-rank\\d+.json", name)]
-        manifests = [storage.read_json(name) for name in names]
-        if not manifests or None in manifests or len(manifests) != manifests[0]["num_workers"]:
+    found = Survey([], {}, [])
+    for folder in storage.folders():
+        if not folder.startswith(_PREFIX):
             continue
         files = {
-            name: size for manifest in manifests for name, (_, size) in manifest["files"].items()
+            name[len(folder) + 1 :]: size
+            for name, size in sizes.items()
+            if name.startswith(f"{folder}/")
         }
-        if all(sizes.get(f"{folder}/{name}") == size for name, size in files.items()):
-            first = manifests[0]
-            found.append(
-                SavedState(folder, first["step"], first["num_workers"], first["num_failed"])
-            )
-    return sorted(found, key=lambda state: state.step, reverse=True)
+        names = [name for name in files if _MANIFEST.fullmatch(name)]
+        try:
+            manifests = [_read_manifest(storage, f"{folder}/{name}") for name in names]
+        except StorageError:  # some of pyarrow's are ValueErrors, too
+            raise
+        except ValueError as error:
+            found.damaged[folder] = str(error)
+            continue
+        if not manifests or len(manifests) != manifests[0]["num_workers"]:
+            found.unfinished.append(folder)
+            continue
+        expected = {name: size for m in manifests for name, (_, size) in m["files"].items()}
+        wrong = [name for name, size in expected.items() if files.get(name) != size]
+        if wrong:
+            found.damaged[folder] = f"{wrong[0]} is missing or was cut short"
+            continue
+        first = manifests[0]
+        found.states.append(
+            SavedState(folder, first["step"], first["num_workers"], first["num_failed"])
+        )
+    found.states.sort(key=lambda state: state.step, reverse=True)
+    return found
 
 
-def tidy(storage: Storage) -> list[SavedState]:
-    """Delete what a killed run has left half-written; the complete checkpoints, newest first."""
-    states = saved_states(storage)
-    complete = {state.folder for state in states}
-    for folder in storage.folders():
-        if folder.startswith("checkpoint_") and folder not in complete:
-            storage.delete(folder)
-    return states
+def saved_states(storage: Storage) -> list[SavedState]:
+    """The complete checkpoints, newest first."""
+    return survey(storage).states
+
+
+def tidy(storage: Storage) -> Survey:
+    """Delete what a killed run has left half-written; what is there."""
+    found = survey(storage)
+    for folder in found.unfinished:
+        delete(storage, folder)
+    return found
+
+
+def delete(storage: Storage, folder: str) -> None:
+    """Delete a checkpoint. Half of that, and it is no complete one any more."""
+    storage.delete_file(f"{folder}/{manifest_name(0)}")
+    storage.delete(folder)
 
 
 def manifest_name(rank: int) -> str:
     return f"manifest-rank{rank}.json"
 
 
-def stored_files(storage: Storage, state: SavedState, ranks: Iterable[int]) -> dict[str, str]:
-    """The sha256 of the files that these workers have stored, by name."""
-    manifests = [storage.read_json(f"{state.folder}/{manifest_name(rank)}") for rank in ranks]
-    return {
-        name: digest for manifest in manifests for name, (digest, _) in manifest["files"].items()
-    }
+def write_manifest(storage: Storage, folder: str, rank: int, manifest: Mapping[str, Any]) -> None:
+    """Say what one worker has stored: {"step", "num_workers", "num_failed", "files"}, the last as
+    {name: (sha256, bytes)}."""
+    storage.write_json(
+        f"{folder}/{manifest_name(rank)}", {"sha256": _digest(manifest), "manifest": manifest}
+    )
+
+
+def _read_manifest(storage: Storage, name: str) -> dict[str, Any]:
+    """Raises ValueError for a damaged one, FileNotFoundError for none."""
+    value = storage.read_json(name)
+    if value is None:
+        raise FileNotFoundError(f"{name} is missing")
+    if not isinstance(value, dict) or value.get("sha256") != _digest(value.get("manifest")):
+        raise ValueError(f"{name} does not have its own sha256")
+    manifest: dict[str, Any] = value["manifest"]
+    return manifest
+
+
+def _digest(manifest: Any) -> str:
+    return sha256_text(json.dumps(manifest, sort_keys=True))
 
 
 def is_read_by(rank: int, name: str) -> bool:
@@ -87,27 +157,41 @@ def is_read_by(rank: int, name: str) -> bool:
 
 @contextlib.contextmanager
 def fetched(
-    storage: Storage, state: SavedState, files: Mapping[str, str], staging: Path | None = None
-) -> Iterator[tuple[Path, str | None]]:
-    """A local folder with these files of a checkpoint, given with their sha256, and what is wrong
-    with the first that is damaged. What is not local is brought into `staging` for the while."""
-    if storage.is_local:
-        place = Path(storage.path(state.folder))
-        yield place, _damage(files, lambda name: storage.sha256(f"{state.folder}/{name}"))
+    storage: Storage, state: SavedState, rank: int | None = None, staging: Path | None = None
+) -> Iterator[tuple[Path, Problem | None]]:
+    """A local folder with what a worker reads of a checkpoint (with no rank: with everything), its
+    digests checked, and what is wrong. What is not local is brought into `staging` for the while.
+    """
+    everyone = range(state.num_workers)
+    if storage.is_local:  # in place, where every worker checks what it has stored itself
+        mine = everyone if rank is None else [rank]
+        yield Path(storage.path(state.folder)), _problem(storage, state, mine, rank, None)
         return
     with tempfile.TemporaryDirectory(prefix="rayward-restore-", dir=staging) as folder:
-        place = Path(folder)
-        yield (
-            place,
-            _damage(files, lambda name: storage.download(f"{state.folder}/{name}", place / name)),
-        )
+        yield Path(folder), _problem(storage, state, everyone, rank, Path(folder))
 
 
-def _damage(files: Mapping[str, str], digest_of: Callable[[str], str]) -> str | None:
-    for name, digest in files.items():
-        try:
-            if digest_of(name) != digest:
-                return f"{name} does not have the sha256 that its manifest says"
-        except StorageError as error:
-            return f"{name} cannot be read ({error})"
+def _problem(
+    storage: Storage, state: SavedState, ranks: Iterable[int], reader: int | None, to: Path | None
+) -> Problem | None:
+    name = state.folder
+    try:
+        for rank in ranks:
+            manifest = _read_manifest(storage, f"{state.folder}/{manifest_name(rank)}")
+            for name, (digest, _) in manifest["files"].items():
+                where = f"{state.folder}/{name}"
+                if to is None:
+                    found = storage.sha256(where)
+                elif reader is None or is_read_by(reader, name):
+                    found = storage.download(where, to / name)
+                else:
+                    continue
+                if found != digest:
+                    return Problem(f"{name} does not have the sha256 of its manifest", True)
+    except FileNotFoundError:
+        return Problem(f"{name} is missing", True)
+    except StorageError as error:
+        return Problem(f"{name} cannot be read: {error}", False)
+    except ValueError as error:
+        return Problem(str(error), True)
     return None

@@ -21,6 +21,7 @@ class Selection:
         """before: the evaluations that a resumed run has behind it, in order."""
         self._config = config
         self._best: float | None = None
+        self._values: dict[int, float | None] = {}
         self._num_worse = 0
         self.best_step: int | None = None
         for line in before:
@@ -28,12 +29,21 @@ class Selection:
 
     def add(self, step: int, result: Mapping[str, Any]) -> bool:
         """Whether the evaluation after `step` is the best so far."""
-        value = result.get(self._config.metric)
+        value = self._values[step] = result.get(self._config.metric)
         if not better(self._config.metric, value, self._best):
             self._num_worse += 1
             return False
         self._best, self.best_step, self._num_worse = value, step, 0
         return True
+
+    def best_of(self, steps: Iterable[int]) -> int | None:
+        """The best of those of these steps that were evaluated."""
+        best: int | None = None
+        for step in sorted(self._values.keys() & set(steps)):
+            before = None if best is None else self._values[best]
+            if better(self._config.metric, self._values[step], before):
+                best = step
+        return best
 
     @property
     def is_exhausted(self) -> bool:

@@ -44,6 +44,10 @@ class Trainer:
         wanted = config.loss.router_coefficient
         self.router_coefficient = routers.coefficient if wanted is None else wanted
         if not routers.found:
+            if wanted:
+                raise ValueError(
+                    "loss.router_coefficient: this network has no routers that can be recorded"
+                )
             self.router_coefficient = 0.0
 
     def step(self, index: int) -> dict[str, Any]:
@@ -51,7 +55,8 @@ class Trainer:
         as they were, if a loss or a gradient is not finite.
 
         The loss is the mean over the comparisons of the global batch, however they fall into
-        passes.
+        passes. A mixture of experts adds `router_coefficient` times its router loss, which is of
+        each pass by itself, weighted by its comparisons.
         """
         began = time.perf_counter()
         training, train = self.config.training, self.data.train
@@ -75,6 +80,9 @@ class Trainer:
             "step": index + 1,
             "epoch": index // steps_per_epoch(len(self.data.use), training.global_batch_pairs),
             "loss": sums["loss"] / len(batch),
+            **(
+                {"router_loss": sums["router_loss"] / len(batch)} if self.router_coefficient else {}
+            ),
             "accuracy": sums["num_correct"] / num_pairs,
             "reward_margin": sums["sum_margin"] / num_pairs,
             "min_reward": sums["min_reward"],
@@ -102,6 +110,7 @@ class Trainer:
         # DeepSpeed averages over the workers, hence their number.
         share = dist.get_world_size() / num_comparisons
         loss = result.losses.sum() * share
+        balance = loss.new_zeros(())
         if self.router_coefficient:
             weights = torch.from_numpy(row_weights(batches, len(sequences)))
             routers = self.engine.module.routers
@@ -117,6 +126,7 @@ class Trainer:
             rows = sum(batch.num_rows for batch in batches)
             padded = len(sequences) * max(map(len, sequences))
             totals.add(result.losses, result.rewards, labels, rows, padded)
+            totals.add_router_loss(balance * len(mine))
 
     def _check_losses(self, losses: Tensor, mine: Sequence[int], index: int) -> None:
         bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy()).tolist()
@@ -156,7 +166,7 @@ class Trainer:
 
 _SUMS = (
     "loss", "num_correct", "sum_margin", "num_pairs", "sum_reward", "num_sequences",
-    "num_rows", "num_padded",
+    "num_rows", "num_padded", "router_loss",
 )  # fmt: skip
 
 
@@ -179,8 +189,12 @@ class _Totals:
                 wide.sum(),
             ]
         )
-        self._sums[5:] += self._sums.new_tensor([len(wide), rows, padded])
+        self._sums[5:8] += self._sums.new_tensor([len(wide), rows, padded])
         self._highest[:2] = torch.maximum(self._highest[:2], torch.stack([wide.max(), -wide.min()]))
+
+    @torch.no_grad()
+    def add_router_loss(self, loss: Tensor) -> None:
+        self._sums[8] += loss.double()
 
     def reduced(self) -> dict[str, float]:
         """The sums of all workers by name, and min_reward, max_reward and memory_mb."""

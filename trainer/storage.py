@@ -5,6 +5,7 @@ A name is a path below the storage's root, with "/" between its parts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -72,12 +73,16 @@ class Storage:
         return [info.base_name for info in found if info.type == fs.FileType.Directory]
 
     def read_json(self, name: str) -> Any:
-        """What a file says; None if it is not there or was cut short."""
+        """What a file says; None without the file. Raises ValueError for what is no JSON."""
         try:
             with self.filesystem.open_input_stream(self.path(name)) as stream:
                 return json.loads(stream.read())
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, pa.ArrowException):
+                raise
+            raise ValueError(f"{self.path(name)} is damaged: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file that is never seen half-written under its name."""
@@ -113,6 +118,11 @@ class Storage:
             for chunk in _chunks(file):
                 digest.update(chunk)
         return digest.hexdigest()
+
+    def delete_file(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(name))
 
     def delete(self, name: str) -> None:
         """Delete a folder and what is in it, if it is there."""

@@ -44,6 +44,8 @@ class TrainingLog:
                 )
 
     def close(self) -> None:
+        """Raises OSError if there still is no room for lines that wait."""
+        self._flush()
         self._file.close()
 
     def _flush(self) -> None:

@@ -3,7 +3,8 @@
 Ray Train starts the task when a checkpoint is reported to it, one at a time and in their order. The
 first worker of the training asks for the results and is the only one that writes them down, so a
 result counts from the step at which it is known: `evaluation.patience` stops the training at the
-next step after that, and `evaluation.keep_best` keeps the checkpoint until then.
+next step after that, and `evaluation.keep_best` keeps the checkpoint until then. With more than
+`MAX_PENDING` under way the training waits, lest checkpoints pile up.
 """
 
 from __future__ import annotations
@@ -12,26 +13,28 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+import ray.exceptions
 import ray.train
 import torch
 from ray.train import CheckpointConsistencyMode, CheckpointUploadMode, ValidationTaskConfig
 from ray.train.v2.api.reported_checkpoint import ReportedCheckpointStatus
 from torch import Tensor
-from torch import distributed as dist
 
 from reward_actor.engine import Engine
 from trainer import zero
 from trainer.metrics import evaluate
 from trainer.network import build_model
+from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
-from trainer.saved import TAG, SavedState, fetched, stored_files
+from trainer.saved import TAG, SavedState, fetched
 from trainer.storage import checkpoint_storage
 
 if TYPE_CHECKING:
@@ -40,28 +43,38 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.prepare import TrainingData
 
-_RESULT = "evaluation"
+_RESULT, _REASON = "evaluation", "reason"
+_PAUSE_S = 0.5
+MAX_PENDING = 4
 
 
 @dataclass(frozen=True)
 class Validator:
-    """What the Ray task runs: a checkpoint to the metrics of the held-out comparisons."""
+    """What Ray Train's task runs: a checkpoint to the metrics of the held-out comparisons.
+
+    It computes them in a task of its own, with these `resources`: Ray ends the training if its own
+    task dies, of a lack of memory for example.
+    """
 
     config: TrainConfig
     data: ray.ObjectRef[TrainingData]
+    resources: Mapping[str, Any]
 
     def __call__(self, checkpoint: ray.train.Checkpoint, **saved: Any) -> dict[str, Any]:
-        """`checkpoint` is but the name of ours; `saved` are the other fields of a `SavedState`.
-
-        Raises RuntimeError for a checkpoint that is damaged or gone.
-        """
-        torch.set_num_threads(max(1, int(self.config.distributed.cpus_per_worker)))
+        """`checkpoint` is but the name of ours; `saved` are the other fields of a `SavedState`."""
         state = SavedState(PurePosixPath(checkpoint.path).name, **saved)
-        heldout = ray.get(self.data).heldout
-        rewards = checkpoint_rewards(
-            self.config, state, [heldout.sequence(i) for i in range(heldout.num_sequences)]
-        )
-        return {_RESULT: evaluate(heldout, rewards).as_dict()}
+        measure = ray.remote(_measure).options(**self.resources, max_retries=1)
+        try:
+            return {_RESULT: ray.get(measure.remote(self.config, state, self.data))}
+        except ray.exceptions.RayError as error:
+            return {_RESULT: None, _REASON: str(error).strip().splitlines()[-1]}
+
+
+def _measure(config: TrainConfig, state: SavedState, data: TrainingData) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(config.distributed.cpus_per_worker)))
+    heldout = data.heldout
+    sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
+    return evaluate(heldout, checkpoint_rewards(config, state, sequences)).as_dict()
 
 
 def checkpoint_rewards(
@@ -71,13 +84,11 @@ def checkpoint_rewards(
 
     Raises RuntimeError for a checkpoint that is damaged or gone.
     """
-    storage = checkpoint_storage(config)
-    files = stored_files(storage, state, range(state.num_workers))
     # The network as it is trained, but whole in this process.
     trained = build_model(config, {"zero_optimization": {"stage": 0}})
-    with fetched(storage, state, files) as (place, problem):
+    with fetched(checkpoint_storage(config), state) as (place, problem):
         if problem is not None:
-            raise RuntimeError(f"the checkpoint of step {state.step} is damaged: {problem}")
+            raise RuntimeError(f"the checkpoint of step {state.step}: {problem.text}")
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
             weights = whole_state(place, config.distributed.zero_stage)
         zero.load_trained(weights, trained)
@@ -111,27 +122,23 @@ class Validations:
     def __init__(self, checkpoints: Checkpoints, config: TrainConfig, known: Iterable[int]) -> None:
         """known: the steps of the evaluations that are done; others that a killed run has left
         without a result are asked for again."""
-        self._checkpoints = checkpoints
         self._wanted: set[int] = set()
         self._pending: dict[str, int] = {}
         done, every = set(known), config.evaluation.every_steps
-        checkpoints.on_stored = self._submit
+        checkpoints.on_settled = self._submit
         left = [
             state
-            for state in reversed(checkpoints.stored())
+            for state in reversed(checkpoints.stored().states)
             if every and state.step % every == 0 and state.step not in done
         ]
-        asked = _from_first(
-            [PurePosixPath(one.checkpoint.path).name for one in _reported(wait=False)]
-            if left and dist.get_rank() == 0
-            else []
-        )
+        names = [PurePosixPath(one.checkpoint.path).name for one in _reported()] if left else []
+        asked = from_first(names)  # by the workers before a restart
         for state in left:
-            if state.folder in asked:  # by the workers before a restart
+            if state.folder in asked:
                 self._pending[state.folder] = state.step
             else:
                 self._wanted.add(state.step)
-                self._submit(state)
+                self._submit(state.step, state)
 
     def want(self, step: int) -> None:
         """Evaluate the checkpoint of this step as soon as it is stored."""
@@ -142,17 +149,24 @@ class Validations:
         """Those whose checkpoints are still needed."""
         return self._wanted | set(self._pending.values())
 
-    def results(self, wait: bool = False) -> list[tuple[int, dict[str, Any]]]:
-        """(step, metrics) of the evaluations that have ended, in order; with `wait` of all."""
+    def results(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, metrics) of the evaluations that have ended by now, in order."""
         if not self._pending:
             return []
-        found = _from_first(self._ended(wait) if dist.get_rank() == 0 else None)
-        for folder, _ in found:
-            self._pending.pop(folder)
-        return [(step, result) for _, (step, result) in found if result is not None]
+        ended = from_first(self._ended() if is_first() else [])
+        found = [(self._pending.pop(folder), result) for folder, result in ended]
+        return [(step, result) for step, result in found if result is not None]
 
-    def _ended(self, wait: bool) -> list[tuple[str, tuple[int, dict[str, Any] | None]]]:
-        by_name = {PurePosixPath(one.checkpoint.path).name: one for one in _reported(wait)}
+    def wait(self, at_most: int = 0) -> list[tuple[int, dict[str, Any]]]:
+        """The same when no more than `at_most` are under way."""
+        found = self.results()
+        while len(self._pending) > at_most:  # never silent for long: collectives would time out
+            time.sleep(_PAUSE_S)
+            found += self.results()
+        return found
+
+    def _ended(self) -> list[tuple[str, dict[str, Any] | None]]:
+        by_name = {PurePosixPath(one.checkpoint.path).name: one for one in _reported()}
         ended = []
         for folder, step in self._pending.items():
             one = by_name.get(folder)
@@ -160,27 +174,29 @@ class Validations:
                 break
             result = one.metrics.get(_RESULT)
             if result is None:
+                reason = one.metrics.get(_REASON, "the reason is in Ray's log of its task")
                 print(
-                    f"warning: the evaluation of step {step} has failed; the reason is in Ray's "
-                    "log of its task",
+                    f"warning: the evaluation of step {step} has failed: {reason}",
                     file=sys.stderr,
                     flush=True,
                 )
-            ended.append((folder, (step, result)))
+            ended.append((folder, result))
         return ended
 
-    def _submit(self, state: SavedState) -> None:
-        if state.step not in self._wanted:
+    def _submit(self, step: int, state: SavedState | None) -> None:
+        if step not in self._wanted:
             return
-        self._wanted.discard(state.step)
-        self._pending[state.folder] = state.step
+        self._wanted.discard(step)
+        if state is None:  # it could not be stored, and that was told
+            return
+        self._pending[state.folder] = step
         storage = ray.train.get_context().get_storage()
         # Ray wants a checkpoint in its own storage; this one only has the name of ours.
         pointer = ray.train.Checkpoint(
             os.path.join(storage.experiment_fs_path, state.folder), storage.storage_filesystem
         )
         ray.train.report(
-            {"step": state.step},
+            {"step": step},
             checkpoint=pointer,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
             validation=ValidationTaskConfig(
@@ -192,12 +208,5 @@ class Validations:
 _UNDECIDED = (ReportedCheckpointStatus.PENDING_VALIDATION, ReportedCheckpointStatus.COMMITTED)
 
 
-def _reported(wait: bool) -> list[Any]:
-    mode = CheckpointConsistencyMode.VALIDATED if wait else CheckpointConsistencyMode.COMMITTED
-    return list(ray.train.get_all_reported_checkpoints(mode, None if wait else 0.001))
-
-
-def _from_first(value: Any) -> Any:
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+def _reported() -> list[Any]:
+    return list(ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 0.001))

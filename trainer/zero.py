@@ -10,7 +10,6 @@ import gc
 import io
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
 
 from trainer import adapters
 from trainer.config import TrainConfig
@@ -34,13 +32,12 @@ if TYPE_CHECKING:
 
 def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     """The engine around the network, with optimizer and schedule, on every worker at once."""
-    _sweep()
     settings = deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
         import deepspeed
 
-        # Its all-reduce for CPUs, which it would compile for a minute, leaves 66 MiB in /dev/shm
-        # behind every worker that is killed.
+        # Its all-reduce for CPUs would compile for a minute; of a worker that is killed it leaves
+        # 66 MiB in /dev/shm, or a lock for which every later one waits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed()
@@ -71,6 +68,8 @@ def step(engine: DeepSpeedEngine, index: int) -> float:
     if plain:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(float(norm)):
+            dist.barrier()  # a worker that knows the samples has raised, and is the one to be heard
         _check_norm(float(norm), index)
     if getattr(engine.optimizer, "use_muon", False) and engine.optimizer.has_overflow():
         # ZeRO 3 would first add the finite gradients of other matrices to their momentum.
@@ -146,22 +145,3 @@ def release(engine: DeepSpeedEngine) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _sweep() -> None:
-    """Delete locks of compilations that were killed: every later worker would wait without end."""
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-        for lock in Path(root).glob("**/lock"):
-            if not _is_open(lock):
-                lock.unlink(missing_ok=True)
-    dist.barrier()  # no worker makes its own before the sweep is over
-
-
-def _is_open(path: Path) -> bool:
-    """Whether a process of this machine and user has it open; whoever compiles does."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # closed, or not ours
-            if descriptor.samefile(path):
-                return True
-    return False

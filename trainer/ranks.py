@@ -1,0 +1,31 @@
+"""What the workers tell each other: every function is called by all of them at once. A process
+without others need not have set up a group."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def from_first(value: T) -> T:
+    """What the first worker has, on every worker."""
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def from_all(value: T) -> list[T]:
+    """What each worker has, by rank, on every worker."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
