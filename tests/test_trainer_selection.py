@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from trainer.comparisons import Comparison, Comparisons
 from trainer.config import EvaluationConfig
+from trainer.saved import saved_states
 from trainer.selection import Selection
+from trainer.storage import Storage
 
 
 def swapped(of: Comparisons) -> Comparisons:
@@ -62,7 +64,7 @@ def test_it_stops_early_and_exports_the_best_checkpoint(base_model: Path, tmp_pa
     assert lines[0]["log_loss"] < lines[1]["log_loss"] < lines[2]["log_loss"]
     assert result["num_steps"] == 2
     assert result["heldout_log_loss"] == pytest.approx(lines[0]["log_loss"], abs=1e-6)
-    steps = {json.loads(p.read_text())["step"] for p in stopped.glob("checkpoints/*/manifest*")}
+    steps = {state.step for state in saved_states(Storage.at(str(stopped), "checkpoints"))}
     assert steps == {2, 5, 6}, "the best one outlives the newest two"
     changes = {"optimizer__schedule": "constant"}
     on_workers(1, train_on_one, base_model, best, 2, changes)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reward_actor.contract import TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|endoftext|>"
 TURN_START_TOKEN = "<|im_start|>"
@@ -87,8 +87,24 @@ def init_model(
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM._from_config(config, dtype=torch.float32)
-    model.save_pretrained(out_dir)
+    _save(model, out_dir)
     return out_dir
+
+
+def _save(model: PreTrainedModel, out_dir: Path) -> None:
+    # Not save_pretrained, which shows a progress bar, and imports DeepSpeed where it is installed.
+    from safetensors.torch import save_file
+
+    weights = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if name not in (model._tied_weights_keys or {})
+    }
+    save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out_dir)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out_dir)
 
 
 def train_tokenizer(
