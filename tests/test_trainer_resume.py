@@ -83,7 +83,8 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = psutil.Process(process.pid).children(recursive=True)
+    workers = named("RayTrainWorker", psutil.Process(process.pid))
+    assert len(workers) == 2
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
     _, alive = psutil.wait_procs(workers, timeout=60)  # until then they may store another one
@@ -160,10 +161,11 @@ def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
         killed.append(name)
 
 
-def named(name: str) -> list[psutil.Process]:
-    """The processes of this session's cluster whose task or actor is called so."""
+def named(name: str, above: psutil.Process | None = None) -> list[psutil.Process]:
+    """The processes of this session's cluster, or below another one, that run such a task or
+    actor."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in (above or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()[:1]):
                 found.append(process)

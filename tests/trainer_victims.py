@@ -28,14 +28,12 @@ class Victims:
     last: int = 10_000
     paced: bool = False
     """Whether they wait for `go` before every step, and for its checkpoint after it."""
-    is_remote: bool = False
-    """Whether they bring checkpoints to themselves before they load them."""
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         told = {
             "model": str(self.model), "directory": str(self.directory), "last": self.last,
-            "paced": self.paced, "is_remote": self.is_remote, "changes": self.changes,
+            "paced": self.paced, "changes": self.changes,
         }  # fmt: skip
         meeting = self.directory.with_name(f"{self.directory.name}-{id(self)}-{os.getpid()}")
         here = Path(__file__).parent
@@ -82,9 +80,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def work(
-    model: str, directory: str, last: int, paced: bool, is_remote: bool, changes: dict[str, Any]
-) -> None:
+def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, Any]) -> None:
     """Go on to a step, saving after every one; the weights then lie beside the checkpoints."""
     said = sys.stdout
     sys.stdout = sys.stderr  # DeepSpeed prints
@@ -100,10 +96,7 @@ def work(
     from trainer.prepare import TrainingData
     from trainer.resume import Checkpoints
     from trainer.step import Trainer
-    from trainer.storage import Storage
 
-    if is_remote:
-        Storage.is_local = False  # type: ignore[assignment, method-assign]
     rng = np.random.default_rng(0)
     items = []
     for row in range(32):
