@@ -22,6 +22,7 @@ from trainer.config_file import load_config
 from trainer.data import choose_format, gather_rows, load_comparisons, read_rows
 from trainer.data_config import Source
 from trainer.gather import Gathered
+from trainer.parse import parse_row
 from trainer.prepare import split_by_prompt
 from trainer.rendered import Rules, hash_key
 from trainer.rows import Row
@@ -75,6 +76,50 @@ def test_every_chat_form_gives_the_same_tokens(tmp_path: Path, renderers, row: d
         return rendered([parsed], renderers["chat"]).comparisons.sequences(0), parsed.key
 
     assert ids(row) == ids(PAIR)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {"role": "tool", "content": "42"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "go"}}]}
+CALLED = {**CALL, "content": ""}
+SPACED = {"role": "user", "content": " Name a fruit.\n"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "context"),
+    [
+        ("Name a fruit.", [], [USER]),
+        ("Name a fruit.", [SPACED], [SPACED]),
+        ("Name a fruit.\n", [USER, GOOD, USER], [USER, GOOD, USER]),
+        ([USER], [CALL, TOOL], [USER, CALLED, TOOL]),
+        ([USER, CALL], [TOOL], [USER, CALLED, TOOL]),
+        ([USER, CALL], [USER, CALL, TOOL], [USER, CALLED, TOOL]),
+        ("Name a fruit.", [SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER, GOOD, USER], [SYSTEM, USER, GOOD, USER]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+    ],
+)
+def test_messages_repeat_the_prompt_or_continue_it(prompt: Any, before: Any, context: Any):
+    row = parse_row(
+        1, {"prompt": prompt, "chosen": [*before, GOOD], "rejected": [*before, BAD]}, COLUMNS
+    )
+    assert [side.prompt for side in row.sides] == [context, context]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("Name a fruit.", [{**USER, "content": "Name a tool."}]),
+        ("Name a fruit.", [SYSTEM]),
+        ([SYSTEM, USER], [{**SYSTEM, "content": "Be long."}, USER]),
+        ([USER, GOOD, USER], [USER]),
+        ([USER, CALL], [USER, {**CALL, "tool_calls": [{"function": {"name": "stop"}}]}]),
+    ],
+)
+def test_messages_about_something_else_are_refused(prompt: Any, before: Any):
+    raw = {"prompt": prompt, "chosen": [GOOD], "rejected": [*before, BAD]}
+    with pytest.raises(ValueError, match="'rejected' neither begins with the prompt nor continues"):
+        parse_row(1, raw, COLUMNS)
 
 
 def test_a_dialogue_in_text_is_scored_as_it_stands(tmp_path: Path, renderers):
@@ -174,6 +219,27 @@ def test_damaged_and_empty_files_are_named(tmp_path: Path):
             read_rows(str(tmp_path / name), COLUMNS)
     with pytest.raises(ValueError, match="holds no rows"):
         read_rows(write(tmp_path / "empty.jsonl", ["\n"]), COLUMNS)
+
+
+def test_a_damaged_stream_and_garbage_are_named_with_their_line(tmp_path: Path):
+    lines = [json.dumps({**PAIR, "prompt": str(random.random())}) + "\n" for _ in range(3000)]
+    packed = bytearray(gzip.compress("".join(lines).encode()))
+    packed[len(packed) // 2 :] = b"\xff" * 999
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"a.jsonl.gz cannot be read from line \d\d+ on: Error -3"):
+        read_rows(str(tmp_path / "a.jsonl.gz"), COLUMNS)
+    plain = tmp_path / "b.jsonl"
+    ids = {"chosen_ids": [10**30], "rejected_ids": [1]}
+    plain.write_bytes(
+        b"\n".join(
+            [b"[" * 10**5, json.dumps(ids).encode(), b'{"prompt": "\xff"}', lines[0].encode()]
+        )
+    )
+    with pytest.raises(ValueError, match="3 of 4 rows cannot be used") as error:
+        read_rows(str(plain), COLUMNS)
+    assert f"{plain}:1: nested too deeply" in str(error.value)
+    assert f"{plain}:2: 'chosen_ids' holds 1000000" in str(error.value)
+    assert f"{plain}:3: not UTF-8: invalid start byte at byte 13" in str(error.value)
 
 
 def test_a_hub_name_that_cannot_be_loaded_is_named():

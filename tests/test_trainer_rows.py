@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -10,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_files import write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor.checkpoint import load_tokenizer
 from reward_actor.render import Renderer, RenderError, Sample, contract_for
 from trainer.comparisons import Comparisons
-from trainer.data import load_comparisons
+from trainer.data import gather_rows
 from trainer.data_config import Source
-from trainer.parse import parse_row
-from trainer.rendered import truncate_left
+from trainer.parse import parse_line, parse_row
+from trainer.rendered import Rules, truncate_left
 from trainer.rows import Row
 
 COLUMNS = Source.model_validate({})
@@ -54,10 +54,10 @@ def renderers(base_model: Path) -> dict[str, Renderer]:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path, renderers: dict[str, Renderer]):
-    def load(rows: list[dict[str, Any]], renderer: str = "chat", **settings: Any) -> Comparisons:
-        file = write(tmp_path / "rows.jsonl", rows)
-        return load_comparisons({file: COLUMNS}, renderers[renderer], **settings).comparisons
+def loaded(renderers: dict[str, Renderer]):
+    def load(rows: list[dict[str, Any]], renderer: str = "chat", **rules: Any) -> Comparisons:
+        several = [parse_row(number, row, COLUMNS) for number, row in enumerate(rows, start=1)]
+        return gather_rows({"rows.jsonl": several}, renderers[renderer], Rules(**rules)).comparisons
 
     return load
 
@@ -100,6 +100,9 @@ def test_token_ids_are_scored_as_given(loaded):
     assert found.sequences(0) == found.sequences(1) == [[5, 9, 7, 2], [5, 9, 8, 2, 3]]
     assert found.sequences(2) == [[5, 8], [5, 6], [5, 7]]
     assert parsed(**pair).key == parsed(**trl).key
+    apart = {f"{name.removesuffix('_ids')}_input_ids": ids for name, ids in pair.items()}
+    assert loaded([apart]).sequences(0) == found.sequences(0)  # TRL, its completions by themselves
+    assert parsed(**apart).key == parsed(**pair).key
     with pytest.raises(ValueError, match="outside the vocabulary"):
         loaded([{**pair, "chosen_ids": [10**6]}])
 
@@ -125,12 +128,47 @@ def test_token_ids_are_scored_as_given(loaded):
         ({**PAIR, "chat_template_kwargs": [1]}, "'chat_template_kwargs' is a list, not an object"),
         ({"chosen_ids": [1], "rejected": "b"}, "no column 'rejected_ids'"),
         ({"chosen_ids": ["a"], "rejected_ids": [1]}, "'chosen_ids' must hold token ids"),
+        ({"prompt_input_ids": "ab", "chosen_ids": [1], "rejected_ids": [2]}, "'prompt_input_ids'"),
+        ({"chosen_ids": [1, 10**30], "rejected_ids": [1]}, "a token id is from 0 to 2147483647"),
+        ({"chosen_ids": [1], "rejected_ids": [-1, 2]}, "'rejected_ids' holds -1; a token id"),
+        ({"completions_ids": [[1], [2**31]]}, "'completions_ids' holds 2147483648; a token id"),
         ({"completions_ids": [[1]]}, "'completions_ids' holds 1 completions"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(row: dict[str, Any], why: str):
     with pytest.raises(ValueError, match=re.escape(why)):
         parsed(**row)
+
+
+@pytest.mark.parametrize("depth", [600, 200_000])
+def test_what_is_nested_too_deeply_is_refused_in_one_line(depth: int):
+    """The second one is too deep for the parser of JSON, the first one for us."""
+    tools = '{"x": ' + "[" * depth + "]" * depth + "}"
+    text = json.dumps(PAIR)[:-1] + f', "tools": [{tools}]}}'
+    for raw in (text, "[" * 200_000):
+        with pytest.raises(ValueError, match=r"^nested too deeply$"):
+            parse_line(1, raw, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("row", "has_prompt"),
+    [
+        (PAIR, True),
+        (
+            {
+                "chosen": [USER, {**USER, "role": "assistant"}],
+                "rejected": [USER, {**USER, "role": "assistant"}],
+            },
+            True,
+        ),
+        ({"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: Why?"}, True),
+        ({"chosen": "Q: Why? A: Because.", "rejected": "Q: Why? A: No."}, False),
+        ({"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8]}, True),
+        ({"chosen_ids": [5, 7], "rejected_ids": [5, 8]}, False),
+    ],
+)
+def test_a_row_knows_whether_it_says_its_prompt(row: dict[str, Any], has_prompt: bool):
+    assert parsed(**row).has_prompt == has_prompt
 
 
 def test_a_tie_may_say_that_its_margin_is_nothing():

@@ -29,12 +29,42 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
         raise ValueError(f"the last message of {column!r} calls a tool; only text has a reward")
     if not last["content"].strip():
         raise ValueError(f"the last message of {column!r} is empty")
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if prompt and context[: len(before)] != before:
-        context = [*before, *context]
+    if prompt:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        context = _joined(prompt, context, column)
     if not context:
         raise ValueError(f"{column!r} is a lone completion and the row has no prompt")
     return Side(context, last["content"])
+
+
+def _joined(prompt: list[Message], context: list[Message], column: str) -> list[Message]:
+    """The messages before a completion: the prompt, which `context` may repeat or continue.
+
+    Either may have a system message that the other one lacks. Raises ValueError for a context that
+    does neither: put behind the prompt it would be a conversation that nobody had.
+    """
+    if not context or context[0]["role"] in ("assistant", "tool"):
+        return [*prompt, *context]
+    if _begins(context, prompt) or (
+        context[0]["role"] == "system" and _begins(context[1:], prompt)
+    ):
+        return context
+    if prompt[0]["role"] == "system" and _begins(context, prompt[1:]):
+        return [prompt[0], *context]
+    raise ValueError(
+        f"{column!r} neither begins with the prompt nor continues it: give its messages with the "
+        "whole prompt, or from the assistant's first turn after it"
+    )
+
+
+def _begins(messages: list[Message], prompt: list[Message]) -> bool:
+    """Whether they begin with the prompt's, but for whitespace around a content."""
+
+    def said(message: Message) -> tuple[Any, ...]:
+        return message["role"], message["content"].strip(), message.get("tool_calls")
+
+    return list(map(said, messages[: len(prompt)])) == list(map(said, prompt))
 
 
 def parse_messages(value: list[Any], column: str) -> list[Message]:

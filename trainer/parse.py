@@ -10,31 +10,45 @@ from trainer.data_config import Columns
 from trainer.messages import kind_of, parse_messages, parse_side, without_nulls
 from trainer.rows import Row, Side, num_shared, prompt_key
 
-# TRL has had two names for the token ids of a side.
-_CHOSEN_IDS, _REJECTED_IDS = (
-    ("chosen_ids", "chosen_input_ids"),
-    (
-        "rejected_ids",
-        "rejected_input_ids",
-    ),
-)
+# TRL has had two names for the token ids of a side. Where it gives those of the prompt, too, a side
+# is the completion alone.
+_PROMPT_IDS = ("prompt_ids", "prompt_input_ids")
+_CHOSEN_IDS = ("chosen_ids", "chosen_input_ids")
+_REJECTED_IDS = ("rejected_ids", "rejected_input_ids")
+_MOST_ID = 2**31 - 1  # of int32, which token ids are kept in
 _LARGEST = 3.4e38  # of float32, which scores, margins and attributes are kept in
 
 
 def parse_line(number: int, raw: Any, columns: Columns) -> Row:
-    """`parse_row` of a line of JSON, or of a row that is parsed already. Raises ValueError."""
-    if isinstance(raw, str):
-        try:
+    """`parse_row` of what `trainer.sources` has read. Raises ValueError."""
+    try:
+        return parse_row(number, parse_object(raw), columns)
+    except RecursionError:  # in what takes the nulls out of tool definitions
+        raise ValueError("nested too deeply") from None
+
+
+def parse_object(raw: Any) -> dict[str, Any]:
+    """A line of JSON, or a row that is parsed already, as an object. Raises ValueError."""
+    try:
+        if isinstance(raw, bytes):
+            raw = raw.decode("utf-8")
+        if isinstance(raw, str):
             raw = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from None
-    return parse_row(number, raw, columns)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"a row must be an object, not {kind_of(raw)}")
+    return raw
 
 
-def parse_row(number: int, raw: Any, columns: Columns) -> Row:
+def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
     """One row in the common form; its columns tell its kind, the first that fits of these.
 
-    Token ids, scored as given (the names are fixed; TRL's `chosen_input_ids` do, too):
+    Token ids, scored as given (the names are fixed; TRL's `prompt_input_ids` and so on do, too):
         {"prompt_ids": [5, 9], "chosen_ids": [7, 2], "rejected_ids": [8, 2]}
         {"chosen_ids": [5, 9, 7, 2], "rejected_ids": [5, 9, 8, 2]}
         {"prompt_ids": [5, 9], "completions_ids": [[7, 2], [8, 2], [4, 2]], "scores": [3, 1, 2]}
@@ -53,9 +67,8 @@ def parse_row(number: int, raw: Any, columns: Columns) -> Row:
     the row (chosen first). All may have `subset`, and text `tools` and `chat_template_kwargs`.
     Raises ValueError, saying what the row lacks.
     """
-    if not isinstance(raw, dict):
-        raise ValueError(f"a row must be an object, not {kind_of(raw)}")
-    ids = _sequences(raw)
+    prompt_ids = _prompt_ids(raw)
+    ids = _sequences(raw, prompt_ids)
     sides: tuple[Side, ...] = ()
     is_pair = _has(raw, (*_CHOSEN_IDS, *_REJECTED_IDS))
     is_single = False
@@ -74,12 +87,14 @@ def parse_row(number: int, raw: Any, columns: Columns) -> Row:
     order = sorted(range(num), key=lambda i: -scores[i])  # stable
     sides = tuple(sides[i] for i in order if sides)
     ids = tuple(ids[i] for i in order if ids)
+    key, has_prompt = _ids_key(prompt_ids, ids) if ids else prompt_key(sides)
     return Row(
         number=number,
         sides=sides,
         ids=ids,
         scores=tuple(scores[i] for i in order),
-        key=_ids_key(raw, ids) if ids else prompt_key(sides),
+        key=key,
+        has_prompt=has_prompt,
         margin=_margin(raw, columns.margin_column, is_pair, is_tie),
         attributes=tuple(attributes[i] for i in order if attributes),
         subset=_subset(raw, columns.subset_column),
@@ -102,7 +117,12 @@ def _required(raw: Mapping[str, Any], *names: str) -> tuple[str, Any]:
     raise ValueError(f"no column {names[0]!r} (the row has: {found})")
 
 
-def _sequences(raw: Mapping[str, Any]) -> tuple[list[int], ...]:
+def _prompt_ids(raw: Mapping[str, Any]) -> list[int]:
+    given = [(name, raw[name]) for name in _PROMPT_IDS if raw.get(name) is not None]
+    return _ids(*given[0]) if given else []
+
+
+def _sequences(raw: Mapping[str, Any], prompt: list[int]) -> tuple[list[int], ...]:
     if _has(raw, (*_CHOSEN_IDS, *_REJECTED_IDS)):
         given = [_required(raw, *_CHOSEN_IDS), _required(raw, *_REJECTED_IDS)]
     elif _has(raw, ("completions_ids",)):
@@ -114,19 +134,22 @@ def _sequences(raw: Mapping[str, Any]) -> tuple[list[int], ...]:
             raise ValueError(f"{name!r} holds {len(given)} completions; a ranking needs two")
     else:
         return ()
-    prompt = _ids("prompt_ids", raw.get("prompt_ids") or [])
     return tuple([*prompt, *_ids(name, ids)] for name, ids in given)
 
 
 def _ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise ValueError(f"{name!r} must hold token ids")
+    if value and not 0 <= min(value) <= max(value) <= _MOST_ID:
+        wrong = min(value) if min(value) < 0 else max(value)
+        raise ValueError(f"{name!r} holds {wrong}; a token id is from 0 to {_MOST_ID}")
     return value
 
 
-def _ids_key(raw: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> str:
-    begin = raw.get("prompt_ids") or ids[0][: num_shared(ids)] or ids[0]
-    return "token ids " + " ".join(map(str, begin))
+def _ids_key(prompt: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[str, bool]:
+    """As `trainer.rows.prompt_key`."""
+    begin = prompt or ids[0][: num_shared(ids)] or ids[0]
+    return "token ids " + " ".join(map(str, begin)), bool(prompt)
 
 
 def _sides(

@@ -70,7 +70,7 @@ class Tally(Dropped):
     num_truncated: int = 0
     num_prompts_differ: int = 0
     num_double_bos: int = 0
-    num_with_attributes: int = 0
+    num_without_prompt: int = 0
 
     def add(self, other: Dropped) -> None:
         for item in fields(other):
@@ -106,7 +106,7 @@ def render_block(
     for row, rendered in zip(rows, _render(rows, renderer), strict=True):
         tally.num_prompts_differ += row.prompts_differ
         attributes = _targets(row, rules.attributes)
-        tally.num_with_attributes += bool(attributes)
+        tally.num_without_prompt += not row.has_prompt
         try:
             sequences = _fitted(rendered, renderer, rules.over_long, tally)
         except RenderError as error:

@@ -41,6 +41,8 @@ class Row:
     """K, never rising: (1, 0) for a pair, equal ones for a tie, (0,) where nothing is compared."""
     key: str
     """What it is about: the split never parts rows of equal keys."""
+    has_prompt: bool = True
+    """Or nobody says what it is about, and `key` is what its completions begin with alike."""
     ids: tuple[Sequence[int], ...] = ()
     """K whole token sequences, scored as given."""
     margin: float = 0.0
@@ -65,23 +67,25 @@ class Row:
         return any(_question(side) != first for side in self.sides)
 
 
-def prompt_key(sides: Sequence[Side]) -> str:
-    """What must not stand on both sides of a held-out split: the first thing the human said.
+def prompt_key(sides: Sequence[Side]) -> tuple[str, bool]:
+    """What must not stand on both sides of a held-out split, and whether the row says it.
 
-    Two pairs from one conversation, cut at different turns, share it. Text that is not written as
-    a dialogue and has no prompt is known by what all sides begin with.
+    It is the first thing the human said: two pairs from one conversation, cut at different turns,
+    share it. Of text that is not written as a dialogue and has no prompt it is what all sides begin
+    with: two rows about one prompt may differ in it.
     """
     prompt = sides[0].prompt
     if not isinstance(prompt, str):
         human = [m["content"] for m in prompt if m["role"] == "user"]
-        return str(human[0] if human else prompt)
+        return str(human[0] if human else prompt), True
     text = prompt or sides[0].completion
     turn = _FIRST_TURN.match(text)
     if turn:
-        return turn[1].strip()
+        return turn[1].strip(), True
     if prompt:
-        return prompt
-    return commonprefix([side.completion for side in sides]) or text  # noqa: RUF071 (characters)
+        return prompt, True
+    completions = [side.completion for side in sides]
+    return commonprefix(completions) or text, False  # noqa: RUF071 (characters)
 
 
 def num_shared(sequences: Sequence[Sequence[int]]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,7 +89,8 @@ def splits(source: str, split_bytes: int = SPLIT_BYTES) -> list[Split]:
 def read_split(split: Split) -> Iterator[Any]:
     """Its rows in order: lines of JSON, blank ones too, or rows that are parsed already.
 
-    Raises ValueError for a file that is damaged.
+    A line that is not UTF-8 comes as its bytes: whoever counts the lines can name it. Raises
+    ValueError for a file that is damaged.
     """
     path = Path(split.path)
     if not is_file_name(split.path):
@@ -134,8 +136,9 @@ def _file_splits(file: Path, split_bytes: int) -> list[Split]:
     return [Split(str(file), *span) for span in pairwise([*starts, metadata.num_row_groups])]
 
 
-def _lines(path: Path, split: Split) -> Iterator[str]:
+def _lines(path: Path, split: Split) -> Iterator[str | bytes]:
     is_packed = path.suffix == ".gz"
+    num_read = 0
     opener: Callable[..., Any] = gzip.open if is_packed else open
     try:
         with opener(path, "rb") as file:
@@ -146,9 +149,17 @@ def _lines(path: Path, split: Split) -> Iterator[str]:
                 line = file.readline()
                 if not line:
                     return
-                yield line.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+                num_read += 1
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError:
+                    yield line
+                else:
+                    yield text
+    except (OSError, EOFError, zlib.error) as error:
+        # Only such a file is always read from its first line.
+        where = f" from line {num_read + 1} on" if is_packed else ""
+        raise ValueError(f"{path} cannot be read{where}: {error}") from error
 
 
 def _parquet_rows(path: Path, split: Split) -> Iterator[dict[str, Any]]:
