@@ -139,14 +139,12 @@ def settings(model: Path | str, **changes: Any) -> TrainConfig:
     return load_config(None, [(key, str(value)) for key, value in values.items()])
 
 
-def trainer(config: TrainConfig, num_steps: int = 20) -> Trainer:
+def trainer(config: TrainConfig, num_steps: int = 20, weight: float = 1.0) -> Trainer:
     """An engine of this process' rank, with data; release its engine after use."""
-    import numpy as np
-
     from trainer import zero
     from trainer.prepare import TrainingData
     from trainer.step import Trainer
 
     data = comparisons()
     engine = zero.initialize(config, num_steps)
-    return Trainer(engine, config, TrainingData(data, data, np.arange(len(data)), False))
+    return Trainer(engine, config, TrainingData(data, data, (weight,), 0, has_ties=False))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_files import config_of, prepared, questions, write
+from engines import on_workers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor.checkpoint import load_tokenizer
+from trainer import zero
+from trainer.objective import Labels, comparison_losses
 from trainer.prepare import epoch_use
 from trainer.run import prepare
 
@@ -20,13 +25,47 @@ from trainer.run import prepare
 def test_a_weight_is_how_often_rows_are_used(sources: list[tuple[int, float]]):
     which = np.repeat(np.arange(len(sources), dtype=np.int32), [num for num, _ in sources])
     weights = [weight for _, weight in sources]
-    use = epoch_use(which, weights, seed=3)
-    assert (use == epoch_use(which, weights, seed=3)).all()
-    times = np.bincount(use, minlength=len(which))
-    for number, (num, weight) in enumerate(sources):
-        mine = times[which == number]
-        assert set(mine) <= {int(weight), int(weight) + 1}
-        assert mine.sum() == int(weight) * num + round((weight - int(weight)) * num)
+    for epoch in range(2):
+        use = epoch_use(which, weights, 3, epoch)
+        assert (use == epoch_use(which, weights, 3, epoch)).all()
+        times = np.bincount(use, minlength=len(which))
+        for number, (num, weight) in enumerate(sources):
+            mine = times[which == number]
+            assert set(mine) <= {int(weight), int(weight) + 1}
+            assert mine.sum() == int(weight) * num + round((weight - int(weight)) * num)
+
+
+def test_every_epoch_and_every_seed_draws_a_half_of_its_own():
+    which = np.repeat(np.arange(2, dtype=np.int32), 20)
+    draws = [tuple(epoch_use(which, [0.5, 1], seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(draws)) == 4
+    assert {len(draw) for draw in draws} == {30}
+    several = np.concatenate([epoch_use(which, [0.5, 1], 0, epoch) for epoch in range(20)])
+    assert set(several) == set(range(40))  # in the end all are seen
+
+
+def trained_on(model: str, steps: range) -> list[list[int]]:
+    """The comparisons that this rank computes in each of these steps."""
+    made = trainer(settings(model), weight=0.5)
+    run, seen = made._run_pass, []
+    made._run_pass = lambda mine, *rest: (seen[-1].extend(mine), run(mine, *rest))  # type: ignore
+    for step in steps:
+        seen.append([])
+        assert made.step(step)["epoch"] == step // 2
+    zero.release(made.engine)
+    return seen
+
+
+def test_a_training_takes_each_epochs_own_half_at_any_start(base_model: Path):
+    """32 comparisons by half, in batches of 8: two steps an epoch."""
+    ranks = on_workers(2, trained_on, str(base_model), range(4))
+    steps = [sorted(one + other) for one, other in zip(*ranks, strict=True)]
+    halves = [set(steps[0] + steps[1]), set(steps[2] + steps[3])]
+    sources = np.zeros(32, dtype=np.int32)
+    assert halves == [set(epoch_use(sources, [0.5], 0, epoch).tolist()) for epoch in (0, 1)]
+    assert halves[0] != halves[1]
+    later = on_workers(2, trained_on, str(base_model), range(3, 4))
+    assert sorted(later[0][0] + later[1][0]) == steps[3]
 
 
 def test_sources_are_mixed_and_split_by_prompt_over_all_of_them(base_model: Path, tmp_path: Path):
@@ -47,7 +86,8 @@ def test_sources_are_mixed_and_split_by_prompt_over_all_of_them(base_model: Path
     assert len(prompts[1]) == 12  # 20 % of 60
     assert not prompts[0] & prompts[1]
     per_source = np.bincount(data.train.sources)
-    used = np.bincount(data.train.sources[data.use])
+    used = np.bincount(data.train.sources[data.use(0)])
+    assert used.sum() == data.num_used == len(data.use(1))
     assert used.tolist() == [round(per_source[0] / 2), 2 * per_source[1]]
     lines = data.report()
     assert any(line.startswith(f"  {second}: 40 pairs of 40 rows, {used[1]} in") for line in lines)
@@ -75,17 +115,59 @@ def test_an_evaluation_set_is_held_out_whole(base_model: Path, tmp_path: Path):
     data = prepared(base_model, tmp_path / "out", train, data__eval=evaluation)
     assert (len(data.train), len(data.heldout)) == (10, 6)
     assert data.heldout.source_names == (evaluation,)
+    assert data.report()[0].startswith("10 training pairs of 10 rows; dropped: 0 too long")
     assert [w for w in data.warnings if w.startswith("3 prompts of data.eval are in data.train")]
     with pytest.raises(ValueError, match=r"data.eval: the weight of .* is 2"):
         prepared(base_model, tmp_path / "out", train, data__eval=json.dumps({evaluation: 2}))
 
 
+def test_what_is_left_out_of_an_evaluation_set_is_told(base_model: Path, tmp_path: Path):
+    train = write(tmp_path / "a.jsonl", questions("Fruit", 10))
+    rows = [{**row, "subset": "tools"} for row in questions("Tool", 4)]
+    same = {**rows[0], "rejected": rows[0]["chosen"]}
+    # A pair of two subsets counts in both, but in each of them once.
+    others = [{**rows[1], "subset": "hard"}, rows[1], {**rows[1], "subset": "hard"}]
+    tools = write(tmp_path / "b.jsonl", [*rows, *others, same])
+    fruit = write(tmp_path / "c.jsonl", [{**questions("Pear", 1)[0], "prompt": "long " * 200}])
+    settings = {"data__over_long": "truncate_left", "model__max_length": 64}
+    sets = json.dumps({tools: 1, fruit: 1})
+    data = prepared(base_model, tmp_path / "out", train, data__eval=sets, **settings)
+    counts = np.bincount(data.heldout.subsets).tolist()
+    assert dict(zip(data.heldout.subset_names, counts, strict=True)) == {
+        "": 1, "hard": 1, "tools": 4,
+    }  # fmt: skip
+    facts = data.facts["eval_sources"]
+    assert {name: of["num_comparisons"] for name, of in facts.items()} == {tools: 5, fruit: 1}
+    assert facts[tools]["num_duplicates"] == 2
+    shown = "\n".join(data.report()[-2:])
+    assert (
+        f"evaluated on {tools}: 5 pairs of 8 rows; dropped: 0 too long, 1 with equal sides, 2 used "
+        "already; tokens: 5 %"
+    ) in shown
+    assert f"evaluated on {fruit}: 1 pairs, 1 cut on the left, of 1 rows; dropped: 0" in shown
+    assert data.dropped.count == 0  # of the training data
+
+
+def test_a_split_by_what_completions_share_is_told(base_model: Path, tmp_path: Path):
+    pairs = [{"chosen_ids": [5, 9, i, 1], "rejected_ids": [5, 9, i, 2]} for i in range(10, 20)]
+    shared = write(tmp_path / "a.jsonl", [*questions("Fruit", 5), *pairs])
+    own = write(tmp_path / "b.jsonl", questions("Tool", 5))
+    (told,) = prepared(base_model, tmp_path / "out", {shared: 1, own: 1}).warnings
+    assert told.startswith(f"{shared}: 10 of 15 rows have no prompt of their own; what their compl")
+    assert "rows about one prompt may be both trained on and held out" in told
+    assert "Give a prompt column (prompt_ids with token ids) or a data.eval" in told
+    assert not prepared(base_model, tmp_path / "out", shared, data__eval_fraction=0).warnings
+    assert not prepared(base_model, tmp_path / "out", shared, data__eval=own).warnings
+
+
 def test_what_is_probably_a_mistake_is_told(base_model: Path, tmp_path: Path):
     rows = questions("Fruit", 10)
     long = [{**row, "prompt": "apple " * 200 + row["prompt"]} for row in rows]
-    differ = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]
-    file = write(tmp_path / "a.jsonl", [*rows[:4], {**rows[4], "rejected": differ}, *long])
-    del rows[4]["prompt"]
+    why, how = (
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]
+        for asked in ("Why?", "How?")
+    )
+    file = write(tmp_path / "a.jsonl", [*rows[:4], {"chosen": why, "rejected": how}, *long])
     told = "\n".join(prepared(base_model, tmp_path / "out", file, model__max_length=64).warnings)
     assert "10 of 15 rows are dropped as longer than 64 tokens; raise model.max_length" in told
     assert "in 1 of 15 rows the completions answer different prompts" in told
@@ -117,12 +199,49 @@ def test_a_second_bos_and_a_date_are_told(base_model: Path, tmp_path: Path):
 def test_sources_that_cannot_be_used_together_are_named(base_model: Path, tmp_path: Path):
     file = write(tmp_path / "a.jsonl", questions("Fruit", 10))
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"loss.attributes: no row of .*a.jsonl has any of help"):
+    with pytest.raises(ValueError, match=r"no row of .*a.jsonl has the attribute 'help'"):
         prepared(base_model, out, file, loss__attributes='{"help": 1}')
     with pytest.raises(ValueError, match=r"data.train: .*a.jsonl is there twice"):
         prepared(base_model, out, {file: 1, f"{tmp_path}/./a.jsonl": 1})
     with pytest.raises(ValueError, match="no pair is left to train"):
         prepared(base_model, out, {file: 0.01})
+
+
+def test_pairs_without_attributes_mix_with_rows_that_have_them(base_model: Path, tmp_path: Path):
+    def single(name: str, num: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": f"{name} {i}?", "completion": "So.", "attributes": {name: i}}
+            for i in range(num)
+        ]
+
+    pairs = write(tmp_path / "a.jsonl", questions("Fruit", 10))
+    helpful = write(tmp_path / "b.jsonl", single("help", 10))
+    other = write(tmp_path / "c.jsonl", single("tone", 10))
+    train = {pairs: 1, helpful: 1, other: 1}
+    wanted = '{"help": 1}'
+    data = prepared(base_model, tmp_path / "out", train, loss__attributes=wanted)
+    assert len(data.train) + len(data.heldout) == 20
+    (told,) = data.warnings
+    assert told.startswith(f"{other}: nothing is learned or measured from its 10 rows: none is")
+    assert any(line.startswith(f"  {other}: 0 pairs of 10 rows, 0 in an") for line in data.report())
+
+    outputs = torch.zeros(data.train.num_sequences, 1, requires_grad=True)
+    everything = range(len(data.train))
+    labels = Labels.of(data.train, everything, "cpu")
+    config = config_of(base_model, tmp_path / "out", train, loss__attributes=wanted).loss
+    losses = comparison_losses(outputs, labels, config, has_ties=False).losses
+    is_pair = data.train.sources == 0
+    np.testing.assert_allclose(losses[is_pair].detach(), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses[~is_pair].detach(), labels.attributes[
+        data.train.starts[:-1][~is_pair], 0
+    ] ** 2)  # fmt: skip
+    losses.sum().backward()
+    assert torch.isfinite(outputs.grad).all()
+
+    with pytest.raises(ValueError, match=r"no row of .* has the attribute 'brief'"):
+        prepared(base_model, tmp_path / "out", train, loss__attributes='{"help": 1, "brief": 1}')
+    with pytest.raises(ValueError, match=r"no pair of .*c.jsonl is left.* 10 without a label"):
+        prepared(base_model, tmp_path / "out", other)
 
 
 def test_a_directory_or_a_glob_is_its_files_in_order(base_model: Path, tmp_path: Path):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from engines import comparisons, on_workers, settings
 from safetensors.numpy import load_file
@@ -37,7 +36,7 @@ def train_on_one(model: Path, output_dir: Path, num_steps: int, changes: dict[st
 
     config = settings(model, output_dir=output_dir, **changes)
     data = comparisons()
-    whole = TrainingData(data, swapped(data), np.arange(len(data)), has_ties=False)
+    whole = TrainingData(data, swapped(data), (1.0,), 0, has_ties=False)
     contract = contract_for(load_tokenizer(model), base_config(str(model)), format="chat")
     output_dir.mkdir(parents=True)
     facts = {"num_pairs": len(data), "num_dropped": 0, "dropped": "none"}

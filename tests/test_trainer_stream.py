@@ -35,6 +35,8 @@ def rows_of(name: str, num: int) -> list[dict[str, Any]]:
             rows.append({"prompt": prompt, "completions": ["A.", "B.", "C."], "scores": [1, 2, i]})
         if i % 13 == 0:
             rows.append({"prompt": "long " * 80, "chosen": "a", "rejected": "b", "subset": "long"})
+        if i % 17 == 0:
+            rows.append({"chosen_ids": [5, i + 9, 2], "rejected_ids": [5, i + 9, 3]})
     return rows
 
 
@@ -74,7 +76,9 @@ def assert_equal(found: Prepared, expected: Prepared) -> None:
             np.testing.assert_array_equal(getattr(one, array), getattr(other, array))
         assert one.source_names == other.source_names
         assert one.subset_names == other.subset_names
-    np.testing.assert_array_equal(found.use, expected.use)
+    for epoch in range(2):
+        np.testing.assert_array_equal(found.use(epoch), expected.use(epoch))
+    assert found.digest() == expected.digest()
     assert found.facts == expected.facts
     assert found.warnings == expected.warnings
     assert found.dropped == expected.dropped
@@ -101,6 +105,7 @@ def test_a_stream_is_what_memory_would_hold(
     expected = prepare(config)[0]
     assert len(expected.heldout)
     assert expected.dropped.num_duplicates
+    assert "have no prompt of their own" in "\n".join(expected.warnings)
     found = streamed(config)
     assert_equal(found, expected)
     assert isinstance(found.train.ids, np.memmap)
@@ -143,7 +148,7 @@ def test_a_stream_is_used_again_until_something_changes(
     half = config_of(base_model, tmp_path / "run", {str(data): 0.5})
     again = streamed(half)  # which of them are used is decided later
     assert place(again) == place(first)
-    assert len(again.use) == round(len(first.use) / 2)
+    assert again.num_used == round(first.num_used / 2)
     assert (place(first) / "summary.json").stat().st_mtime_ns == stamp
     os.utime(data, ns=(1, 1))
     assert place(streamed(config)) != place(first)

@@ -103,7 +103,7 @@ def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, 
         prompt, *sides = (rng.integers(3, 250, rng.integers(4, 20)).tolist() for _ in range(3))
         items.append(Comparison([prompt + side for side in sides], (1.0, 0.0), str(row), row=row))
     comparisons = Comparisons.of(items, ["made up"])
-    data = TrainingData(comparisons, comparisons, np.arange(len(items)), has_ties=False)
+    data = TrainingData(comparisons, comparisons, (1.0,), 0, has_ties=False)
     changes = {"training__global_batch_pairs": 4, **changes}
     config = load_config(None, overrides(settings(Path(model), Path(), Path(directory), **changes)))
     rank = int(os.environ["RANK"])

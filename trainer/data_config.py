@@ -41,7 +41,10 @@ class Source(Columns):
     """One of several data sets."""
 
     weight: float = Field(
-        1.0, gt=0, description="how often its rows are used in an epoch; 0.5: a random half"
+        1.0,
+        gt=0,
+        description="how often its rows are used in an epoch; 0.5: a random half, another one in "
+        "each epoch",
     )
 
 
@@ -58,7 +61,9 @@ class DataConfig(Columns):
         0.05, ge=0, lt=1, description="fraction of the prompts held out when there is no eval"
     )
     split_seed: int = Field(0, description="decides which prompts are held out")
-    max_pairs: int | None = Field(None, gt=0, description="read only so many rows of each data set")
+    max_pairs: int | None = Field(
+        None, gt=0, description="read only so many rows of each training set"
+    )
     over_long: Literal["drop", "truncate_left", "error"] = Field(
         "drop",
         description="what happens to a row with a sequence of more than model.max_length tokens",

@@ -43,7 +43,7 @@ def gather(
     """Put blocks, each with the number of its source, together; tokens go to `ids_file` if given.
 
     Raises ValueError for rows that cannot be used, at the first block that has some, and for a
-    source of which nothing is left.
+    source of which nothing is left; one without any label is let through beside others.
     """
     tallies = [Tally() for _ in names]
     bad = [BadRows(name) for name in names]
@@ -76,6 +76,9 @@ def gather(
             raise ValueError(f"{name} holds no rows")
     whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     for number, (name, tally) in enumerate(zip(names, tallies, strict=True)):
+        is_unlabelled = tally.num_unlabelled == tally.num_rows
+        if is_unlabelled and len(whole["sources"]):
+            continue  # `trainer.prepare` warns of it
         if not (whole["sources"] == number).any():
             raise ValueError(
                 f"no pair of {name} is left to use: of {tally.num_rows} rows, {tally} "
@@ -148,9 +151,15 @@ def take(
     return taken
 
 
-def first_uses(gathered: Gathered) -> NDArray[np.int64]:
-    """The comparisons without those that repeat an earlier one, which are counted as dropped."""
-    _, first = np.unique(gathered.marks["content"], return_index=True)
+def first_uses(gathered: Gathered, *, by_subset: bool = False) -> NDArray[np.int64]:
+    """The comparisons without those that repeat an earlier one, which are counted as dropped.
+
+    With `by_subset`, for evaluations, which show each by itself, a subset repeats only its own.
+    """
+    content = gathered.marks["content"]
+    if by_subset:
+        content = np.rec.fromarrays([content, gathered.comparisons.subsets])
+    _, first = np.unique(content, return_index=True)
     first = np.sort(first).astype(np.int64)
     repeated = np.ones(len(gathered.marks), dtype=bool)
     repeated[first] = False

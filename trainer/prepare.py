@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,10 +38,21 @@ class TrainingData:
 
     train: Comparisons
     heldout: Comparisons
-    use: NDArray[np.int64]
-    """The comparisons of `train` that make up an epoch, repeated as their source's weight says."""
+    weights: tuple[float, ...]
+    """Of each source of `train`: how often its comparisons are used in an epoch."""
+    seed: int
+    """Of what an epoch draws."""
     has_ties: bool
     """Whether any pair of `train` is a tie."""
+
+    def use(self, epoch: int) -> NDArray[np.int64]:
+        """The comparisons of `train` that make up an epoch (from 0): see `epoch_use`."""
+        return epoch_use(self.train.sources, self.weights, self.seed, epoch)
+
+    @cached_property
+    def num_used(self) -> int:
+        """How many those are, in every epoch."""
+        return len(self.use(0))
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Prepared(TrainingData):
     """Of the training sources; `.count` and `str()`."""
     facts: Mapping[str, Any]
     """What the report says: {"max_length", "num_train", "num_heldout", "num_contradictions",
-    "total": {...}, "sources": {name: {...}}}; see `_measured`."""
+    "total": {...}, "sources": {name: {...}}, "eval_sources": {name: {...}}}; see `_measured`."""
     warnings: list[str] = field(default_factory=list)
     """What is probably a mistake, and what to do about it."""
 
@@ -67,47 +79,58 @@ class Prepared(TrainingData):
     ) -> Prepared:
         """Raises ValueError if the weights of the sources leave nothing to train on."""
         sources = config.data.sources("train")
-        weights = [sources[name].weight for name in train.source_names]
-        use = epoch_use(train.sources, weights, config.training.seed)
-        if not len(use):
-            raise ValueError("data.train: the weights are so small that no pair is left to train")
         from trainer.objective import holds_ties  # with torch, which only a training needs
 
-        return cls(
+        prepared = cls(
             train=train,
             heldout=heldout,
-            use=use,
+            weights=tuple(sources[name].weight for name in train.source_names),
+            seed=config.training.seed,
             has_ties=holds_ties(train),
             num_rows=summary.num_rows,
             dropped=Dropped(**summary.dropped),
             facts=summary.facts,
             warnings=summary.warnings,
         )
+        if not prepared.num_used:
+            raise ValueError("data.train: the weights are so small that no pair is left to train")
+        return prepared
 
     def digest(self) -> str:
-        """sha256 of everything that training and its evaluation see."""
-        use = hashlib.sha256(self.use.tobytes()).hexdigest()
+        """sha256 of everything that training and its evaluation see.
+
+        The first epoch stands for all: with other sources or weights it is another one, too.
+        """
+        use = hashlib.sha256(self.use(0).tobytes()).hexdigest()
         return sha256_text(self.train.digest() + self.heldout.digest() + use)
 
     def report(self) -> list[str]:
         """Lines for people, before the first step: how many pairs, what was left out, how long."""
         facts = self.facts
+        heldout = "" if facts["eval_sources"] else f", {len(self.heldout)} held out by prompt,"
         lines = [
-            f"{len(self.train)} training pairs, {len(self.heldout)} held out by prompt, "
-            f"of {self.num_rows} rows; dropped: {self.dropped}"
+            f"{len(self.train)} training pairs{heldout} of {self.num_rows} rows; "
+            f"dropped: {self.dropped}"
         ]
         if facts["total"]["num_truncated"]:
             lines.append(f"{facts['total']['num_truncated']} over-long pairs cut on the left")
         if facts["num_contradictions"]:
             lines.append(f"{facts['num_contradictions']} pairs are there both ways round, and kept")
         if len(facts["sources"]) > 1:
-            used = np.bincount(self.train.sources[self.use], minlength=len(facts["sources"]))
+            used = np.bincount(self.train.sources[self.use(0)], minlength=len(facts["sources"]))
             for (name, of), num in zip(facts["sources"].items(), used, strict=True):
                 lines.append(
                     f"  {name}: {of['num_comparisons']} pairs of {of['num_rows']} rows, {num} in "
                     f"an epoch; dropped: {of['dropped']}; {_lengths(of)}"
                 )
-        return [*lines, f"{_lengths(facts['total'])}, limit {facts['max_length']}"]
+        lines.append(f"{_lengths(facts['total'])}, limit {facts['max_length']}")
+        for name, of in facts["eval_sources"].items():
+            cut = f", {of['num_truncated']} cut on the left," if of["num_truncated"] else ""
+            lines.append(
+                f"evaluated on {name}: {of['num_comparisons']} pairs{cut} of {of['num_rows']} "
+                f"rows; dropped: {of['dropped']}; {_lengths(of)}"
+            )
+        return lines
 
 
 def rules_of(config: TrainConfig) -> Rules:
@@ -124,13 +147,16 @@ def decide(
     """
     gathered = everything[0]
     used = [
-        first_uses(some) if config.data.deduplicate else np.arange(len(some.marks))
-        for some in everything
+        first_uses(some, by_subset=number == 1)
+        if config.data.deduplicate
+        else np.arange(len(some.marks))
+        for number, some in enumerate(everything)
     ]
     _check_attributes(gathered, config)
     keys = gathered.marks["key"][used[0]]
     warnings = _warnings(everything, contract)
     if len(everything) == 1:
+        warnings += _doubtful_splits(gathered) if config.data.eval_fraction else []
         is_heldout = split_by_prompt(keys, config.data.eval_fraction)
         train, heldout = used[0][~is_heldout], used[0][is_heldout]
     else:
@@ -144,18 +170,14 @@ def decide(
     total = Tally()
     for tally in gathered.tallies:
         total.add(tally)
-    names = gathered.comparisons.source_names
-    sources = gathered.comparisons.sources[used[0]]
     facts = {
         "max_length": contract.max_length,
         "num_train": len(train),
         "num_heldout": len(heldout),
         "num_contradictions": num_contradictions(gathered.marks[used[0]]),
         "total": _measured(gathered, used[0], total),
-        "sources": {
-            name: _measured(gathered, used[0][sources == number], gathered.tallies[number])
-            for number, name in enumerate(names)
-        },
+        "sources": _measured_by_source(gathered, used[0]),
+        "eval_sources": _measured_by_source(everything[1], heldout) if everything[1:] else {},
     }
     dropped = {key: value for key, value in asdict(total).items() if key in vars(Dropped())}
     return train, heldout, Summary(total.num_rows, dropped, facts, warnings)
@@ -179,22 +201,31 @@ def split_by_prompt(keys: NDArray[np.bytes_], fraction: float) -> NDArray[np.boo
     return np.isin(keys, different[:num_heldout])
 
 
-def epoch_use(sources: NDArray[np.int32], weights: Sequence[float], seed: int) -> NDArray[np.int64]:
-    """The comparisons of an epoch, rising: each as often as its source's weight is whole, and of
-    each source a random share once more, as large as the rest of the weight."""
+def epoch_use(
+    sources: NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """The comparisons of an epoch (from 0), rising: each as often as its source's weight is whole,
+    and of each source a random share once more, as large as the rest of the weight.
+
+    Every epoch draws its own share, of the same size; it depends on these arguments alone.
+    """
     times = np.array([int(weight) for weight in weights], dtype=np.int64)[sources]
     for number, weight in enumerate(weights):
         mine = np.flatnonzero(sources == number)
-        random = np.random.Generator(np.random.PCG64([seed, number]))
+        # Four numbers: the order of a batch is drawn from two (`trainer.batches.global_batch`).
+        random = np.random.Generator(np.random.PCG64([seed, number, epoch, 1]))
         times[random.permutation(mine)[: round((weight - int(weight)) * len(mine))]] += 1
     return np.repeat(np.arange(len(sources), dtype=np.int64), times)
 
 
 def _check_attributes(gathered: Gathered, config: TrainConfig) -> None:
-    wanted = ", ".join(config.loss.attributes)
-    for name, tally in zip(gathered.comparisons.source_names, gathered.tallies, strict=True):
-        if wanted and not tally.num_with_attributes:
-            raise ValueError(f"loss.attributes: no row of {name} has any of {wanted}")
+    """Raise ValueError for a head without any target. A source may well have none for it."""
+    for name, targets in zip(
+        config.loss.attributes, gathered.comparisons.attributes.T, strict=True
+    ):
+        if np.isnan(targets).all():
+            sources = ", ".join(gathered.comparisons.source_names)
+            raise ValueError(f"loss.attributes: no row of {sources} has the attribute {name!r}")
 
 
 def _warnings(everything: Sequence[Gathered], contract: ScoringContract) -> list[str]:
@@ -224,7 +255,32 @@ def _warnings(everything: Sequence[Gathered], contract: ScoringContract) -> list
                     "answer different prompts; what is learned from those is the prompt. See "
                     "whether the columns are the right ones"
                 )
+            if of.num_unlabelled == of.num_rows:
+                warnings.append(
+                    f"{name}: nothing is learned or measured from its {of.num_rows} rows: none is "
+                    "a pair or a ranking or has any of loss.attributes"
+                )
     return warnings
+
+
+def _doubtful_splits(gathered: Gathered) -> list[str]:
+    """Warnings of sources whose prompts are guessed, so that a split by prompt may part them."""
+    return [
+        f"{name}: {of.num_without_prompt} of {of.num_rows} rows have no prompt of their own; what "
+        "their completions begin with alike is taken for it, so that rows about one prompt may be "
+        "both trained on and held out. Give a prompt column (prompt_ids with token ids) or a "
+        "data.eval of other prompts"
+        for name, of in zip(gathered.comparisons.source_names, gathered.tallies, strict=True)
+        if of.num_without_prompt
+    ]
+
+
+def _measured_by_source(gathered: Gathered, index: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+    sources = gathered.comparisons.sources[index]
+    return {
+        name: _measured(gathered, index[sources == number], gathered.tallies[number])
+        for number, name in enumerate(gathered.comparisons.source_names)
+    }
 
 
 def _measured(gathered: Gathered, index: NDArray[np.int64], tally: Tally) -> dict[str, Any]:

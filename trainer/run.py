@@ -69,7 +69,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     for warning in prepared.warnings:
         say(f"warning: {warning}")
     num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
-        len(prepared.use), config.training.global_batch_pairs
+        prepared.num_used, config.training.global_batch_pairs
     )
     from trainer.optimizers import check_optimizer  # with torch, which `prepare` needed, too
 

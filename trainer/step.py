@@ -9,6 +9,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Trainer:
         self.engine = engine
         self.config = config
         self.data = data
+        self.use = lru_cache(maxsize=1)(data.use)
         self.passes = Passes(engine, config.training.packing)
         routers = engine.module.routers
         wanted = config.loss.router_coefficient
@@ -61,8 +63,9 @@ class Trainer:
         began = time.perf_counter()
         training, train = self.config.training, self.data.train
         workers, rank = dist.get_world_size(), dist.get_rank()
-        places = global_batch(len(self.data.use), training.global_batch_pairs, training.seed, index)
-        batch = self.data.use[places]
+        num_used, size = self.data.num_used, training.global_batch_pairs
+        epoch = index // steps_per_epoch(num_used, size)
+        batch = self.use(epoch)[global_batch(num_used, size, training.seed, index)]
         passes = plan(
             train, batch, training.micro_batch_tokens, workers, packed=self.passes.packed
         )[rank]
@@ -78,7 +81,7 @@ class Trainer:
         num_pairs = max(1.0, sums["num_pairs"])
         return {
             "step": index + 1,
-            "epoch": index // steps_per_epoch(len(self.data.use), training.global_batch_pairs),
+            "epoch": epoch,
             "loss": sums["loss"] / len(batch),
             **(
                 {"router_loss": sums["router_loss"] / len(batch)} if self.router_coefficient else {}

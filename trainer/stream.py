@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DATA_DIR = "data"
 _SUMMARY_FILE = "summary.json"
-_VERSION = 1  # of the files, and of how rows become what is in them
+_VERSION = 2  # of the files, and of how rows become what is in them
 
 
 @dataclass(frozen=True)
