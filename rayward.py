@@ -74,10 +74,18 @@ def _parser() -> argparse.ArgumentParser:
         help="DATA is RewardBench of this version: score it by its own rules",
     )
     sub.add_argument(
-        "--subset-column",
-        default="subset",
-        help="of DATA: a name; each subset is shown by itself [%(default)s]",
+        "--over-long",
+        choices=("drop", "truncate_left"),
+        default=argparse.SUPPRESS,
+        help="what happens to a row with too long a sequence [drop]",
     )
+    sub.add_argument(
+        "--deduplicate",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="use rows of equal tokens, labels and subset once [no]",
+    )
+    _add_columns(sub)
     _add_loading(sub)
 
     sub = command("serve", run.serve, "serve a reward model over HTTP until interrupted")
@@ -144,14 +152,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_loading(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    sub.add_argument("--dtype", default="auto", help="auto (the contract's), float32, bfloat16")
+    """Options that are absent unless they are given: a service that has its model refuses them."""
+    for name, help in (
+        ("--device", "auto, cpu, cuda, cuda:1, ..."),
+        ("--dtype", "auto (the contract's), float32, bfloat16"),
+        ("--attention", "auto (the fastest exact path), forest, padded"),
+    ):
+        sub.add_argument(name, default=argparse.SUPPRESS, help=help)
     sub.add_argument(
-        "--attention", default="auto", help="auto (the fastest exact path), forest, padded"
+        "--trust-remote-code",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="run Python code found in the model",
     )
-    sub.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code found in the model"
-    )
+
+
+def _add_columns(sub: argparse.ArgumentParser) -> None:
+    from trainer.data_config import Columns
+
+    for name, field in Columns.model_fields.items():
+        sub.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar="NAME",
+            default=argparse.SUPPRESS,
+            help=f"of DATA: {field.description} [{field.default}]",
+        )
 
 
 def _add_serve_settings(sub: argparse.ArgumentParser) -> None:

@@ -11,16 +11,36 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `_add_loading` read, as `RewardScorer.from_pretrained` takes it."""
-    names = ("device", "dtype", "attention", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
+    """What was given of `_add_loading`'s options, as `RewardScorer.from_pretrained` takes it.
+
+    Raises ValueError if the model is a service's.
+    """
+    given = _given(arguments, ("device", "dtype", "attention", "trust_remote_code"))
+    if given and _is_url(arguments.model):
+        raise ValueError(
+            f"{_options(given)}: these are for loading a model, and the service at "
+            f"{arguments.model} has loaded its own; give them to `rayward serve`"
+        )
+    return given
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
 
 
 def init_model(arguments: argparse.Namespace) -> int:
@@ -44,19 +64,29 @@ def init_model(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    from trainer.data_config import Columns
+
+    columns = _given(arguments, Columns.model_fields)
+    rules = _given(arguments, ("over_long", "deduplicate"))
     if arguments.rewardbench:
+        if columns or rules:
+            raise ValueError(
+                f"{_options([*columns, *rules])}: RewardBench has columns and rules of its own"
+            )
         from trainer.rewardbench import evaluate_rewardbench
 
         result = evaluate_rewardbench(
             arguments.model, arguments.data, arguments.rewardbench, **_loading(arguments)
         )
     else:
-        from trainer.data_config import Columns
         from trainer.evaluate import evaluate_model
 
-        columns = Columns.model_validate({"subset_column": arguments.subset_column})
         result = evaluate_model(
-            arguments.model, arguments.data, columns=columns, **_loading(arguments)
+            arguments.model,
+            arguments.data,
+            columns=Columns.model_validate(columns),
+            **rules,
+            **_loading(arguments),
         )
     if arguments.json:
         print(json.dumps(result))
@@ -66,14 +96,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
-    """Single numbers, then a table for each thing of several; lists are only in the JSON."""
+    """Single values, then a table for each thing of several; lists of objects are only in JSON."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     def cell(value: Any) -> str:
-        if value is None:
+        if value is None or value == []:
             return "-"
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
         return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
 
     console = Console()
@@ -81,7 +113,7 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     single.add_column(justify="right")
     single.add_column(overflow="fold")
     for name, value in result.items():
-        if not isinstance(value, dict | list):
+        if not isinstance(value, dict) and not _holds_dicts(value):
             single.add_row(name, cell(value))
     console.print(single)
     for name, parts in result.items():
@@ -93,6 +125,10 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         for part, row in rows.items():
             table.add_row(escape(part), *(cell(row[c]) if c in row else "" for c in columns))
         console.print(table)
+
+
+def _holds_dicts(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -149,7 +185,8 @@ def score(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
-    if arguments.model.startswith(("http://", "https://")):
+    loading = _loading(arguments)
+    if _is_url(arguments.model):
         from reward_actor.client import RewardClient
 
         with RewardClient(arguments.model) as client:
@@ -157,7 +194,7 @@ def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
         return
     from reward_actor.scorer import RewardScorer
 
-    yield RewardScorer.from_pretrained(arguments.model, **_loading(arguments)).score
+    yield RewardScorer.from_pretrained(arguments.model, **loading).score
 
 
 def rollout(arguments: argparse.Namespace) -> int:

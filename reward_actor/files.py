@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,28 +21,35 @@ Row = dict[str, Any]
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """(place, row) of a .jsonl or .jsonl.gz file; place is "FILE:LINE", for messages.
 
-    Raises ValueError for a missing or empty file, or a line that is not a JSON object.
+    Raises ValueError for a missing, empty or damaged file, or a line that is not a JSON object.
     """
     file_path = Path(path)
     if not file_path.is_file():
         raise ValueError(f"{file_path} is not a file")
     num_rows = 0
-    opener = gzip.open if file_path.suffix == ".gz" else open
-    with opener(file_path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{file_path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
-            num_rows += 1
-            yield place, row
+    for place, line in _lines(file_path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # JSON that is nested too deeply
+            raise ValueError(f"{place}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
+        num_rows += 1
+        yield place, row
     if not num_rows:
         raise ValueError(f"{file_path} holds no rows")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

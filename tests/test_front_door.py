@@ -93,6 +93,20 @@ def test_a_bad_input_file_is_told_by_line(
     assert not output.exists()
 
 
+def test_a_damaged_input_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f'{{"prompt": "{i**9}"}}\n' for i in range(9999)).encode())
+    half = len(whole) // 2
+    file = tmp_path / "in.jsonl.gz"
+    for damaged in (b"no gzip", whole[:half], whole[:half] + b"\xff" * 999):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"in.jsonl.gz:\d+: cannot be read"):
+            list(read_rows(file))
+    for line in (b"\xff", b"[" * 10**5):
+        file.write_bytes(gzip.compress(b"{}\n" + line))
+        with pytest.raises(ValueError, match=r"in.jsonl.gz:2: not JSON"):
+            list(read_rows(file))
+
+
 def test_a_missing_file_is_named(export_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rayward.main(["score", str(export_dir), "/no/such.jsonl", "/tmp/out.jsonl"]) == 2
     assert "error: /no/such.jsonl is not a file" in capsys.readouterr().err

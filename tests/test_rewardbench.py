@@ -89,12 +89,19 @@ def test_version_1_weights_its_subsets_by_the_official_counts() -> None:
     assert result["score"] == pytest.approx(sum(sections.values()) / 4)
     assert result["subsets"]["mt-bench-easy"] == {"num_rows": 2, "accuracy": 0.5}
     assert result["subsets"]["no-section"] == {"num_rows": 1, "accuracy": 1.0}
+    assert result["unknown_subsets"] == ["no-section"]
+    assert result["missing_subsets"]["Chat"] == ["alpacaeval-length", "mt-bench-med"]
+    assert result["missing_subsets"]["Safety"] == ["refusals-offensive"]
 
 
 def test_version_1_without_a_section_has_no_score() -> None:
     result = score_v1([row("hep-go")], [(1.0, 0.0)])
     assert result["sections"]["Reasoning"] == 1.0
     assert (result["sections"]["Chat"], result["score"]) == (None, None)
+    assert len(result["missing_subsets"]["Chat"]) == 5
+    every = [row(name) for names in result["missing_subsets"].values() for name in names]
+    whole = score_v1([row("hep-go"), *every], [(1.0, 0.0)] * (1 + len(every)))
+    assert (whole["score"], whole["missing_subsets"], whole["unknown_subsets"]) == (1.0, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -122,13 +129,16 @@ def test_version_2_is_the_unweighted_mean_of_six_subsets() -> None:
     rows = [row(name) for name in ("Factuality", "Precise IF", "Safety", "Focus")]
     rows += [row("Math"), row("Math"), row("Math"), row("Math")]
     rewards = [right, wrong, right, (1.0, 1.0, 0.0, 0.0), right, right, right, wrong]
-    assert score_v2(rows, rewards)["score"] is None
+    without = score_v2([*rows, row("Fokus")], [*rewards, right])
+    assert (without["score"], without["missing_subsets"]) == (None, ["Ties"])
+    assert without["unknown_subsets"] == ["Fokus"]
     # Ties: everything accurate and preferred, margin term tanh(2 / 1 - 1).
     rows += [row("Ties", 1, "ref:1"), row("Ties", 2, "tied:1")]
     result = score_v2(rows, [*rewards, (2.0, 0.0), (4.0, 3.0, 0.0)])
     ties = 1 + 0.01 * math.tanh(1)
     assert result["subsets"]["Ties"]["score"] == pytest.approx(ties)
     assert result["score"] == pytest.approx((1 + 0 + 1 + 1 / 2 + 3 / 4 + ties) / 6)
+    assert (result["missing_subsets"], result["unknown_subsets"]) == ([], [])
 
 
 def test_the_ties_subset_by_hand() -> None:
@@ -227,12 +237,43 @@ def test_what_does_not_fit_is_told_by_row(
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no.parquet is not a file"):
+    with pytest.raises(ValueError, match=r"no.parquet does not exist"):
         read_benchmark(str(tmp_path / "no.parquet"), 2)
     broken = tmp_path / "broken.parquet"
     broken.write_text("not parquet")
     with pytest.raises(ValueError, match=r"broken.parquet cannot be read"):
         read_benchmark(str(broken), 2)
+    cut = Path(write(tmp_path / "cut.jsonl.gz", V2))
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(
+        ValueError, match=r"cut.jsonl.gz cannot be read from line \d on: Compressed"
+    ):
+        read_benchmark(str(cut), 2)
+    garbage = tmp_path / "garbage.jsonl"
+    for text, why in (
+        (b"\n[1]", "2: a row must be"),
+        (b"\xff", "1: not UTF-8"),
+        (b"{", "1: not JSON"),
+    ):
+        garbage.write_bytes(text)
+        with pytest.raises(ValueError, match=f"garbage.jsonl:{why}"):
+            read_benchmark(str(garbage), 2)
+    garbage.write_text("\n")
+    with pytest.raises(ValueError, match=r"garbage.jsonl holds no rows"):
+        read_benchmark(str(garbage), 2)
+
+
+def test_a_subset_is_known_in_any_case(tmp_path: Path) -> None:
+    focus, ref, tied = V2
+    rows = [{**focus, "subset": "focus"}, ref, {**tied, "subset": "TIES"}]
+    found = read_benchmark(write(tmp_path / "b.jsonl", rows), 2)
+    assert [row.subset for row in found] == ["Focus", "Ties", "Ties"]
+    result = score_v2(found, [(1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (3.0, 3.0, 3.0, 0.0, 0.0)])
+    assert result["subsets"]["Ties"]["num_rows"] == 2
+    assert list(result["subsets"]) == ["Focus", "Ties"]
+    other = [{**V1[0], "subset": "HEP-go"}, {**V1[1], "subset": "math_prm"}]
+    found = read_benchmark(write(tmp_path / "b.jsonl", other), 1)
+    assert [row.subset for row in found] == ["hep-go", "math_prm"]
 
 
 def test_version_1_end_to_end_with_a_sample_that_is_too_long(
@@ -259,6 +300,7 @@ def test_version_1_end_to_end_with_a_sample_that_is_too_long(
     shown = capsys.readouterr().out
     assert "RewardBench 1" in shown
     assert "Chat Hard" in shown
+    assert "alpacaeval-length, alpacaeval-hard, mt-bench-easy" in " ".join(shown.split())
     assert "alpacaeval-easy" in shown
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_files import prepared
 from trainer_runs import write_pairs
 
 import rayward
 from reward_actor import Group, RewardScorer
-from trainer import evaluate
+from trainer import evaluate, metrics
 from trainer.data_config import Columns
-from trainer.evaluate import evaluate_model
+from trainer.evaluate import evaluate_model, scoring
 
 TOO_LONG = "apple " * 400
 
@@ -148,6 +149,75 @@ def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Pat
     }
     with pytest.raises(ValueError, match="whole dialogues as text cannot be framed"):
         evaluate_model(service, add(tmp_path / "dialogues.jsonl", dialogue))
+
+
+def test_the_numbers_are_those_of_a_trainings_end(
+    export_dir: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same comparisons, by the same rules: what a training holds out of its data.eval."""
+    rows = [
+        {"prompt": f"Name {i}.", "better": "An apple. " * (i % 3 + 1), "worse": f"No {i}."}
+        for i in range(12)
+    ]
+    again = {**rows[0], "kind": "hard"}  # the same pair in a subset, where it counts once
+    file = add(
+        tmp_path / "eval.jsonl", *rows, rows[0], again, again, {**rows[1], "better": TOO_LONG}
+    )
+    columns = {"chosen_column": "better", "rejected_column": "worse", "subset_column": "kind"}
+    heldout = prepared(
+        base_model,
+        tmp_path / "out",
+        str(write_pairs(tmp_path / "train.jsonl")),
+        data__eval=json.dumps({file: columns}),
+        data__over_long="truncate_left",
+    ).heldout
+    assert len(heldout) == 14
+    scorer = RewardScorer.from_pretrained(export_dir, device="cpu")
+    ids = [heldout.sequence(i) for i in range(heldout.num_sequences)]
+    (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=ids)])
+    expected = metrics.evaluate(heldout, np.array(scores.raw_scores, dtype=np.float64)).as_dict()
+    command = ["eval", str(export_dir), file, "--json", "--device", "cpu"]
+    for name, value in columns.items():
+        command += ["--" + name.replace("_", "-"), value]
+    assert rayward.main([*command, "--over-long", "truncate_left", "--deduplicate"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert_same({key: result[key] for key in expected}, expected)
+    assert result["num_dropped"] == 2
+    assert rayward.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["num_pairs"], result["num_dropped"]) == (15, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtype", "float32"], "--dtype: these are for loading a model, and the service at http"),
+        (["--trust-remote-code"], "--trust-remote-code: these are for loading a model"),
+        (["--rewardbench", "2", "--device", "cpu"], "--device: these are for loading a model"),
+        (["--over-long", "truncate_left"], "over_long truncate_left and deduplicate need the"),
+        (["--deduplicate"], "over_long truncate_left and deduplicate need the model's directory"),
+        (["--rewardbench", "1", "--chosen-column", "a", "--deduplicate"],
+         "--chosen-column, --deduplicate: RewardBench has columns and rules of its own"),
+    ],
+)  # fmt: skip
+def test_an_option_that_could_do_nothing_is_refused(
+    flags: list[str], message: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rayward.main(["eval", "http://127.0.0.1:1", data, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_service_is_not_told_how_to_load_its_model(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "http://127.0.0.1:1"
+    with pytest.raises(ValueError, match="has loaded its model already: dtype cannot be chosen"):
+        evaluate_model(url, data, dtype="float32")
+    with pytest.raises(ValueError, match="device cannot be chosen"), scoring(url, device="cpu"):
+        pass
+    output = tmp_path / "out.jsonl"
+    assert rayward.main(["score", url, data, str(output), "--attention", "padded"]) == 2
+    assert "--attention: these are for loading a model" in capsys.readouterr().err
 
 
 def test_the_command_prints_json_or_a_table(

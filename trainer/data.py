@@ -70,22 +70,21 @@ def load_comparisons(
     sources: Mapping[str, Source],
     renderer: Renderer,
     *,
-    attributes: Sequence[str] = (),
-    over_long: Literal["drop", "truncate_left", "error"] = "drop",
+    over_long: Literal["drop", "truncate_left"] = "drop",
     max_rows: int | None = None,
     deduplicate: bool = False,
 ) -> Loaded:
-    """The comparisons of all sources, in their order, as `renderer` renders them.
+    """What an evaluation compares: of all sources, in their order, as `renderer` renders it.
 
-    Comparisons of equal sides, over-long ones under "drop", and single completions without any of
-    `attributes` are left out and counted; of equal ones, with `deduplicate`, all but the first.
-    `max_rows` are read of each source. Raises ValueError for sources and rows that cannot be used.
+    Comparisons of equal sides, over-long ones under "drop", and single completions are left out and
+    counted; with `deduplicate`, of equal ones in a subset, all but the first. `max_rows` are read
+    of each source. Raises ValueError for sources and rows that cannot be used.
     """
     loaded = {name: read_rows(name, source, max_rows) for name, source in sources.items()}
-    gathered = gather_rows(loaded, renderer, Rules(tuple(attributes), over_long))
+    gathered = gather_rows(loaded, renderer, Rules(over_long=over_long))
     comparisons = gathered.comparisons
     if deduplicate:
-        comparisons = take(comparisons, first_uses(gathered))
+        comparisons = take(comparisons, first_uses(gathered, by_subset=True))
     total = Tally()
     for tally in gathered.tallies:
         total.add(tally)

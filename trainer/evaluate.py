@@ -7,11 +7,11 @@ differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,8 @@ def evaluate_model(
     *,
     columns: Columns | None = None,
     max_pairs: int | None = None,
+    over_long: Literal["drop", "truncate_left"] = "drop",
+    deduplicate: bool = False,
     **loading: Any,
 ) -> dict[str, Any]:
     """Evaluate an exported directory, or the service at an http(s) URL, on pairs or rankings.
@@ -50,18 +52,30 @@ def evaluate_model(
     `model_version`, `data` and `seconds`.
 
     Comparisons that cannot be scored (over-long, say) or compare equal things are dropped and
-    counted. Raises ValueError for data, a model or a service that cannot be used.
+    counted. `over_long` and `deduplicate` are those of a training's data and need the token ids,
+    so a directory. Raises ValueError for data, a model or a service that cannot be used.
     """
     began = time.perf_counter()
     given = {name: getattr(columns, name) for name in Columns.model_fields} if columns else {}
     source = Source.model_validate(given)
     if is_url(model_or_url):
+        _check_no_loading(model_or_url, loading)
+        if over_long != "drop" or deduplicate:
+            raise ValueError(
+                f"{model_or_url} is a service, whose token ids are not known here: over_long "
+                "truncate_left and deduplicate need the model's directory"
+            )
         rows = read_rows(data, source, max_pairs)
         comparisons, raw_scores, num_dropped, version = _of_service(model_or_url, data, rows)
     else:
         check_source(data, "DATA")  # told before a large model is loaded
         comparisons, raw_scores, num_dropped, version = _of_directory(
-            Path(model_or_url), {data: source}, max_pairs, loading
+            Path(model_or_url),
+            {data: source},
+            loading,
+            max_rows=max_pairs,
+            over_long=over_long,
+            deduplicate=deduplicate,
         )
     return {
         **metrics.evaluate(comparisons, raw_scores).as_dict(),
@@ -81,13 +95,15 @@ def is_url(model_or_url: str) -> bool:
 def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
     """What scores groups: a directory's `RewardScorer`, loaded with `loading`, or a service.
 
-    Raises ValueError for a service that changes its model between two requests.
+    Raises ValueError for a service that is given `loading` or changes its model between two
+    requests.
     """
     if not is_url(model_or_url):
         from reward_actor.scorer import RewardScorer
 
         yield RewardScorer.from_pretrained(Path(model_or_url), **loading).score
         return
+    _check_no_loading(model_or_url, loading)
     from reward_actor.client import RewardClient
 
     with RewardClient(model_or_url) as client:
@@ -104,13 +120,22 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
         yield score
 
 
+def _check_no_loading(url: str, loading: Mapping[str, Any]) -> None:
+    if loading:
+        raise ValueError(
+            f"{url} is a service, which has loaded its model already: {', '.join(loading)} cannot "
+            "be chosen here"
+        )
+
+
 def _of_directory(
-    directory: Path, sources: dict[str, Source], max_rows: int | None, loading: dict[str, Any]
+    directory: Path, sources: dict[str, Source], loading: Mapping[str, Any], **choice: Any
 ) -> _Evaluated:
+    """`choice` goes to `load_comparisons`."""
     from reward_actor.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(directory, **loading)
-    loaded = load_comparisons(sources, scorer.renderer, max_rows=max_rows)
+    loaded = load_comparisons(sources, scorer.renderer, **choice)
     comparisons = loaded.comparisons
     sequences = [comparisons.sequence(i) for i in range(comparisons.num_sequences)]
     (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=sequences)])

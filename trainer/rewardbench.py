@@ -1,4 +1,4 @@
-"""RewardBench 1 and 2 from local files, with the formulas of their authors' code.
+"""RewardBench 1 and 2, with the formulas of their authors' code.
 
 Version 1: arXiv:2403.13787, rows {prompt, chosen, rejected, subset, id}. Version 2:
 arXiv:2506.01937, rows {id, prompt, chosen: [..], rejected: [..], num_correct, subset, ...}. Both:
@@ -16,14 +16,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reward_actor.files import prompt_of, read_rows
+from reward_actor.files import prompt_of
 from reward_actor.groups import Group, Prompt
 from trainer.evaluate import scoring
+from trainer.parse import parse_object
+from trainer.sources import check_source, raw_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +49,7 @@ _SECTIONS_V1 = {
         "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
+_SUBSETS_V1 = tuple(name for weights in _SECTIONS_V1.values() for name in weights)
 _SUBSETS_V2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _TIES_ID = re.compile(r"(ref|tied):\d+")
 
@@ -65,7 +67,7 @@ class BenchmarkRow:
     @property
     def is_tie(self) -> bool:
         """Of the subset of version 2 that has its own formula."""
-        return self.subset.lower() == "ties"
+        return self.subset == "Ties"
 
 
 Rewards = Sequence[Sequence[float]]
@@ -105,15 +107,19 @@ def score_v1(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, Any]:
 
     A section is the mean of the accuracies of those of its subsets that are there, by weight
     (`calculate_scores_per_section`); `score` is the mean of the four sections. None for a section
-    without rows, and then for the score.
+    without rows, and then for the score. What a section lacks is in `missing_subsets`, what counts
+    for none in `unknown_subsets`.
     """
     points = _by_subset(rows, [float(chosen > rejected) for chosen, rejected in rewards])
     accuracy = {name: _mean(values) for name, values in points.items()}
     sections: dict[str, float | None] = {}
+    missing: dict[str, list[str]] = {}
     for section, weights in _SECTIONS_V1.items():
         present = {name: weight for name, weight in weights.items() if name in accuracy}
         total = sum(accuracy[name] * weight for name, weight in present.items())
         sections[section] = total / sum(present.values()) if present else None
+        if len(present) < len(weights):
+            missing[section] = [name for name in weights if name not in present]
     return {
         "score": _mean_of_all(list(sections.values())),
         "sections": sections,
@@ -121,6 +127,8 @@ def score_v1(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, Any]:
             name: {"num_rows": len(values), "accuracy": accuracy[name]}
             for name, values in points.items()
         },
+        "missing_subsets": missing,
+        "unknown_subsets": [name for name in points if name not in _SUBSETS_V1],
     }
 
 
@@ -128,7 +136,7 @@ def score_v2(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, Any]:
     """Version 2: the best of the completions; `score` is the unweighted mean of the six subsets.
 
     A subset's score is the mean of its rows', but for Ties (`score_ties`). None for the score if a
-    subset is missing.
+    subset is missing (`missing_subsets`); others (`unknown_subsets`) do not count.
     """
     of_row = [_best_of(row.num_correct, np.array(r)) for row, r in zip(rows, rewards, strict=True)]
     points = _by_subset(rows, of_row)
@@ -137,12 +145,12 @@ def score_v2(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, Any]:
     }
     tied = [(row, r) for row, r in zip(rows, rewards, strict=True) if row.is_tie]
     if tied:
-        name = tied[0][0].subset
-        subsets[name] |= score_ties([row for row, _ in tied], [r for _, r in tied])
-    found = {name.lower(): values["score"] for name, values in subsets.items()}
+        subsets["Ties"] |= score_ties([row for row, _ in tied], [r for _, r in tied])
     return {
-        "score": _mean_of_all([found.get(name.lower()) for name in _SUBSETS_V2]),
+        "score": _mean_of_all([subsets.get(name, {}).get("score") for name in _SUBSETS_V2]),
         "subsets": subsets,
+        "missing_subsets": [name for name in _SUBSETS_V2 if name not in subsets],
+        "unknown_subsets": [name for name in subsets if name not in _SUBSETS_V2],
     }
 
 
@@ -186,10 +194,10 @@ def score_ties(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, floa
 
 
 def read_benchmark(data: str, version: int) -> list[BenchmarkRow]:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file in the format of version 1 or 2.
+    """The rows of a data set (see `trainer.sources`) in the format of version 1 or 2.
 
-    Raises ValueError for a file that cannot be read, and for the first row that does not fit,
-    naming it.
+    Subsets get the case in which they are known. Raises ValueError for files that cannot be read,
+    and for the first row that does not fit, naming it.
     """
     if version not in (1, 2):
         raise ValueError(f"rewardbench is {version}; there are versions 1 and 2")
@@ -202,27 +210,23 @@ def read_benchmark(data: str, version: int) -> list[BenchmarkRow]:
 
 
 def _raw_rows(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not data.endswith(".parquet"):
-        yield from read_rows(data)
-        return
-    from pyarrow import ArrowInvalid, parquet
-
-    if not Path(data).is_file():
-        raise ValueError(f"{data} is not a file")
-    try:
-        raw = parquet.read_table(data).to_pylist()
-    except (OSError, ArrowInvalid) as error:
-        raise ValueError(f"{data} cannot be read: {error}") from error
-    if not raw:
+    check_source(data, "DATA")
+    number = 0
+    for number, raw in raw_rows(data):
+        try:
+            row = parse_object(raw)
+        except ValueError as error:
+            raise ValueError(f"{data}:{number}: {error}") from None
+        yield f"{data}:{number}", row
+    if not number:
         raise ValueError(f"{data} holds no rows")
-    yield from ((f"{data}:{number}", row) for number, row in enumerate(raw, start=1))
 
 
 def _row_v1(raw: Mapping[str, Any], place: str) -> BenchmarkRow:
-    chosen, rejected, subset = (
-        _checked(raw, place, name, "text", lambda value: isinstance(value, str))
-        for name in ("chosen", "rejected", "subset")
+    chosen, rejected = (
+        _checked(raw, place, name, "text", _is_text) for name in ("chosen", "rejected")
     )
+    subset = _subset(raw, place, _SUBSETS_V1)
     return BenchmarkRow(
         str(raw.get("id")), subset, prompt_of(dict(raw), place), (chosen, rejected), 1
     )
@@ -232,7 +236,7 @@ def _row_v2(raw: Mapping[str, Any], place: str) -> BenchmarkRow:
     right, wrong = (
         _checked(raw, place, name, "a list of texts", _is_texts) for name in ("chosen", "rejected")
     )
-    subset = _checked(raw, place, "subset", "text", lambda value: isinstance(value, str))
+    subset = _subset(raw, place, _SUBSETS_V2)
     id = str(raw.get("id"))
     if raw.get("num_correct", len(right)) != len(right):
         raise ValueError(f"{place}: num_correct is {raw['num_correct']}, chosen has {len(right)}")
@@ -242,6 +246,15 @@ def _row_v2(raw: Mapping[str, Any], place: str) -> BenchmarkRow:
     if row.is_tie and id.startswith("tied") and len(right) < 2:
         raise ValueError(f"{place}: 'chosen' must be several texts in {id!r} of the Ties subset")
     return row
+
+
+def _subset(raw: Mapping[str, Any], place: str, known: Sequence[str]) -> str:
+    given: str = _checked(raw, place, "subset", "text", _is_text)
+    return next((name for name in known if name.lower() == given.lower()), given)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_texts(value: Any) -> bool:
