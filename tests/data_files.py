@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from trainer.run import prepare, resolve_paths
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def with_damage(packed: bytes) -> bytes:
+    """A gzip file to which a member is added whose deflate stream is of no known type."""
+    return packed + gzip.compress(b"")[:10] + b"\xff" * 99
 
 
 def questions(name: str, num: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_files import with_damage
 from hypothesis import given
 from hypothesis import strategies as st
 from trainer_runs import overrides, write_pairs
@@ -222,18 +223,14 @@ def test_damaged_and_empty_files_are_named(tmp_path: Path):
 
 
 def test_a_damaged_stream_and_garbage_are_named_with_their_line(tmp_path: Path):
-    lines = [json.dumps({**PAIR, "prompt": str(random.random())}) + "\n" for _ in range(3000)]
-    packed = bytearray(gzip.compress("".join(lines).encode()))
-    packed[len(packed) // 2 :] = b"\xff" * 999
-    (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    with pytest.raises(ValueError, match=r"a.jsonl.gz cannot be read from line \d\d+ on: Error -3"):
+    line = json.dumps(PAIR).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(with_damage(gzip.compress((line + b"\n") * 3)))
+    with pytest.raises(ValueError, match=r"a.jsonl.gz cannot be read from line 4 on: Error -3"):
         read_rows(str(tmp_path / "a.jsonl.gz"), COLUMNS)
     plain = tmp_path / "b.jsonl"
     ids = {"chosen_ids": [10**30], "rejected_ids": [1]}
     plain.write_bytes(
-        b"\n".join(
-            [b"[" * 10**5, json.dumps(ids).encode(), b'{"prompt": "\xff"}', lines[0].encode()]
-        )
+        b"\n".join([b"[" * 10**5, json.dumps(ids).encode(), b'{"prompt": "\xff"}', line])
     )
     with pytest.raises(ValueError, match="3 of 4 rows cannot be used") as error:
         read_rows(str(plain), COLUMNS)
