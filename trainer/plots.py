@@ -42,7 +42,7 @@ _STYLE: Any = {
     "legend.edgecolor": "none",
     "legend.framealpha": 0.85,
     "figure.figsize": (7.0, 4.2),
-    "savefig.dpi": 130,
+    "figure.dpi": 130,
 }
 
 
@@ -102,9 +102,10 @@ def _save(path: Path, draw: Callable[[Axes], None]) -> None:
         matplotlib.rcdefaults()  # the user's own style would change the bytes
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         draw(figure.add_subplot())
-        figure.savefig(path, metadata={"Software": None})
+        # Not savefig, which lays everything out once more before it draws.
+        canvas.print_png(path, metadata={"Software": None})
 
 
 def smooth(values: Floats, steps: float) -> Floats:
