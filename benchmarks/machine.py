@@ -71,12 +71,14 @@ def find_preloads() -> tuple[list[str], list[str]]:
     return found, missing
 
 
-def reset_peak_memory() -> None:
-    """Start `peak_memory_bytes` anew (proc(5), clear_refs). A kernel may forbid it."""
+def reset_peak_memory() -> bool:
+    """Start `peak_memory_bytes` anew (proc(5), clear_refs). False where the kernel forbids it:
+    what is read then is the peak of the whole process, of no use to a single peer or step."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return
+        return False
+    return True
 
 
 def peak_memory_bytes() -> int:

@@ -84,12 +84,14 @@ def _measure(
         peer.score(name, sequences)  # rounds are short: bring the clocks up, the memory in
         torch.cuda.reset_peak_memory_stats()
     gc.collect()
-    machine.reset_peak_memory()
+    is_measured = machine.reset_peak_memory()
     before()
     start, start_cpu = time.perf_counter(), time.process_time()
     rewards = peer.score(name, sequences)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    peak = torch.cuda.max_memory_allocated() if on_cuda else machine.peak_memory_bytes()
+    peak: int | None = machine.peak_memory_bytes() if is_measured else None
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated()
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,

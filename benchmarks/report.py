@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def summarize(
             "effective_tokens_per_s": workload.num_tokens / figures["median"],
             "ratio": figures["median"] / reference_s,
             "share_of_matmul": needed / figures["median"] / matmul_flops_per_s,
-            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in rounds),
+            "peak_memory_bytes": _most(run["peak_memory_bytes"] for run in rounds),
             "max_abs_diff": max(run["max_abs_diff"] for run in rounds),
             **{k: v for k, v in rounds[0].items() if k.startswith("num_")},
         }
@@ -99,11 +99,21 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{figures['effective_tokens_per_s']:,.0f}",
                     f"{figures['ratio']:.2f}",
                     f"{figures['share_of_matmul']:.2f}",
-                    f"{figures['peak_memory_bytes'] / _GIB:.2f}",
+                    gib(figures["peak_memory_bytes"]),
                     f"{figures['max_abs_diff']:.1e}",
                 )
             )
     return aligned(rows)
+
+
+def _most(amounts: Iterable[int | None]) -> int | None:
+    """None, something that could not be measured, makes all of it unknown."""
+    known = list(amounts)
+    return None if None in known else max(amount for amount in known if amount is not None)
+
+
+def gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / _GIB:.2f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

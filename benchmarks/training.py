@@ -31,13 +31,19 @@ from benchmarks.channel import Answer
 from benchmarks.machine import available_threads
 from benchmarks.pairs import PairWorkload, real, synthetic
 from benchmarks.report import heading, spread, started, write
-from benchmarks.rounds import TOLERANCES
 from benchmarks.scoring import positive
 from benchmarks.shapes import SHAPES, build_network
 from benchmarks.training_engines import ZERO_STAGE, Engine, deepspeed_engine, torch_engine
 from benchmarks.training_peers import MICRO_BATCH_PAIRS, PEERS, Peers, Step, measure_memory
 from benchmarks.training_profile import profile_step, profile_table
-from benchmarks.training_report import Measured, check, summarize, table
+from benchmarks.training_report import (
+    TOLERANCES,
+    Differences,
+    Measured,
+    check,
+    summarize,
+    table,
+)
 from benchmarks.workloads import Range
 
 
@@ -131,7 +137,7 @@ def measure(
     args: argparse.Namespace,
     workloads: list[PairWorkload],
     engine: Engine,
-    tolerance: float,
+    tolerance: Differences,
     matmul: Answer,
 ) -> dict[str, Any]:
     """The measured part of the JSON. Raises ValueError when a peer gets other losses than ours."""
@@ -159,7 +165,7 @@ def measure(
         "rounds": args.rounds,
         "matmul_flops_per_s": rate,
         "matmul": {p: {"flops_per_s": by_product[p], **spreads[p]} for p in spreads},
-        "tolerance": tolerance,
+        "tolerance": tolerance._asdict(),
         "workloads": {
             name: summarize(some, flops_per_token, rate) for name, some in measured.items()
         },
@@ -209,13 +215,14 @@ def default_output(args: argparse.Namespace, found: dict[str, Any]) -> Path:
 
 
 def print_round(
-    steps: dict[str, Step], workload: str, number: int, num_rounds: int, difference: float
+    steps: dict[str, Step], workload: str, number: int, num_rounds: int, difference: Differences
 ) -> None:
     said = ", ".join(f"{peer} {steps[peer].seconds:.3f} s" for peer in PEERS)
     loss = statistics.fmean(steps["ours"].losses)
     print(
         f"round {number + 1} of {num_rounds}, {workload}: {said}; "
-        f"loss {loss:.6f}, max difference {difference:.1e}",
+        f"loss {loss:.6f}, off by {difference.mean_loss:.1e}, gradients' norm by "
+        f"{difference.grad_norm:.1e}",
         flush=True,
     )
 

@@ -118,8 +118,9 @@ class Peers:
         return [order[i : i + MICRO_BATCH_PAIRS] for i in range(0, len(order), MICRO_BATCH_PAIRS)]
 
 
-def measure_memory(step: Callable[[], Step], device: torch.device) -> dict[str, int]:
-    """The peak of a step's memory, and by how much it is above what was there before it.
+def measure_memory(step: Callable[[], Step], device: torch.device) -> dict[str, int | None]:
+    """The peak of a step's memory, and by how much it is above what was there before it; None
+    where that cannot be measured.
 
     Resident memory of the process; on CUDA what PyTorch has allocated. What the step before has
     freed goes back to the system first, which costs time: such a step is not for timing.
@@ -132,7 +133,8 @@ def measure_memory(step: Callable[[], Step], device: torch.device) -> dict[str, 
         peak = torch.cuda.max_memory_allocated(device)
     else:
         _give_memory_back()
-        machine.reset_peak_memory()
+        if not machine.reset_peak_memory():
+            return {"peak_memory_bytes": None, "step_memory_bytes": None}
         before = machine.peak_memory_bytes()
         step()
         peak = machine.peak_memory_bytes()
