@@ -14,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.comparisons import Comparison, Comparisons
-from trainer.metrics import EvalResult, better, check_metric, evaluate, pair_indices
+from trainer.metrics import (
+    EvalResult,
+    better,
+    check_metric,
+    evaluate,
+    folded,
+    is_defined,
+    is_measurable,
+    measure,
+    pair_indices,
+)
 
 Item = tuple[Comparison, tuple[float, ...]]
 """A comparison and the rewards of its sequences."""
@@ -237,6 +247,54 @@ def test_every_metric_is_a_number_of_the_result() -> None:
     for name in metrics:
         check_metric(name)
         assert isinstance(values.as_dict()[name], float)
+
+
+def rated(*attributes: tuple[float, ...], scores: tuple[float, ...] = (0.0,)) -> Comparison:
+    return Comparison([[7]] * len(attributes), scores, key="k", attributes=attributes)
+
+
+def test_each_head_has_its_error_over_the_completions_that_have_its_attribute() -> None:
+    unknown = float("nan")
+    held = Comparisons.of(
+        [rated((1.0, unknown)), rated((3.0, unknown), (unknown, unknown), scores=(1.0, 0.0))],
+        ["d"],
+        num_attributes=2,
+    )
+    weights = {"kind": 1.0, "brief": -0.5}
+    heads = np.array([[1.5, 0], [2.0, 2.0], [0.0, 1.0]], np.float32)
+    assert folded(heads, weights).tolist() == [1.5, 1.0, -0.5]
+    result = measure(held, heads, weights)
+    assert result["rmse_kind"] == pytest.approx(math.sqrt((0.5**2 + 1.0**2) / 2))
+    assert "rmse_brief" not in result
+    assert result.items() >= evaluate(held, folded(heads, weights)).as_dict().items()
+    assert is_defined("rmse_kind", held, weights)
+    assert not is_defined("rmse_brief", held, weights)
+
+
+def test_a_single_head_may_come_as_one_row_of_scores() -> None:
+    held = Comparisons.of([rated((1.0,)), rated((4.0,))], ["d"], num_attributes=1)
+    assert measure(held, np.array([1.0, 2.0], np.float32), {"kind": 2.0}) == {
+        "rmse_kind": pytest.approx(math.sqrt(2))
+    }
+
+
+def test_nothing_is_found_where_there_is_neither_a_pair_nor_an_attribute() -> None:
+    tie, alone = item((0.0, 0.0), scores=(1.0, 1.0))[0], item((0.0,), scores=(0.0,))[0]
+    for some in ([], [tie], [alone, tie]):
+        held = Comparisons.of(some, ["d"])
+        assert measure(held, np.zeros(held.num_sequences, np.float32), {}) == {}
+        assert not is_measurable(held)
+        assert not is_defined("accuracy", held, {})
+    assert is_measurable(Comparisons.of([rated((1.0,))], ["d"], num_attributes=1))
+    assert is_measurable(Comparisons.of([item((1.0, 0.0))[0]], ["d"]))
+
+
+def test_checkpoints_can_be_ordered_by_the_error_of_an_attribute() -> None:
+    check_metric("rmse_kind", ["kind"])
+    with pytest.raises(ValueError, match=r"'rmse_rude'; metrics are .*rmse_kind \(lower"):
+        check_metric("rmse_rude", ["kind"])
+    assert better("rmse_kind", 0.1, 0.2)
+    assert not better("rmse_kind", 0.2, 0.1)
 
 
 def test_metrics_need_neither_torch_nor_ray() -> None:

@@ -146,6 +146,45 @@ def test_a_line_that_is_being_written_waits_for_its_end(tmp_path: Path) -> None:
     assert steps(follow(tmp_path, 0, acts)) == [("train", 1)]
 
 
+BROKEN = (
+    b"{}", b"null", b"[1]", b'{"step": null}', b'{"step": "7"}', b"\x00\xff{", b'{"step": 8, "lo',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_no_line_ends_the_display(tmp_path: Path, is_terminal: bool) -> None:
+    screen = Console(
+        file=io.StringIO(), force_terminal=is_terminal, width=110, record=True, legacy_windows=False
+    )
+    odd = [{"step": 9}, {"step": 10, "loss": None, "accuracy": "high", "padding_saved": math.nan}]
+    acts = playing(
+        lambda: [
+            (tmp_path / name).write_bytes(b"\n".join(BROKEN) + b"\n")
+            for name in (LOG_FILE, EVALUATIONS_FILE)
+        ],
+        lambda: [append(tmp_path / name, odd) for name in (LOG_FILE, EVALUATIONS_FILE)],
+        lambda: append(tmp_path / LOG_FILE, [step_line(11)]),
+    )
+    told: list[Line] = []
+    show(tmp_path, 0, 20, acts, also=told.extend, console=screen)
+    assert [(line.kind, line.values["step"]) for line in told] == [
+        ("train", 9), ("heldout", 9), ("train", 10), ("heldout", 10), ("train", 11)
+    ]  # fmt: skip
+
+
+def test_the_errors_of_attributes_are_shown(tmp_path: Path) -> None:
+    line = Line("heldout", {"step": 4, "rmse_kind [0, 1]": 0.25, "rmse_brief": 1.5})
+    assert plain(line, 8) == "step 4/8  held out: rmse_kind [0, 1] 0.250  rmse_brief 1.500"
+    screen = Console(file=io.StringIO(), force_terminal=True, width=110, record=True)
+    acts = playing(
+        lambda: None,
+        lambda: write(tmp_path / LOG_FILE, [step_line(4)]),
+        lambda: write(tmp_path / EVALUATIONS_FILE, [line.values]),
+    )
+    show(tmp_path, 0, 8, acts, console=screen)
+    assert "held out at step 4: rmse_kind [0, 1] 0.250, rmse_brief 1.500" in screen.export_text()
+
+
 def test_without_a_terminal_about_twenty_plain_lines_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +225,7 @@ def test_a_terminal_gets_one_display_with_everything_on_it(tmp_path: Path) -> No
         f"reward margin {last['reward_margin']:.3f}",
         f"{last['pairs_per_s']:,.1f} pairs/s",
         f"{last['tokens_per_s']:,.0f} tokens/s",
-        f"{100 * last['padding_saved']:.0f} % of padding saved",
+        f"{last['padding_saved']:.0%} of padding saved",
         "1,204 MB",
         "left",
         "held out at step 100: accuracy 0.759 (0.724 to 0.792)",

@@ -19,7 +19,7 @@ from reward_actor import checkpoint
 from trainer import adapters, zero
 from trainer.card import model_card
 from trainer.identity import replace_text
-from trainer.metrics import evaluate, pair_indices
+from trainer.metrics import folded, measure
 from trainer.network import base_config
 from trainer.report import write_report
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, read_log
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reward_actor.contract import ScoringContract
-    from trainer.comparisons import Comparisons
     from trainer.config import TrainConfig
     from trainer.step import Trainer
 
@@ -37,21 +36,10 @@ EXPORT_DIR = "export"
 RESULT_FILE = "result.json"
 
 
-def heldout_rewards(trainer: Trainer) -> NDArray[np.float32]:
-    """(S,) raw scores of the held-out sequences, several heads folded; on every worker at once."""
-    scores = trainer.score(trainer.data.heldout)
-    weights = np.array(list(trainer.config.loss.attributes.values()), dtype=np.float32)
-    return scores if not len(weights) else (scores.reshape(len(scores), -1) * weights).sum(axis=1)
-
-
 def evaluate_heldout(trainer: Trainer) -> dict[str, Any]:
-    """The metrics of the held-out comparisons, exact; empty without any pair among them."""
-    return _metrics(trainer.data.heldout, heldout_rewards(trainer))
-
-
-def _metrics(heldout: Comparisons, raw_scores: NDArray[np.float32]) -> dict[str, Any]:
-    has_pairs = len(pair_indices(heldout)[0]) > 0
-    return evaluate(heldout, raw_scores).as_dict() if has_pairs else {}
+    """The metrics of the held-out comparisons, exact, on every worker at once; see `measure`."""
+    heldout = trainer.data.heldout
+    return measure(heldout, trainer.score(heldout), trainer.config.loss.attributes)
 
 
 def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +49,14 @@ def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]
     normalises them.
     """
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    heldout = trainer.data.heldout
-    raw_scores = heldout_rewards(trainer) if len(heldout) else np.zeros(0, np.float32)
-    metrics = _metrics(heldout, raw_scores)
+    heldout, attributes = trainer.data.heldout, config.loss.attributes
+    scores = trainer.score(heldout) if len(heldout) else np.zeros(0, np.float32)
+    metrics = measure(heldout, scores, attributes)
+    raw_scores = folded(scores, attributes)
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)
-    result = {**facts, **{f"heldout_{key}": value for key, value in metrics.items()}}
+    found = {f"heldout_{key}": value for key, value in metrics.items()}
+    result = {**facts, "counts": trainer.data.train.counts(), **found}
     weights = zero.whole_weights(trainer.engine)
     zero.release(trainer.engine)
     if dist.get_rank() == 0:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from reward_actor.contract import ScoringContract
 from trainer import finish, zero
 from trainer.config import TrainConfig
+from trainer.metrics import is_measurable
 from trainer.prepare import TrainingData
 from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
@@ -54,9 +55,16 @@ def train(job: Job) -> dict[str, Any]:
     evaluations = TrainingLog(output_dir / EVALUATIONS_FILE, start) if is_first() else None
     before = _lines(output_dir / EVALUATIONS_FILE, start)
     selection = Selection(evaluation, before)
+    every_steps = evaluation.every_steps if is_measurable(trainer.data.heldout) else None
+
+    def is_due(step: int) -> bool:
+        """Whether the held-out data is evaluated after it; `finish` does that at the end, too."""
+        is_compared = step == job.num_steps and evaluation.keep_best
+        return bool(every_steps and (step % every_steps == 0 or is_compared))
+
     validations = None
-    if evaluation.asynchronous:
-        validations = Validations(checkpoints, config, [line["step"] for line in before])
+    if evaluation.asynchronous and every_steps:
+        validations = Validations(checkpoints, is_due, [line["step"] for line in before])
 
     def select(results: Sequence[tuple[int, dict[str, Any]]]) -> bool:
         """Write results down; whether the last of them is the best so far."""
@@ -76,20 +84,17 @@ def train(job: Job) -> dict[str, Any]:
     while step < job.num_steps and not selection.is_exhausted:
         metrics = trainer.step(step)
         step += 1
-        is_last = step == job.num_steps
-        is_due = bool(evaluation.every_steps and step % evaluation.every_steps == 0)
-        is_due |= is_last and evaluation.keep_best
         is_best = False
         if validations is not None:
-            if is_due:
+            if is_due(step):
                 validations.want(step)
             select(validations.wait(at_most=MAX_PENDING))
-        elif is_due:
+        elif is_due(step):
             is_best = select([(step, finish.evaluate_heldout(trainer))]) and evaluation.keep_best
         if log is not None:
             log.write(metrics)
-        is_last |= selection.is_exhausted
-        is_wanted = is_best or (is_due and validations is not None)
+        is_last = step == job.num_steps or selection.is_exhausted
+        is_wanted = is_best or (is_due(step) and validations is not None)
         if step % checkpoint.every_steps == 0 or is_last or is_wanted:
             checkpoints.save(step, is_best)
         checkpoints.poll()

@@ -1,13 +1,14 @@
 """What rewards say about comparisons: accuracy, margins, calibration, length. NumPy only.
 
-Shapes: C comparisons, S sequences, P pairs (every two sequences of a comparison whose scores
-differ; a ranking of K has up to K (K - 1) / 2). Every pair counts once. Sums run in the order of
-the values, in float64, so no result depends on the order of the comparisons.
+Shapes: C comparisons, S sequences, A attributes, P pairs (every two sequences of a comparison whose
+scores differ; a ranking of K has up to K (K - 1) / 2). Every pair counts once. Sums run in the
+order of the values, in float64, so no result depends on the order of the comparisons.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _HIGHER = (
     "reward_margin", "min_reward", "mean_reward", "max_reward",
 )  # fmt: skip
 _LOWER = ("log_loss", "calibration_error")
+RMSE = "rmse_"
+"""Before the name of an attribute: the root mean squared error of its head."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class EvalResult:
     accuracy: float
     """How often the chosen side has the higher reward; equal rewards count half."""
     accuracy_low: float
-    """2.5th percentile of the accuracy, bootstrapped over comparisons."""
+    """2.5th percentile of the accuracy, bootstrapped over comparisons taken as independent: where
+    several share a prompt the interval is too narrow."""
     accuracy_high: float
     """97.5th percentile."""
     reward_margin: float
@@ -136,6 +140,45 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
     )
 
 
+def measure(
+    comparisons: Comparisons, scores: NDArray[Any], attributes: Mapping[str, float]
+) -> dict[str, Any]:
+    """The raw scores (S,) of one head, or (S, A) of one for each of `attributes`, given with its
+    weight -> the metrics of `evaluate` if there is a pair, and the error of every head that there
+    is a number for, as `rmse_NAME`. Empty if nothing of this is defined."""
+    result: dict[str, Any] = {}
+    if len(pair_indices(comparisons)[0]):
+        result = evaluate(comparisons, folded(scores, attributes)).as_dict()
+    for index, name in enumerate(attributes):
+        target = comparisons.attributes[:, index].astype(np.float64)
+        known = ~np.isnan(target)
+        if known.any():
+            head = scores.reshape(len(target), -1)[:, index]
+            result[RMSE + name] = math.sqrt(_mean((head[known] - target[known]) ** 2))
+    return result
+
+
+def folded(scores: NDArray[Any], attributes: Mapping[str, float]) -> NDArray[np.float32]:
+    """The raw scores of every head -> (S,) raw scores of the reward, their weighted sum."""
+    weights = np.array(list(attributes.values()) or [1.0], dtype=np.float32)
+    rewards: NDArray[np.float32] = (scores.reshape(-1, len(weights)) * weights).sum(axis=1)
+    return rewards
+
+
+def is_defined(metric: str, comparisons: Comparisons, attributes: Iterable[str]) -> bool:
+    """Whether these comparisons hold what the metric is about: a pair, or a known attribute."""
+    if metric.startswith(RMSE):
+        index = list(attributes).index(metric.removeprefix(RMSE))
+        return not np.isnan(comparisons.attributes[:, index]).all()
+    return len(pair_indices(comparisons)[0]) > 0
+
+
+def is_measurable(comparisons: Comparisons) -> bool:
+    """Whether `measure` finds anything: a pair, or any known attribute."""
+    has_attributes = not np.isnan(comparisons.attributes).all()
+    return has_attributes or len(pair_indices(comparisons)[0]) > 0
+
+
 def pair_indices(comparisons: Comparisons) -> tuple[Indices, Indices, Indices]:
     """Every pair of sequences with different scores in one comparison, ordered by them.
 
@@ -153,12 +196,13 @@ def pair_indices(comparisons: Comparisons) -> tuple[Indices, Indices, Indices]:
     return chosen, rejected, owner[chosen]
 
 
-def check_metric(name: str) -> None:
+def check_metric(name: str, attributes: Iterable[str] = ()) -> None:
     """Raise ValueError, with the list, unless checkpoints can be ordered by this metric."""
-    if name not in _HIGHER + _LOWER:
+    lower = [*_LOWER, *(RMSE + attribute for attribute in attributes)]
+    if name not in (*_HIGHER, *lower):
         raise ValueError(
             f"unknown metric {name!r}; metrics are {', '.join(_HIGHER)} (higher is better) and "
-            f"{', '.join(_LOWER)} (lower is better)"
+            f"{', '.join(lower)} (lower is better)"
         )
 
 
@@ -167,10 +211,12 @@ def better(metric: str, new: float | None, old: float | None) -> bool:
 
     Raises ValueError as `check_metric` does.
     """
-    check_metric(metric)
+    is_error = metric.startswith(RMSE)
+    if not is_error:
+        check_metric(metric)
     if new is None or old is None:
         return new is not None
-    return new < old if metric in _LOWER else new > old
+    return new < old if is_error or metric in _LOWER else new > old
 
 
 def _mean(values: Floats) -> float:

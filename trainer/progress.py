@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,9 +12,11 @@ from typing import Any, Literal, NamedTuple
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.metrics import RMSE
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE
 
 _POLL_S = 0.25
@@ -72,11 +74,9 @@ def plain(line: Line, num_steps: int) -> str:
     """One line of text about one line of a log."""
     values, step = line.values, f"step {line.values['step']}/{num_steps}"
     if line.kind == "train":
-        return (
-            f"{step}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
-            f"reward_margin {values['reward_margin']:.3f}  {values['pairs_per_s']:.0f} pairs/s"
-        )
-    return f"{step}  held out: {_accuracy(values)}  reward_margin {values['reward_margin']:.3f}"
+        return "  ".join([step, *_known(values, _PLAIN)])
+    margin = _known(values, {"reward_margin": "reward_margin {:.3f}"})
+    return f"{step}  held out: {'  '.join([*_accuracy(values), *margin, *_errors(values)])}"
 
 
 def _is_printed(line: Line, start: int, num_steps: int, every: int) -> bool:
@@ -84,13 +84,47 @@ def _is_printed(line: Line, start: int, num_steps: int, every: int) -> bool:
     return line.kind == "heldout" or step % every == 0 or step in (start + 1, num_steps)
 
 
-def _accuracy(values: dict[str, Any]) -> str:
-    low, high = values["accuracy_low"], values["accuracy_high"]
-    return f"accuracy {values['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+_PLAIN = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.3f}",
+    "reward_margin": "reward_margin {:.3f}",
+    "pairs_per_s": "{:.0f} pairs/s",
+}
+_CELLS = {
+    "loss": "loss [bold]{:.4f}[/]",
+    "accuracy": "accuracy [bold]{:.3f}[/]",
+    "reward_margin": "reward margin [bold]{:.3f}[/]",
+    "learning_rate": "learning rate [bold]{:.2g}[/]",
+    "pairs_per_s": "[bold]{:,.1f}[/] pairs/s",
+    "tokens_per_s": "[bold]{:,.0f}[/] tokens/s",
+    "padding_saved": "[bold]{:.0%}[/] of padding saved",
+    "memory_mb": "[bold]{:,.0f}[/] MB",
+}
+
+
+def _known(values: Mapping[str, Any], formats: Mapping[str, str]) -> list[str]:
+    """Those numbers that the line has: what is not defined is absent, or null."""
+    return [
+        text.format(values[key])
+        for key, text in formats.items()
+        if isinstance(values.get(key), int | float)
+    ]
+
+
+def _accuracy(values: Mapping[str, Any]) -> list[str]:
+    interval = _known(values, {"accuracy_low": "({:.3f}", "accuracy_high": "to {:.3f})"})
+    accuracy = _known(values, {"accuracy": "accuracy {:.3f}"})
+    return [" ".join([*accuracy, *interval])] if accuracy and len(interval) == 2 else accuracy
+
+
+def _errors(values: Mapping[str, Any]) -> list[str]:
+    names = [key for key in values if key.startswith(RMSE)]
+    return [f"{name} {value}" for name in names for value in _known(values, {name: "{:.3f}"})]
 
 
 class _Tail:
-    """The new lines of a file that is appended to, and written anew when a worker restarts.
+    """The new lines of a file that is appended to, and written anew when a worker restarts; those
+    that are no line of a log, which a full disk or a crash may leave, are passed over.
 
     What is there at first is what an earlier process left: its lines up to `start` are kept by the
     worker, the others are written again.
@@ -98,7 +132,7 @@ class _Tail:
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._offset, self._last = path, 0, b""
-        there = [int(values["step"]) for values in self._appended()]
+        there = [values["step"] for values in self._appended()]
         self._seen = {step for step in there if step <= start}
 
     def read(self) -> list[dict[str, Any]]:
@@ -124,7 +158,15 @@ class _Tail:
         if lines:
             self._offset += sum(map(len, lines))
             self._last = lines[-1]
-        return [json.loads(line) for line in lines]
+        return [values for line in lines if (values := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 class _Board:
@@ -155,23 +197,11 @@ class _Board:
     def __rich__(self) -> Group:
         if self._step is None:
             return Group(self._bar, "  waiting for the first step")
-        step = self._step
-        cells = (
-            f"loss [bold]{step['loss']:.4f}[/]",
-            f"accuracy [bold]{step['accuracy']:.3f}[/]",
-            f"reward margin [bold]{step['reward_margin']:.3f}[/]",
-            f"learning rate [bold]{step['learning_rate']:.2g}[/]",
-            f"[bold]{step['pairs_per_s']:,.1f}[/] pairs/s",
-            f"[bold]{step['tokens_per_s']:,.0f}[/] tokens/s",
-            f"[bold]{100 * step['padding_saved']:.0f} %[/] of padding saved",
-            f"[bold]{step['memory_mb']:,.0f}[/] MB",
-        )
-        numbers = Padding(Columns(cells, padding=(0, 3)), (0, 0, 0, 2))
+        numbers = Padding(Columns(_known(self._step, _CELLS), padding=(0, 3)), (0, 0, 0, 2))
         if self._evaluation is None:
             return Group(self._bar, numbers)
         values = self._evaluation
-        heldout = (
-            f"  held out at step {values['step']}: [bold]{_accuracy(values)}[/], "
-            f"reward margin [bold]{values['reward_margin']:.3f}[/]"
-        )
-        return Group(self._bar, numbers, heldout)
+        margin = _known(values, {"reward_margin": "reward margin [bold]{:.3f}[/]"})
+        found = [f"[bold]{text}[/]" for text in _accuracy(values)] + margin
+        found += [escape(text) for text in _errors(values)]
+        return Group(self._bar, numbers, f"  held out at step {values['step']}: {', '.join(found)}")

@@ -5,10 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.metrics import better
+from trainer.metrics import RMSE, better, is_defined
 
 if TYPE_CHECKING:
-    from trainer.config import EvaluationConfig
+    from trainer.comparisons import Comparisons
+    from trainer.config import EvaluationConfig, TrainConfig
+
+
+def check_selection(config: TrainConfig, heldout: Comparisons) -> None:
+    """Raise ValueError if checkpoints are to be compared by what no held-out row can tell."""
+    evaluation = config.evaluation
+    if is_defined(evaluation.metric, heldout, config.loss.attributes):
+        return
+    for name in ("patience", "keep_best"):
+        if getattr(evaluation, name):
+            raise ValueError(
+                f"evaluation.{name} compares checkpoints by the {evaluation.metric} of what is "
+                f"held out, but {_absent(evaluation.metric, heldout)}: raise data.eval_fraction, "
+                f"name other rows in data.eval, or leave evaluation.{name} away"
+            )
+
+
+def _absent(metric: str, heldout: Comparisons) -> str:
+    if not len(heldout):
+        return "nothing is held out"
+    if metric.startswith(RMSE):
+        return f"none of the {len(heldout)} held-out rows has that attribute"
+    return f"none of the {len(heldout)} held-out rows prefers one completion to another"
 
 
 class Selection:
@@ -21,7 +44,7 @@ class Selection:
         """before: the evaluations that a resumed run has behind it, in order."""
         self._config = config
         self._best: float | None = None
-        self._values: dict[int, float | None] = {}
+        self._values: dict[int, float] = {}
         self._num_worse = 0
         self.best_step: int | None = None
         for line in before:
@@ -29,7 +52,10 @@ class Selection:
 
     def add(self, step: int, result: Mapping[str, Any]) -> bool:
         """Whether the evaluation after `step` is the best so far."""
-        value = self._values[step] = result.get(self._config.metric)
+        value = result.get(self._config.metric)
+        if value is None:  # not defined: neither better nor worse than what was
+            return False
+        self._values[step] = value
         if not better(self._config.metric, value, self._best):
             self._num_worse += 1
             return False

@@ -14,12 +14,11 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 import ray.exceptions
 import ray.train
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from reward_actor.engine import Engine
 from trainer import zero
-from trainer.metrics import evaluate
+from trainer.metrics import measure
 from trainer.network import build_model
 from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
@@ -38,6 +37,7 @@ from trainer.saved import TAG, SavedState, fetched
 from trainer.storage import checkpoint_storage
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from trainer.config import TrainConfig
@@ -63,9 +63,9 @@ class Validator:
     def __call__(self, checkpoint: ray.train.Checkpoint, **saved: Any) -> dict[str, Any]:
         """`checkpoint` is but the name of ours; `saved` are the other fields of a `SavedState`."""
         state = SavedState(PurePosixPath(checkpoint.path).name, **saved)
-        measure = ray.remote(_measure).options(**self.resources, max_retries=1)
+        task = ray.remote(_measure).options(**self.resources, max_retries=1)
         try:
-            return {_RESULT: ray.get(measure.remote(self.config, state, self.data))}
+            return {_RESULT: ray.get(task.remote(self.config, state, self.data))}
         except ray.exceptions.RayError as error:
             return {_RESULT: None, _REASON: str(error).strip().splitlines()[-1]}
 
@@ -74,13 +74,14 @@ def _measure(config: TrainConfig, state: SavedState, data: TrainingData) -> dict
     torch.set_num_threads(max(1, int(config.distributed.cpus_per_worker)))
     heldout = data.heldout
     sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
-    return evaluate(heldout, checkpoint_rewards(config, state, sequences)).as_dict()
+    return measure(heldout, checkpoint_scores(config, state, sequences), config.loss.attributes)
 
 
-def checkpoint_rewards(
+def checkpoint_scores(
     config: TrainConfig, state: SavedState, sequences: list[list[int]]
 ) -> NDArray[np.float32]:
-    """(S,) raw scores by a stored checkpoint, with the weights that the training computes with.
+    """(S, A) raw scores of every head of a stored checkpoint, with the weights that the training
+    computes with; A is 1 without attributes.
 
     Raises RuntimeError for a checkpoint that is damaged or gone.
     """
@@ -93,12 +94,8 @@ def checkpoint_rewards(
             weights = whole_state(place, config.distributed.zero_stage)
         zero.load_trained(weights, trained)
     trained.to("cuda" if ray.get_gpu_ids() else "cpu").eval()
-    scores = Engine(trained.model, max_batch_tokens=config.training.micro_batch_tokens).raw_scores(
-        sequences
-    )
-    heads = np.array(list(config.loss.attributes.values()) or [1.0], dtype=np.float32)
-    rewards: NDArray[np.float32] = (scores * heads).sum(axis=1)
-    return rewards
+    engine = Engine(trained.model, max_batch_tokens=config.training.micro_batch_tokens)
+    return engine.raw_scores(sequences)
 
 
 def whole_state(place: Path, zero_stage: int) -> dict[str, Tensor]:
@@ -119,17 +116,19 @@ def whole_state(place: Path, zero_stage: int) -> dict[str, Tensor]:
 class Validations:
     """The evaluations that are under way. Every method is called by all workers at once."""
 
-    def __init__(self, checkpoints: Checkpoints, config: TrainConfig, known: Iterable[int]) -> None:
-        """known: the steps of the evaluations that are done; others that a killed run has left
-        without a result are asked for again."""
+    def __init__(
+        self, checkpoints: Checkpoints, is_due: Callable[[int], bool], known: Iterable[int]
+    ) -> None:
+        """known: the steps of the evaluations that are done; others that are due and that a killed
+        run has left without a result are asked for again."""
         self._wanted: set[int] = set()
         self._pending: dict[str, int] = {}
-        done, every = set(known), config.evaluation.every_steps
+        done = set(known)
         checkpoints.on_settled = self._submit
         left = [
             state
             for state in reversed(checkpoints.stored().states)
-            if every and state.step % every == 0 and state.step not in done
+            if is_due(state.step) and state.step not in done
         ]
         names = [PurePosixPath(one.checkpoint.path).name for one in _reported()] if left else []
         asked = from_first(names)  # by the workers before a restart
