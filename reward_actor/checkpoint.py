@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -169,13 +169,19 @@ def check_directory(path: str | Path) -> Path:
 
 
 def check_manifest(directory: Path) -> None:
-    """Raise CheckpointError if a file differs from the digest that the export recorded."""
+    """Raise CheckpointError if a file differs from the digest that the export recorded.
+
+    Files about the model, which decide no reward, may be left out of a copy.
+    """
     path = directory / MANIFEST_FILE
     if not path.exists():
         return
-    for name, expected in json.loads(path.read_text())["sha256"].items():
+    manifest = json.loads(path.read_text())
+    for name, expected in manifest["sha256"].items():
         file = directory / name
         if not file.exists():
+            if name in manifest.get("optional", []):
+                continue
             raise CheckpointError(f"{file} is in {MANIFEST_FILE} but not in the directory")
         if sha256_file(file) != expected:
             raise CheckpointError(
@@ -196,9 +202,9 @@ def export(
 ) -> ScoringContract:
     """Write a directory that Rayward, plain `transformers` and vLLM load, and replace `directory`.
 
-    `state_dict` are the whole weights as they were computed with; `files` are more files, by name:
-    their text, or a path to copy. Everything is written beside `directory` first and checked by
-    its golden samples, so an interrupted export leaves what was there before.
+    `state_dict` are the whole weights as they were computed with; `files` are files about the
+    model, by name: their text, or a path to copy. Everything is written beside `directory` first
+    and checked by its golden samples, so an interrupted export leaves what was there before.
     """
     from reward_actor.golden import record
 
@@ -223,7 +229,7 @@ def export(
             shutil.copyfile(content, staging / name)
         else:
             (staging / name).write_text(content, encoding="utf-8")
-    write_manifest(staging)
+    write_manifest(staging, optional=files)
     previous = directory.with_name(directory.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if directory.exists():
@@ -239,12 +245,13 @@ def _name_for_vllm(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_manifest(directory: Path) -> None:
-    """Record the sha256 of every file of the directory in MANIFEST.json."""
+def write_manifest(directory: Path, optional: Iterable[str] = ()) -> None:
+    """Record the sha256 of every file of the directory in MANIFEST.json, and which of them a copy
+    may lack."""
     files: dict[str, Any] = {
         str(path.relative_to(directory)): sha256_file(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }
-    text = json.dumps({"sha256": files}, indent=2)
+    text = json.dumps({"sha256": files, "optional": sorted(optional)}, indent=2)
     (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")

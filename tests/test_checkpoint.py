@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import Group, RewardScorer
-from reward_actor.checkpoint import CheckpointError, write_manifest
+from reward_actor.checkpoint import CheckpointError, check_manifest, write_manifest
 from reward_actor.contract import ContractError, ScoringContract
 
 GROUP = Group("Name two fruits.", ["An apple and a pear.", "A hammer."])
@@ -89,6 +89,17 @@ def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is in MANIFEST\.json"):
         RewardScorer.from_pretrained(copy)
+
+
+def test_a_copy_may_lack_files_about_the_model_but_not_have_others(copy: Path) -> None:
+    for name in ("README.md", "report.html"):
+        (copy / name).write_text(name)
+    write_manifest(copy, optional=["README.md", "report.html"])
+    (copy / "report.html").unlink()
+    check_manifest(copy)
+    (copy / "README.md").write_text("another")
+    with pytest.raises(CheckpointError, match=r"README\.md differs from its digest"):
+        check_manifest(copy)
 
 
 def test_truncated_weights_are_refused(copy: Path) -> None:

@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from reports import CONTRACT, FACTS, config_of, plausible, tokenizer
+from reports import CONTRACT, COUNTS, FACTS, config_of, plausible, tokenizer
 
 from trainer.card import model_card
-from trainer.config import TrainConfig
+from trainer.config import LossConfig, TrainConfig
 from trainer.data_config import Source
 from trainer.metrics import evaluate
 
 CONFIG = config_of(Path("outputs/polite"))
 
 
-def card_of(files: Sequence[str] = (), config: TrainConfig = CONFIG, **found: Any) -> str:
-    facts = {**FACTS, **{f"heldout_{key}": value for key, value in found.items()}}
+def card_of(
+    files: Sequence[str] = (),
+    config: TrainConfig = CONFIG,
+    facts: dict[str, Any] = FACTS,
+    **found: Any,
+) -> str:
+    facts = {**facts, **{f"heldout_{key}": value for key, value in found.items()}}
     return model_card(config, CONTRACT, facts, files)
 
 
@@ -35,7 +40,11 @@ def test_the_card_shows_what_is_known_and_links_the_report() -> None:
     assert r"| \<i\>chat\</i\> | 150 |" in card
     assert "![Loss by step](plots/loss.png)" in card
     assert "plots/margin.png" not in card  # not among the files
-    assert "(report.html#hardest)" in card
+    assert "pairs taken as independent" in card
+    assert "](report.html" not in card  # a pushed copy is without it
+    pushing = CONFIG.model_copy(deep=True)
+    pushing.report.push_report = True
+    assert "(report.html#hardest)" in card_of(["report.html"], pushing, **result.as_dict())
 
 
 def test_the_metadata_of_a_card_are_what_the_hub_reads() -> None:
@@ -53,6 +62,59 @@ def test_the_metadata_of_a_card_are_what_the_hub_reads() -> None:
         "log_loss": pytest.approx(result.log_loss, abs=1e-6),
         "calibration_error": pytest.approx(result.calibration_error, abs=1e-6),
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "tags", "introduction"),
+    [
+        ({}, {"pairs": 9}, ["bradley-terry"], "Bradley-Terry on pairs:"),
+        ({}, {"pairs": 9, "ties": 1}, ["rao-kupper"], "Rao-Kupper on pairs and ties:"),
+        (
+            {"ties": "davidson"},
+            {"pairs": 9, "ties": 1, "rankings": 2},
+            ["davidson", "plackett-luce"],
+            "Davidson on pairs and ties and Plackett-Luce on rankings:",
+        ),
+        (
+            {"attributes": {"kind": 0.5, "brief": -1.0}},
+            {"single completions": 9},
+            ["attribute-regression"],
+            "regression of attributes:",
+        ),
+    ],
+)
+def test_the_card_says_what_the_model_was_trained_by(
+    given: dict[str, Any], counts: dict[str, int], tags: list[str], introduction: str
+) -> None:
+    config = CONFIG.model_copy(deep=True)
+    config.loss = LossConfig(label_smoothing=0.1, **given)
+    config.adapter.rank = 8
+    card = card_of(config=config, facts={**FACTS, "counts": {**COUNTS, "pairs": 0, **counts}})
+    assert ModelCard(card).data.tags == ["reward-model", *tags, "rayward"]
+    assert f"A reward model trained by {introduction}" in card
+    assert "label smoothing 0.1" in card
+    assert "| adapter | LoRA of rank 8, alpha 32 |" in card
+    assert "| evaluation set | 5.0 % of the prompts, which were not trained on |" in card
+    for name, number in counts.items():
+        assert f"{number} {name}" in card
+    assert ("which of two completions" in card) is ("attributes" not in given)
+    assert ("The reward is 0.5 kind + -1 brief." in card) is ("attributes" in given)
+
+
+def test_the_card_claims_no_unseen_prompts_where_that_is_not_so() -> None:
+    found = evaluate(*plausible(tokenizer())).as_dict()
+    assert "about prompts that were not trained on" in card_of(**found)
+    assert "was chosen on these pairs" not in card_of(**found)
+    config = CONFIG.model_copy(deep=True)
+    config.data.eval = {"/home/someone/held.jsonl": Source.model_validate({})}
+    config.evaluation.patience = 2
+    for num_shared in (0, 12, None):
+        facts = {**FACTS, "num_shared_prompts": num_shared}
+        card = card_of(config=config, facts=facts, **found)
+        assert ("about prompts that were not trained on" in card) is (num_shared == 0)
+        assert ("12 of their prompts were trained on as well" in card) is (num_shared == 12)
+        assert "The checkpoint was chosen on these pairs" in card
+        assert "| evaluation set | held.jsonl |" in card
 
 
 def test_a_card_without_held_out_pairs_claims_nothing() -> None:

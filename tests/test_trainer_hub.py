@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 
-from trainer.hub import PATTERNS, check_push
+from trainer.hub import PATTERNS, PRIVATE, check_push
 
-CALL = "import sys; from pathlib import Path; from trainer.hub import push; "
+CALL = """from pathlib import Path
+from trainer.config import ReportConfig
+from trainer.hub import push
+"""
 
 
 class Hub(ThreadingHTTPServer):
@@ -101,15 +104,18 @@ def hub() -> Iterator[Hub]:
 def export(tmp_path: Path) -> Path:
     directory = tmp_path / "polite export"  # a space, for the command in the message
     (directory / "plots").mkdir(parents=True)
-    for name in ("model.safetensors", "config.json", "plots/loss.png", "report.html", "optim.pt"):
+    for name in ("model.safetensors", "config.json", "plots/loss.png", "optim.pt", *PRIVATE):
         (directory / name).write_bytes(name.encode())
     (directory / "README.md").write_text("---\ntags: [reward-model]\n---\n\n# Reward model\n")
     return directory
 
 
-def pushed(export: Path, endpoint: str, repository: str = "lab/polite") -> Any:
+def pushed(
+    export: Path, endpoint: str, repository: str = "lab/polite", push_report: bool = False
+) -> Any:
     """A process of its own: the library reads its endpoint when it is imported."""
-    call = f"{CALL} print(push(Path({str(export)!r}), {repository!r}, True))"
+    config = f"ReportConfig(push_to_hub={repository!r}, push_report={push_report})"
+    call = f"{CALL}print(push(Path({str(export)!r}), {config}))"
     env = {
         **os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -125,10 +131,18 @@ def test_weights_and_text_arrive_and_nothing_else(hub: Hub, export: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.url}/lab/polite/commit/{'0' * 40}"
     assert [(made["name"], made["visibility"]) for made in hub.created] == [("polite", "private")]
-    expected = {"model.safetensors", "config.json", "plots/loss.png", "report.html", "README.md"}
+    expected = {"model.safetensors", "config.json", "plots/loss.png", "README.md"}
     assert hub.files.keys() == expected
     assert all(hub.files[name] == (export / name).read_bytes() for name in expected)
     assert hub.tokens == {"Bearer hf_test"}
+
+
+def test_the_report_and_the_settings_are_pushed_where_that_is_asked_for(
+    hub: Hub, export: Path
+) -> None:
+    assert pushed(export, hub.url, push_report=True).returncode == 0
+    assert hub.files.keys() >= set(PRIVATE)
+    assert "optim.pt" not in hub.files
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["refusing", "absent"])
@@ -146,7 +160,8 @@ def test_a_failed_push_says_at_once_how_to_try_again(
     assert ("You may not write here" if is_there else "Connection refused") in message
     command = shlex.split(message.strip().splitlines()[-1])
     assert command[:6] == ["hf", "upload", "lab/polite", str(export), ".", "--private"]
-    assert command[7::2] == list(PATTERNS)
+    assert command[7::2] == [*PATTERNS, *PRIVATE]
+    assert command[6::2] == ["--include"] * len(PATTERNS) + ["--exclude"] * len(PRIVATE)
     assert {path: path.read_bytes() for path in export.rglob("*.*")} == before
 
 
@@ -159,7 +174,7 @@ def test_the_command_of_a_failed_push_works(hub: Hub, export: Path) -> None:
     done = subprocess.run([str(hf), *command[1:]], env=env, capture_output=True, text=True,
                           timeout=60, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "optim.pt" not in hub.files
+    assert hub.files.keys().isdisjoint({"optim.pt", *PRIVATE})
     assert "plots/loss.png" in hub.files
 
 

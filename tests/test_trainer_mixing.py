@@ -117,6 +117,7 @@ def test_an_evaluation_set_is_held_out_whole(base_model: Path, tmp_path: Path):
     assert data.heldout.source_names == (evaluation,)
     assert data.report()[0].startswith("10 training pairs of 10 rows; dropped: 0 too long")
     assert [w for w in data.warnings if w.startswith("3 prompts of data.eval are in data.train")]
+    assert data.facts["num_shared_prompts"] == 3
     with pytest.raises(ValueError, match=r"data.eval: the weight of .* is 2"):
         prepared(base_model, tmp_path / "out", train, data__eval=json.dumps({evaluation: 2}))
 

@@ -19,6 +19,8 @@ from test_trainer_progress import evaluation_line, step_line
 
 from trainer.comparisons import Comparison, Comparisons
 from trainer.config import TrainConfig
+from trainer.config_file import load_config
+from trainer.data_config import Source
 from trainer.metrics import evaluate
 from trainer.plots import smooth
 from trainer.report import escape, write_report
@@ -183,6 +185,50 @@ def test_equal_rewards_make_a_report_too(
     text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=np.zeros_like(rewards))
     assert "not defined" in text  # the correlation with length
     assert "50.0 %" in text
+
+
+def test_the_report_shows_names_and_never_a_path(tmp_path: Path, tokenizer: Any) -> None:
+    home = "/home/someone/secret"
+    given = {
+        "model.path": f"{home}/bases/small",
+        "data.train": f"{{{home}/a/pairs.jsonl: 1, {home}/b/pairs.jsonl: 2, lab/set:train: 1}}",
+        "data.eval": f"{home}/held.jsonl",
+        "output_dir": f"{home}/polite",
+        "checkpoint.storage_path": "s3://secret-bucket/runs",
+        "distributed.deepspeed": f"{{zero_optimization: {{offload: [{home}/nvme]}}}}",
+    }
+    config = load_config(None, list(given.items()))
+    held, rewards = plausible(tokenizer, 20)
+    text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=rewards)
+    assert "secret" not in text
+    assert "pairs.jsonl, pairs.jsonl (2) (weight 2), lab/set:train" in text
+    for name in ("small, all weights, text format", "held.jsonl", "runs", "nvme"):
+        assert name in text
+
+
+def test_a_base_model_of_its_own_is_from_scratch(tmp_path: Path, tokenizer: Any) -> None:
+    config = config_of(tmp_path / "polite")
+    for path in (None, str(tmp_path / "polite" / "base")):
+        config.model.path = path
+        assert "from scratch, all weights" in written(tmp_path, config, tokenizer.decode)
+
+
+@pytest.mark.parametrize("num_shared", [0, 7])
+def test_the_report_says_how_the_held_out_pairs_were_used(
+    tmp_path: Path, tokenizer: Any, num_shared: int
+) -> None:
+    config = config_of(tmp_path / "polite")
+    config.data.eval = {"held.jsonl": Source.model_validate({})}
+    config.evaluation.every_steps, config.evaluation.keep_best = 1, True
+    held, rewards = plausible(tokenizer, 20)
+    facts = {**FACTS, "num_shared_prompts": num_shared, "heldout_rmse_kind": 0.25}
+    text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=rewards, facts=facts)
+    check_is_alone(text)
+    assert "The checkpoint was chosen on these pairs" in text
+    assert "pairs taken as independent" in text
+    assert ("7 of their prompts were trained on as well" in text) is (num_shared > 0)
+    assert ("about prompts that were not trained on" in text) is (num_shared == 0)
+    assert "error of kind" in text
 
 
 HOSTILE = [

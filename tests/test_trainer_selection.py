@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 from engines import comparisons, on_workers, settings
 from safetensors.numpy import load_file
 
+from reward_actor.checkpoint import check_manifest
 from trainer.comparisons import Comparison, Comparisons
 from trainer.config import EvaluationConfig
+from trainer.hub import PRIVATE
 from trainer.saved import saved_states
 from trainer.selection import Selection
 from trainer.storage import Storage
@@ -26,7 +31,14 @@ def swapped(of: Comparisons) -> Comparisons:
     return Comparisons.of(items, ["swapped"])
 
 
-def train_on_one(model: Path, output_dir: Path, num_steps: int, changes: dict[str, Any]) -> Any:
+def train_on_one(
+    model: Path,
+    output_dir: Path,
+    num_steps: int,
+    changes: dict[str, Any],
+    data: Comparisons,
+    heldout: Comparisons,
+) -> Any:
     """The whole loop of a training, without Ray, which would only carry the data to it."""
     import trainer.loop as loop
     from reward_actor.checkpoint import load_tokenizer
@@ -35,8 +47,7 @@ def train_on_one(model: Path, output_dir: Path, num_steps: int, changes: dict[st
     from trainer.prepare import TrainingData
 
     config = settings(model, output_dir=output_dir, **changes)
-    data = comparisons()
-    whole = TrainingData(data, swapped(data), (1.0,), 0, has_ties=False)
+    whole = TrainingData(data, heldout, (1.0,), 0, has_ties=False)
     contract = contract_for(load_tokenizer(model), base_config(str(model)), format="chat")
     output_dir.mkdir(parents=True)
     facts = {"num_pairs": len(data), "num_dropped": 0, "dropped": "none"}
@@ -57,7 +68,9 @@ def test_it_stops_early_and_exports_the_best_checkpoint(base_model: Path, tmp_pa
         "optimizer__schedule": "constant",
     }
     stopped, best = tmp_path / "stopped", tmp_path / "best"
-    result = on_workers(1, train_on_one, base_model, stopped, 20, kept)[0]
+    data = comparisons()
+    sets = data, swapped(data)
+    result = on_workers(1, train_on_one, base_model, stopped, 20, kept, *sets)[0]
     lines = [json.loads(line) for line in (stopped / "evaluations.jsonl").open()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[0]["log_loss"] < lines[1]["log_loss"] < lines[2]["log_loss"]
@@ -66,10 +79,126 @@ def test_it_stops_early_and_exports_the_best_checkpoint(base_model: Path, tmp_pa
     steps = {state.step for state in saved_states(Storage.at(str(stopped), "checkpoints"))}
     assert steps == {2, 5, 6}, "the best one outlives the newest two"
     changes = {"optimizer__schedule": "constant"}
-    on_workers(1, train_on_one, base_model, best, 2, changes)
+    on_workers(1, train_on_one, base_model, best, 2, changes, *sets)
     ours = load_file(stopped / "export" / "model.safetensors")
     for name, weight in load_file(best / "export" / "model.safetensors").items():
         assert (ours[name] == weight).all(), name
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_nothing_is_written_nor_selected_where_nothing_is_measured(
+    base_model: Path, tmp_path: Path, asynchronous: bool
+) -> None:
+    data = comparisons()
+    ties = replace(data, scores=np.ones_like(data.scores))
+    changes = {
+        "evaluation__every_steps": 1,
+        "evaluation__patience": 1,
+        "evaluation__asynchronous": asynchronous,
+    }
+    result = on_workers(1, train_on_one, base_model, tmp_path / "run", 3, changes, data, ties)[0]
+    assert result["num_steps"] == 3
+    assert not [key for key in result if key.startswith("heldout_")]
+    assert (tmp_path / "run" / "evaluations.jsonl").read_text() == ""
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "nothing is known about its accuracy" in card
+
+
+def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
+    base_model: Path, tmp_path: Path
+) -> None:
+    """The targets of the held-out rows are the opposite: what is learned makes them worse."""
+    drawn = np.random.default_rng(3)
+    items = [
+        Comparison(
+            [drawn.integers(3, 200, 12).tolist()], (0,), str(row), attributes=[(2.0, 1.0)], row=row
+        )
+        for row in range(1, 25)
+    ]
+    data = Comparisons.of(items, ["rated"], num_attributes=2)
+    held = replace(data, attributes=data.attributes * np.float32([-1, np.nan]))
+    changes = {
+        "loss__attributes": "{kind: 0.75, brief: 0.25}",
+        "evaluation__every_steps": 1,
+        "evaluation__metric": "rmse_kind",
+        "evaluation__patience": 2,
+        "evaluation__keep_best": True,
+        "optimizer__schedule": "constant",
+    }
+    run = tmp_path / "run"
+    result = on_workers(1, train_on_one, base_model, run, 20, changes, data, held)[0]
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
+    assert [sorted(line) for line in lines] == [["rmse_kind", "step"]] * 3
+    assert lines[0]["rmse_kind"] < lines[1]["rmse_kind"] < lines[2]["rmse_kind"]
+    assert result["num_steps"] == 1
+    assert result["heldout_rmse_kind"] == pytest.approx(lines[0]["rmse_kind"], abs=1e-5)
+    card = (run / "export" / "README.md").read_text()
+    assert "trained by regression of attributes:" in card
+    assert "The reward is 0.75 kind + 0.25 brief." in card
+    assert f"errors on held-out completions: kind {result['heldout_rmse_kind']:.3f}." in card
+    assert "The checkpoint was chosen on these completions" in card
+    assert "error of kind" in (run / "export" / "report.html").read_text()
+    check_what_is_pushed(run / "export", [base_model, tmp_path])
+
+
+def check_what_is_pushed(export: Path, secret: list[Path]) -> None:
+    """A copy without what `trainer.hub` withholds loads, and names no local directory."""
+    copy = shutil.copytree(export, export.with_name("pushed"))
+    for name in PRIVATE:
+        (copy / name).unlink()
+    check_manifest(copy)
+    for file in copy.rglob("*.*"):
+        content = file.read_bytes()
+        assert not [path for path in secret if str(path).encode() in content], file
+    assert str(secret[0]) in (export / "resolved_config.json").read_text()
+    assert not any(str(path) in (export / "report.html").read_text() for path in secret)
+    for link in re.findall(r"\]\(([^)]+)\)", (copy / "README.md").read_text()):
+        assert (copy / link).exists(), link
+
+
+def pair(row: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"What is {row}?", "chosen": "A number.", "rejected": "No.", **more}
+
+
+def rated(row: int) -> dict[str, Any]:
+    return {"prompt": f"What is {row}?", "completion": "A number.", "attributes": {"kind": row}}
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "complaint"),
+    [
+        ({"data.eval_fraction": 0}, pair, "accuracy of what is held out, but nothing is held out"),
+        ({}, lambda row: pair(row, tie=True), "held-out rows prefers one completion to another"),
+        ({"loss.attributes": "{kind: 1}"}, rated, "held-out rows prefers one"),
+        (
+            {"loss.attributes": "{kind: 1}", "evaluation.metric": "rmse_kind"},
+            lambda row: pair(row) if row % 8 else rated(row),
+            "held-out rows has that attribute",
+        ),
+    ],
+    ids=["nothing", "ties", "attributes", "no-attributes"],
+)
+@pytest.mark.parametrize("setting", ["patience", "keep_best"])
+def test_checkpoints_cannot_be_compared_by_what_is_not_held_out(
+    base_model: Path, tmp_path: Path, setting: str, given: dict[str, Any], rows: Any, complaint: str
+) -> None:
+    from trainer.config_file import load_config
+    from trainer.run import train
+
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(rows(row)) + "\n" for row in range(1, 25))
+    )
+    settings = {
+        "model.path": base_model,
+        "data.train": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "run",
+        "evaluation.every_steps": 1,
+        f"evaluation.{setting}": 1 if setting == "patience" else "true",
+        **given,
+    }
+    config = load_config(None, [(key, str(value)) for key, value in settings.items()])
+    with pytest.raises(ValueError, match=f"evaluation.{setting} compares .*{complaint}"):
+        train(config, say=lambda _: None)
 
 
 def test_the_first_of_equal_evaluations_is_the_best() -> None:
@@ -81,6 +210,8 @@ def test_the_first_of_equal_evaluations_is_the_best() -> None:
     assert selection.add(3, {"accuracy": 0.6})
     assert not selection.add(4, {})
     assert not selection.add(5, {"accuracy": 0.6})
+    assert not selection.is_exhausted, "what is not defined is not worse"
+    assert not selection.add(6, {"accuracy": 0.6})
     assert selection.is_exhausted
     assert selection.best_step == 3
 

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from reward_actor.contract import ScoringContract
+from trainer import describe
 from trainer.config import TrainConfig
+from trainer.metrics import RMSE
 
 _PLOTS = {
     "plots/loss.png": "Loss by step",
@@ -30,28 +32,37 @@ def model_card(
     files: Sequence[str] = (),
 ) -> str:
     """A model card; `facts` hold the counts and the `heldout_*` metrics, `files` are those of the
-    report beside it, as `write_report` names them."""
+    report beside it, as `write_report` names them.
+
+    It holds no path, and no link to what `trainer.hub` does not push.
+    """
     found = {
         key.removeprefix("heldout_"): value
         for key, value in facts.items()
         if key.startswith("heldout_")
     }
-    sections = [_evaluation(found), _subsets(found.get("subsets") or {}), _figures(files)]
+    counts = facts["counts"]
+    sections = [
+        _evaluation(config, facts, found),
+        _subsets(found.get("subsets") or {}),
+        _figures(files, config.report.push_report),
+    ]
     body = "\n\n".join(section for section in sections if section)
     return f"""---
-{_metadata(config, found)}---
+{_metadata(config, counts, found)}---
 
 # Reward model
 
-A Bradley-Terry reward model: one number for a prompt and a completion, higher is better. It says
-which of two completions to one prompt is preferred; rewards of different prompts are not
-comparable.
+{_introduction(config, counts)}
 
 {body}
 
 | | |
 |---|---|
-| trained on | {facts["num_pairs"]} pairs, {facts["num_dropped"]} dropped ({facts["dropped"]}) |
+| trained on | {describe.trained_on(counts)}; {facts["num_dropped"]} dropped ({facts["dropped"]}) |
+| evaluation set | {_cell(describe.evaluation_set(config))} |
+| loss | {_cell(describe.loss_settings(config, counts))} |
+| adapter | {_cell(describe.adapter(config))} |
 | steps | {facts["num_steps"]} of {config.training.global_batch_pairs} pairs |
 | learning rate | {config.optimizer.learning_rate:g}, {config.optimizer.schedule} |
 | body | {config.model.dtype}; head and loss in float32 |
@@ -70,17 +81,34 @@ rayward serve .
 ```
 
 `scoring_contract.json` says how text becomes token ids and which of them is pooled;
-`resolved_config.json` and `training_log.jsonl` say how the model came about.
+`training_log.jsonl` has every step of the training.
 """
 
 
-def _metadata(config: TrainConfig, found: Mapping[str, Any]) -> str:
+def _introduction(config: TrainConfig, counts: Mapping[str, int]) -> str:
+    *others, last = describe.losses(config, counts)
+    trained = f"{', '.join(others)} and {last}" if others else last
+    lines = [
+        f"A reward model trained by {trained}: one number for a prompt and a completion,\n"
+        "higher is better."
+    ]
+    if config.loss.attributes:
+        lines.append(f"The reward is {_cell(describe.weighted_sum(config))}.")
+    if counts["pairs"] or counts["ties"] or counts["rankings"]:
+        lines.append(
+            "It says which of two completions to one prompt is preferred; rewards of different "
+            "prompts\nare not comparable."
+        )
+    return "\n".join(lines)
+
+
+def _metadata(config: TrainConfig, counts: Mapping[str, int], found: Mapping[str, Any]) -> str:
     """The YAML that the Hub reads (huggingface.co/docs/hub/model-cards-metadata)."""
     sources = list(config.data.sources("train"))
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "tags": ["reward-model", "bradley-terry", "rayward"],
+        "tags": ["reward-model", *describe.losses(config, counts).values(), "rayward"],
     }
     # A file's path is nobody else's business, and no name that the Hub knows.
     datasets = sorted({name.partition(":")[0] for name in sources if _is_hub_name(name)})
@@ -114,13 +142,16 @@ def _is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and not is_file
 
 
-def _evaluation(found: Mapping[str, Any]) -> str:
+def _evaluation(config: TrainConfig, facts: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    errors = _errors(found)
     if found.get("accuracy") is None:
-        return "No pairs were held out, so nothing is known about its accuracy."
+        unknown = "No pairs were held out, so nothing is known about its accuracy."
+        notes = describe.heldout_notes(config, facts, "completions") if errors else []
+        return "\n".join([unknown, *errors, *notes])
     sentences = [
-        f"On {found['num_pairs']} held-out pairs, about prompts that it never saw,\n"
-        f"the chosen side gets the higher reward in {_percent(found['accuracy'])} (ties count half"
-        f"{_interval(found)}); the\nmean difference of the rewards is {found['reward_margin']:.3f}."
+        f"On {found['num_pairs']} held-out pairs the chosen side gets the higher reward\n"
+        f"in {_percent(found['accuracy'])} (ties count half{_interval(found)});\n"
+        f"the mean difference of the rewards is {found['reward_margin']:.3f}.",
     ]
     if found.get("calibration_error") is not None:
         sentences.append(
@@ -130,14 +161,26 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     correlation = found.get("length_correlation")
     if correlation is not None:
         sentences.append(f"Reward and length correlate by {correlation:+.2f}{_by_length(found)}.")
-    return "\n".join(sentences)
+    notes = describe.heldout_notes(config, facts, "pairs")
+    return "\n".join([*sentences, *notes, *errors])
+
+
+def _errors(found: Mapping[str, Any]) -> list[str]:
+    errors = [
+        f"{_cell(name.removeprefix(RMSE))} {value:.3f}"
+        for name, value in found.items()
+        if name.startswith(RMSE)
+    ]
+    if not errors:
+        return []
+    return [f"Root mean squared errors on held-out completions: {', '.join(errors)}."]
 
 
 def _interval(found: Mapping[str, Any]) -> str:
     low, high = found.get("accuracy_low"), found.get("accuracy_high")
     if low is None or high is None:
         return ""
-    return f"; 95 % interval {_percent(low)} to {_percent(high)}"
+    return f"; 95 % interval {_percent(low)} to {_percent(high)}, pairs taken as independent"
 
 
 def _by_length(found: Mapping[str, Any]) -> str:
@@ -166,12 +209,17 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split()))
 
 
-def _figures(files: Sequence[str]) -> str:
+def _figures(files: Sequence[str], is_report_pushed: bool) -> str:
     lines = [f"![{shown}]({name})" for name, shown in _PLOTS.items() if name in files]
-    if "report.html" in files:
+    if "report.html" in files and is_report_pushed:
         lines.append(
             "[report.html](report.html) has all of this in one page, and the "
             "[hardest held-out pairs](report.html#hardest)."
+        )
+    elif "report.html" in files:  # no link: a copy of this card may be without it
+        lines.append(
+            "Where it was trained, `report.html` has all of this in one page, and the hardest "
+            "held-out pairs."
         )
     return "\n\n".join(lines)
 

@@ -125,6 +125,19 @@ class Comparisons:
         """Which row of which data set it is, for messages."""
         return f"{self.source_names[self.sources[comparison]]}:{self.rows[comparison]}"
 
+    def counts(self) -> dict[str, int]:
+        """How many comparisons of each kind there are, and how many have a margin."""
+        sizes, first = np.diff(self.starts), self.starts[:-1]
+        first = first[sizes == 2]
+        num_ties = int((self.scores[first] == self.scores[first + 1]).sum())
+        return {
+            "pairs": len(first) - num_ties,
+            "ties": num_ties,
+            "rankings": int((sizes > 2).sum()),
+            "single completions": int((sizes == 1).sum()),
+            "margins": int(np.count_nonzero(self.margins)),
+        }
+
     def digest(self) -> str:
         """sha256 of everything that training sees of them."""
         sha = hashlib.sha256()

@@ -4,11 +4,15 @@ ray is imported here."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data_config import DataConfig, Section
+
+# Beside the checkpoints: the base model of a training that was given none.
+SCRATCH_DIR = "base"
 
 
 class ModelConfig(Section):
@@ -151,7 +155,9 @@ class EvaluationConfig(Section):
         None, gt=0, description="steps from one evaluation to the next; none: only at the end"
     )
     metric: str = Field(
-        "accuracy", description="of the held-out pairs: decides which checkpoint is the best"
+        "accuracy",
+        description="of the held-out pairs: decides which checkpoint is the best; "
+        "rmse_NAME for the error of an attribute",
     )
     keep_best: bool = Field(
         False, description="export the checkpoint with the best metric instead of the last one"
@@ -227,6 +233,11 @@ class ReportConfig(Section):
         None, description="repository on the Hugging Face hub that gets the export"
     )
     hub_private: bool = Field(True, description="make that repository private")
+    push_report: bool = Field(
+        False,
+        description="push report.html and resolved_config.json, too: they hold texts of held-out "
+        "pairs and the names of local directories",
+    )
 
 
 class TrainConfig(Section):
@@ -245,6 +256,12 @@ class TrainConfig(Section):
         min_length=1,
         description="where checkpoints, the log and the export go",
     )
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the network to start from is not a given one; also after `resolve_paths`."""
+        path = self.model.path
+        return path is None or Path(path) == Path(self.output_dir) / SCRATCH_DIR
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.errors import TrainingError
+
+if TYPE_CHECKING:
+    from trainer.config import ReportConfig
 
 # Weights and text: no training state, which is pickle, and nothing that happens to lie there.
 PATTERNS = (
     "*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.txt", "*.md", "report.html", "plots/*.png",
 )  # fmt: skip
+# They hold texts of the held-out pairs and local paths: pushed where `report.push_report` is set.
+PRIVATE = ("report.html", "resolved_config.json")
 
 
 class PushError(TrainingError):
@@ -34,11 +40,14 @@ def check_push(repository: str) -> None:
         )
 
 
-def push(export_dir: Path, repository: str, private: bool) -> str:
-    """Upload an export; the address of the commit. The repository is made if it is not there,
-    `private` or not. Raises PushError, with the export as it was."""
+def push(export_dir: Path, config: ReportConfig) -> str:
+    """Upload an export to `config.push_to_hub`; the address of the commit. The repository is made
+    if it is not there, private or not. Raises PushError, with the export as it was."""
     from huggingface_hub import HfApi
 
+    assert config.push_to_hub is not None
+    repository, private = config.push_to_hub, config.hub_private
+    withheld = [] if config.push_report else list(PRIVATE)
     try:
         api = HfApi()
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -46,16 +55,18 @@ def push(export_dir: Path, repository: str, private: bool) -> str:
             repo_id=name,
             folder_path=export_dir,
             allow_patterns=list(PATTERNS),
+            ignore_patterns=withheld,
             commit_message="Reward model",
         )
         return commit.commit_url
     # Its errors come from several libraries, and whichever it is, the model is trained.
     except Exception as error:
         visibility = "--private" if private else "--no-private"
-        include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in PATTERNS)
+        chosen = [f"--include {shlex.quote(pattern)}" for pattern in PATTERNS]
+        chosen += [f"--exclude {shlex.quote(name)}" for name in withheld]
         raise PushError(
             f"the reward model is in {export_dir}, but it could not be pushed to {repository} "
             f"({type(error).__name__}: {error}). Try again:\n"
             f"hf upload {shlex.quote(repository)} {shlex.quote(str(export_dir))} . {visibility} "
-            f"{include}"
+            f"{' '.join(chosen)}"
         ) from error

@@ -64,8 +64,9 @@ class Prepared(TrainingData):
     dropped: Dropped
     """Of the training sources; `.count` and `str()`."""
     facts: Mapping[str, Any]
-    """What the report says: {"max_length", "num_train", "num_heldout", "num_contradictions",
-    "total": {...}, "sources": {name: {...}}, "eval_sources": {name: {...}}}; see `_measured`."""
+    """What the report says: {"max_length", "num_train", "num_heldout", "num_shared_prompts",
+    "num_contradictions", "total": {...}, "sources": {name: {...}}, "eval_sources": {...}}; see
+    `_measured`."""
     warnings: list[str] = field(default_factory=list)
     """What is probably a mistake, and what to do about it."""
 
@@ -159,6 +160,7 @@ def decide(
         warnings += _doubtful_splits(gathered) if config.data.eval_fraction else []
         is_heldout = split_by_prompt(keys, config.data.eval_fraction)
         train, heldout = used[0][~is_heldout], used[0][is_heldout]
+        both = 0
     else:
         train, heldout = used
         both = len(np.intersect1d(keys, everything[1].marks["key"][heldout]))
@@ -174,6 +176,7 @@ def decide(
         "max_length": contract.max_length,
         "num_train": len(train),
         "num_heldout": len(heldout),
+        "num_shared_prompts": both,
         "num_contradictions": num_contradictions(gathered.marks[used[0]]),
         "total": _measured(gathered, used[0], total),
         "sources": _measured_by_source(gathered, used[0]),

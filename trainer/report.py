@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reward_actor.contract import ScoringContract
+from trainer import describe
 from trainer.comparisons import Comparisons
 from trainer.config import TrainConfig
 from trainer.hardest import HardPair, hardest_pairs
-from trainer.metrics import EvalResult, evaluate, pair_indices
+from trainer.metrics import RMSE, EvalResult, evaluate, pair_indices
 from trainer.options import leaves
 from trainer.plots import HeldOut, Lines, write_plots
 from trainer.tracking import settings_of
@@ -46,7 +47,8 @@ def write_report(
     rewards: NDArray[Any] | None,
     decode: Callable[[Sequence[int]], str],
 ) -> list[str]:
-    """Write `directory/report.html` and `directory/plots/*.png`; returns their names in it.
+    """Write `directory/report.html` and `directory/plots/*.png`; returns their names in it. No
+    path is shown.
 
     `rewards` (S,) are the raw scores of `heldout`'s sequences; `decode` turns token ids to text.
     """
@@ -55,7 +57,11 @@ def write_report(
         held = _held_out(heldout, rewards)
         hard = hardest_pairs(heldout, rewards, decode)
     plots = write_plots(directory / PLOTS_DIR, log, evaluations, held)
-    sections = [_plots(directory / PLOTS_DIR, plots)]
+    sections = []
+    if held is not None or any(key.startswith(f"heldout_{RMSE}") for key in facts):
+        what = "completions" if held is None else "pairs"
+        sections.append(_notes(describe.heldout_notes(config, facts, what)))
+    sections.append(_plots(directory / PLOTS_DIR, plots))
     if held is not None:
         sections += [_subsets(held.result), _pairs(hard)]
     sections += [_data(config, contract, facts), _settings(config)]
@@ -92,7 +98,11 @@ def _held_out(heldout: Comparisons, rewards: NDArray[Any]) -> HeldOut:
 
 def _subtitle(config: TrainConfig, contract: ScoringContract) -> str:
     trained = f"LoRA of rank {config.adapter.rank}" if config.adapter.rank else "all weights"
-    return f"{config.model.path or 'from scratch'}, {trained}, {contract.format} format"
+    return f"{describe.base_name(config)}, {trained}, {contract.format} format"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
 def _tiles(facts: Mapping[str, Any], log: Lines, result: EvalResult | None) -> Iterator[str]:
@@ -100,7 +110,7 @@ def _tiles(facts: Mapping[str, Any], log: Lines, result: EvalResult | None) -> I
         yield _tile("held-out pairs", "0", "nothing is known about its accuracy")
     else:
         low, high = 100 * result.accuracy_low, 100 * result.accuracy_high
-        interval = f"95 %: {low:.1f} to {high:.1f} %"
+        interval = f"95 %: {low:.1f} to {high:.1f} %, pairs taken as independent"
         yield _tile("held-out accuracy", _percent(result.accuracy), interval)
         yield _tile("held-out pairs", f"{result.num_pairs:,}", f"and {result.num_ties:,} ties")
         yield _tile("reward margin", f"{result.reward_margin:.3f}", "mean of chosen - rejected")
@@ -118,6 +128,11 @@ def _tiles(facts: Mapping[str, Any], log: Lines, result: EvalResult | None) -> I
         ):
             if accuracy is not None:
                 yield _tile(f"chosen is {side}", _percent(accuracy), f"accuracy of {count:,} pairs")
+    for key, value in facts.items():
+        name = key.removeprefix("heldout_")
+        if key != name and name.startswith(RMSE):
+            shown = f"error of {name.removeprefix(RMSE)}"
+            yield _tile(shown, f"{value:.3f}", "root mean square, held out")
     yield _tile("training pairs", f"{facts['num_pairs']:,}", f"{facts['num_dropped']:,} dropped")
     yield _tile("optimizer steps", f"{facts['num_steps']:,}", "")
     if log:
@@ -226,10 +241,10 @@ def _ends(text: str, most: int) -> str:
 
 def _data(config: TrainConfig, contract: ScoringContract, facts: Mapping[str, Any]) -> str:
     rows = {
-        "trained on": _sources(config, "train"),
-        "evaluated on": _sources(config, "eval")
-        or f"{_percent(config.data.eval_fraction)} of their prompts, which were not trained on",
-        "training pairs": f"{facts['num_pairs']:,}",
+        "trained on": describe.source_names(config, "train"),
+        "evaluated on": describe.evaluation_set(config),
+        "comparisons": describe.trained_on(facts["counts"]),
+        "loss": describe.loss_settings(config, facts["counts"]),
         "dropped": f"{facts['num_dropped']:,} ({facts['dropped']})",
         "longest sequence": f"{contract.max_length:,} tokens at most",
     }
@@ -241,15 +256,8 @@ def _data(config: TrainConfig, contract: ScoringContract, facts: Mapping[str, An
     return _section("data", "Data", _key_values(rows))
 
 
-def _sources(config: TrainConfig, which: Literal["train", "eval"]) -> str:
-    return ", ".join(
-        name if source.weight == 1 else f"{name} (weight {source.weight:g})"
-        for name, source in config.data.sources(which).items()
-    )
-
-
 def _settings(config: TrainConfig) -> str:
-    values = settings_of(config)
+    values = settings_of(describe.public(config))
     default = {key: str(field.default) for key, field in leaves() if not field.is_required()}
     changed = {key: value for key, value in values.items() if value != default.get(key)}
     same = {key: value for key, value in values.items() if key not in changed}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from reward_actor.contract import sha256_file, sha256_text
 from trainer import hub
 from trainer.batches import steps_per_epoch
-from trainer.config import TrainConfig
+from trainer.config import SCRATCH_DIR, TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
 from trainer.data_config import Source
 from trainer.gather import take
@@ -24,6 +24,7 @@ from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of
 from trainer.rows import Row, Side
 from trainer.saved import tidy
+from trainer.selection import check_selection
 from trainer.sources import check_source, is_file_name
 from trainer.storage import StorageError, checkpoint_storage
 from trainer.tracking import check_trackers
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 2048
 
-# Beside the checkpoints: the base model of a training that was given none.
-SCRATCH_DIR = "base"
 _SCRATCH_VOCAB_SIZE = 8192
 # And the day that a chat template writes, if it writes one.
 _DATE_FILE = "template_date.txt"
@@ -64,6 +63,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     config = resolve_paths(config)
     output_dir = Path(config.output_dir)
     prepared, contract = prepare(config)
+    check_selection(config, prepared.heldout)
     for line in prepared.report():
         say(line)
     for warning in prepared.warnings:
@@ -76,6 +76,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
     check_optimizer(config.optimizer, num_steps)
     facts = {
         "num_pairs": len(prepared.train),
+        "num_shared_prompts": prepared.facts.get("num_shared_prompts"),
         "num_steps": num_steps,
         "num_dropped": prepared.dropped.count,
         "dropped": str(prepared.dropped),
@@ -95,8 +96,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResul
             say("this run is finished already; nothing to do")
     say(f"the reward model is in {output_dir / 'export'}")
     if config.report.push_to_hub:
-        repository, private = config.report.push_to_hub, config.report.hub_private
-        say(f"it is at {hub.push(output_dir / 'export', repository, private)}")
+        say(f"it is at {hub.push(output_dir / 'export', config.report)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
     seconds = round(time.perf_counter() - began, 1)
     return TrainResult(
@@ -128,7 +128,7 @@ def _stored_steps(config: TrainConfig) -> int:
 def _check(config: TrainConfig) -> None:
     """Raise ValueError for what would fail late: an unknown metric, a missing package."""
     try:
-        check_metric(config.evaluation.metric)
+        check_metric(config.evaluation.metric, config.loss.attributes)
     except ValueError as error:
         raise ValueError(f"evaluation.metric: {error}") from None
     check_trackers(config.report)
@@ -242,7 +242,7 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
             yield from loaded[0][name] if loaded else iterate_rows(name, source, data.max_pairs)
 
     base = Path(config.model.directory)
-    if base == Path(config.output_dir) / SCRATCH_DIR and not (base / "config.json").exists():
+    if config.is_from_scratch and not (base / "config.json").exists():
         _make_base(base, rows(), config.training.seed)
     renderer = _renderer(config, rows())
     contract = renderer.contract
