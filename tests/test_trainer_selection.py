@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from engines import comparisons, on_workers, settings
 from safetensors.numpy import load_file
@@ -17,6 +19,7 @@ from reward_actor.checkpoint import check_manifest
 from trainer.comparisons import Comparison, Comparisons
 from trainer.config import EvaluationConfig
 from trainer.hub import PRIVATE
+from trainer.prepare import TrainingData
 from trainer.saved import saved_states
 from trainer.selection import Selection
 from trainer.storage import Storage
@@ -44,7 +47,6 @@ def train_on_one(
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import contract_for
     from trainer.network import base_config
-    from trainer.prepare import TrainingData
 
     config = settings(model, output_dir=output_dir, **changes)
     whole = TrainingData(data, heldout, (1.0,), 0, has_ties=False)
@@ -130,6 +132,9 @@ def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
     assert [sorted(line) for line in lines] == [["rmse_kind", "step"]] * 3
     assert lines[0]["rmse_kind"] < lines[1]["rmse_kind"] < lines[2]["rmse_kind"]
+    step, beside = on_workers(1, evaluated_beside, base_model, run, changes, held)[0]
+    alone = {line["step"]: line["rmse_kind"] for line in lines}
+    assert beside == {"evaluation": {"rmse_kind": pytest.approx(alone[step], abs=1e-5)}}
     assert result["num_steps"] == 1
     assert result["heldout_rmse_kind"] == pytest.approx(lines[0]["rmse_kind"], abs=1e-5)
     card = (run / "export" / "README.md").read_text()
@@ -139,6 +144,25 @@ def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
     assert "The checkpoint was chosen on these completions" in card
     assert "error of kind" in (run / "export" / "report.html").read_text()
     check_what_is_pushed(run / "export", [base_model, tmp_path])
+
+
+def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: Comparisons) -> Any:
+    """What a Ray task for the run's newest checkpoint would give, without Ray."""
+    import trainer.validation as validation
+    from trainer.saved import saved_states
+    from trainer.storage import checkpoint_storage
+
+    config = settings(model, output_dir=run, **changes)
+    state = saved_states(checkpoint_storage(config))[0]
+    saved = {key: value for key, value in asdict(state).items() if key != "folder"}
+    found = validation.ray.get, validation.ray.get_gpu_ids
+    validation.ray.get = lambda _: TrainingData(heldout, heldout, np.arange(0), has_ties=False)
+    validation.ray.get_gpu_ids = list
+    try:
+        validator = validation.Validator(config, None)  # type: ignore[arg-type]
+        return state.step, validator(SimpleNamespace(path=state.folder), **saved)  # type: ignore[arg-type]
+    finally:
+        validation.ray.get, validation.ray.get_gpu_ids = found
 
 
 def check_what_is_pushed(export: Path, secret: list[Path]) -> None:
