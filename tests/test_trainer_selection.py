@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,7 +133,7 @@ def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
     assert lines[0]["rmse_kind"] < lines[1]["rmse_kind"] < lines[2]["rmse_kind"]
     step, beside = on_workers(1, evaluated_beside, base_model, run, changes, held)[0]
     alone = {line["step"]: line["rmse_kind"] for line in lines}
-    assert beside == {"evaluation": {"rmse_kind": pytest.approx(alone[step], abs=1e-5)}}
+    assert beside == {"rmse_kind": pytest.approx(alone[step], abs=1e-5)}
     assert result["num_steps"] == 1
     assert result["heldout_rmse_kind"] == pytest.approx(lines[0]["rmse_kind"], abs=1e-5)
     card = (run / "export" / "README.md").read_text()
@@ -154,15 +153,12 @@ def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: C
 
     config = settings(model, output_dir=run, **changes)
     state = saved_states(checkpoint_storage(config))[0]
-    saved = {key: value for key, value in asdict(state).items() if key != "folder"}
-    found = validation.ray.get, validation.ray.get_gpu_ids
-    validation.ray.get = lambda _: TrainingData(heldout, heldout, np.arange(0), has_ties=False)
-    validation.ray.get_gpu_ids = list
+    data = TrainingData(heldout, heldout, (1.0,), 0, has_ties=False)
+    found, validation.ray.get_gpu_ids = validation.ray.get_gpu_ids, list
     try:
-        validator = validation.Validator(config, None)  # type: ignore[arg-type]
-        return state.step, validator(SimpleNamespace(path=state.folder), **saved)  # type: ignore[arg-type]
+        return state.step, validation._measure(config, state, data)
     finally:
-        validation.ray.get, validation.ray.get_gpu_ids = found
+        validation.ray.get_gpu_ids = found
 
 
 def check_what_is_pushed(export: Path, secret: list[Path]) -> None:
