@@ -149,7 +149,7 @@ killed: list[str] = []
 def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
     """SIGKILL the first worker, the second one and an evaluation, each as soon as a checkpoint of
     its step is there."""
-    order = [("RayTrainWorker", 0), ("RayTrainWorker", 1), ("_measure", 0)]
+    order = [("RayTrainWorker", 0), ("RayTrainWorker", 1), ("_evaluate", 0)]
     for step, (name, number) in zip(steps, order, strict=True):
         while not any(state.step >= step for state in states_of(config)):
             if ended.wait(0.02):
@@ -173,7 +173,7 @@ def named(name: str, above: psutil.Process | None = None) -> list[psutil.Process
 
 
 def test_a_killed_worker_changes_nothing(restarted, interrupted):
-    assert killed == ["RayTrainWorker", "RayTrainWorker", "_measure"]
+    assert killed == ["RayTrainWorker", "RayTrainWorker", "_evaluate"]
     whole = interrupted[1]
     ours = load_file(restarted / "export" / "model.safetensors")
     for name, weight in load_file(whole / "export" / "model.safetensors").items():

@@ -45,6 +45,7 @@ def train_on_one(
     import trainer.loop as loop
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import contract_for
+    from trainer.job import Job
     from trainer.network import base_config
 
     config = settings(model, output_dir=output_dir, **changes)
@@ -54,7 +55,7 @@ def train_on_one(
     facts = {"num_pairs": len(data), "num_dropped": 0, "dropped": "none"}
     found, loop.ray.get = loop.ray.get, lambda given: given
     try:
-        return loop.train(loop.Job(config, contract, whole, num_steps, facts))  # type: ignore[arg-type]
+        return loop.train(Job(config, contract, whole, num_steps, facts))  # type: ignore[arg-type]
     finally:
         loop.ray.get = found
 
@@ -156,7 +157,7 @@ def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: C
     data = TrainingData(heldout, heldout, (1.0,), 0, has_ties=False)
     found, validation.ray.get_gpu_ids = validation.ray.get_gpu_ids, list
     try:
-        return state.step, validation._measure(config, state, data)
+        return state.step, validation.evaluate_checkpoint(config, state, data)
     finally:
         validation.ray.get_gpu_ids = found
 

@@ -10,12 +10,12 @@ import pytest
 from trainer_runs import log_of, overrides, settings, write_pairs
 
 from reward_actor.scorer import RewardScorer
-from trainer import loop
+from trainer import job as jobs
 from trainer.comparisons import Comparisons
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 from trainer.errors import TrainingError
-from trainer.loop import Job
+from trainer.job import Job
 from trainer.metrics import EvalResult, evaluate
 from trainer.run import TrainResult, prepare, train
 
@@ -38,7 +38,7 @@ def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
     from ray.train.torch import TorchTrainer
 
     root = tmp_path_factory.mktemp("runs")
-    jobs = {}
+    todo = {}
     for dtype, stage in [*(("float32", s) for s in STAGES), ("bfloat16", 0), ("bfloat16", 3)]:
         name = f"{dtype}-{stage}"
         changes = {"model__dtype": dtype, "distributed__zero_stage": stage, **SLOWLY}
@@ -46,21 +46,21 @@ def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
         (root / name).mkdir()
         prepared, contract = prepare(config)
         facts = {"num_pairs": 39, "num_steps": NUM_STEPS, "num_dropped": 0, "dropped": "none"}
-        jobs[name] = Job(config, contract, ray.put(prepared), NUM_STEPS, facts)
+        todo[name] = Job(config, contract, ray.put(prepared), NUM_STEPS, facts)
 
-    def train_all(jobs: list[Job]) -> None:
-        for job in jobs:
-            loop.train(job)
+    def train_all(todo: list[Job]) -> None:
+        for job in todo:
+            jobs.train(job)
 
     scaling = ray.train.ScalingConfig(num_workers=2)
     run_config = ray.train.RunConfig(name="all", storage_path=str(root))
     TorchTrainer(
         train_all,
-        train_loop_config=list(jobs.values()),
+        train_loop_config=list(todo.values()),
         scaling_config=scaling,
         run_config=run_config,
     ).fit()
-    return {name: root / name for name in jobs}
+    return {name: root / name for name in todo}
 
 
 @pytest.fixture(scope="module")

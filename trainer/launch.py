@@ -24,12 +24,12 @@ from ray.train.v2.api.config import LoggingConfig
 
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.contract import ScoringContract
-from trainer import loop, progress
+from trainer import job as jobs
+from trainer import progress
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.prepare import Prepared
 from trainer.tracking import Trackers
-from trainer.validation import Validator
 
 _ABORT_S = 10
 
@@ -71,7 +71,7 @@ def launch(
             f"starting {settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        job = loop.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
+        job = jobs.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
         with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
             return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say)
@@ -81,7 +81,7 @@ def launch(
 
 
 def _fit(
-    job: loop.Job,
+    job: jobs.Job,
     bundle: dict[str, float],
     use_gpu: bool,
     start: int,
@@ -95,7 +95,7 @@ def _fit(
     run_config: Any = ray.train.RunConfig
     trainer_class: Any = _Trainer
     trainer = trainer_class(
-        loop.train,
+        jobs.train,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.distributed.num_workers, use_gpu=use_gpu, resources_per_worker=bundle
@@ -124,7 +124,7 @@ def _fit(
 
 
 @contextmanager
-def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
+def _following(job: jobs.Job, start: int, trackers: Trackers) -> Iterator[None]:
     """Show, and tell the trackers, what the workers log while this lasts."""
     ended = threading.Event()
     follower = threading.Thread(
@@ -141,10 +141,10 @@ def _following(job: loop.Job, start: int, trackers: Trackers) -> Iterator[None]:
         follower.join()
 
 
-def _validation(job: loop.Job, bundle: dict[str, float]) -> ray.train.ValidationConfig:
+def _validation(job: jobs.Job, bundle: dict[str, float]) -> ray.train.ValidationConfig:
     resources = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0)}
     return ray.train.ValidationConfig(
-        fn=Validator(job.config, job.data, resources), ray_remote_kwargs={"num_cpus": 0}
+        fn=jobs.Validator(job.config, job.data, resources), ray_remote_kwargs={"num_cpus": 0}
     )
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,15 @@ import ray
 import torch
 from transformers.utils import logging as transformers_logging
 
-from reward_actor.contract import ScoringContract
 from trainer import finish, zero
-from trainer.config import TrainConfig
+from trainer.job import Job
 from trainer.metrics import is_measurable
-from trainer.prepare import TrainingData
 from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
 from trainer.selection import Selection
 from trainer.step import Trainer
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
 from trainer.validation import MAX_PENDING, Validations
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    contract: ScoringContract
-    data: ray.ObjectRef[TrainingData]
-    num_steps: int
-    facts: dict[str, Any]
 
 
 def train(job: Job) -> dict[str, Any]:

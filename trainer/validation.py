@@ -14,8 +14,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from reward_actor.engine import Engine
 from trainer import zero
+from trainer.job import EVALUATION, REASON
 from trainer.metrics import measure
 from trainer.network import build_model
 from trainer.ranks import from_first, is_first
@@ -43,34 +44,14 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.prepare import TrainingData
 
-_RESULT, _REASON = "evaluation", "reason"
 _PAUSE_S = 0.5
 MAX_PENDING = 4
 
 
-@dataclass(frozen=True)
-class Validator:
-    """What Ray Train's task runs: a checkpoint to the metrics of the held-out comparisons.
-
-    It computes them in a task of its own, with these `resources`: Ray ends the training if its own
-    task dies, of a lack of memory for example.
-    """
-
-    config: TrainConfig
-    data: ray.ObjectRef[TrainingData]
-    resources: Mapping[str, Any]
-
-    def __call__(self, checkpoint: ray.train.Checkpoint, **saved: Any) -> dict[str, Any]:
-        """`checkpoint` is but the name of ours; `saved` are the other fields of a `SavedState`."""
-        state = SavedState(PurePosixPath(checkpoint.path).name, **saved)
-        task = ray.remote(_measure).options(**self.resources, max_retries=1)
-        try:
-            return {_RESULT: ray.get(task.remote(self.config, state, self.data))}
-        except ray.exceptions.RayError as error:
-            return {_RESULT: None, _REASON: str(error).strip().splitlines()[-1]}
-
-
-def _measure(config: TrainConfig, state: SavedState, data: TrainingData) -> dict[str, Any]:
+def evaluate_checkpoint(
+    config: TrainConfig, state: SavedState, data: TrainingData
+) -> dict[str, Any]:
+    """The metrics of the held-out comparisons by a stored checkpoint."""
     torch.set_num_threads(max(1, int(config.distributed.cpus_per_worker)))
     heldout = data.heldout
     sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
@@ -171,9 +152,9 @@ class Validations:
             one = by_name.get(folder)
             if one is None or one.status in _UNDECIDED:
                 break
-            result = one.metrics.get(_RESULT)
+            result = one.metrics.get(EVALUATION)
             if result is None:
-                reason = one.metrics.get(_REASON, "the reason is in Ray's log of its task")
+                reason = one.metrics.get(REASON, "the reason is in Ray's log of its task")
                 print(
                     f"warning: the evaluation of step {step} has failed: {reason}",
                     file=sys.stderr,
