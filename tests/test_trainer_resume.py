@@ -260,7 +260,7 @@ def test_a_lost_export_is_written_again(interrupted, ray_cluster):
     ("key", "value", "message"),
     [
         ("optimizer.learning_rate", "0.02", "optimizer.learning_rate was 0.01, is now 0.02"),
-        ("distributed.num_workers", "1", "distributed.num_workers was 2, is now 1"),
+        ("distributed.zero_stage", "1", "distributed.zero_stage was 2, is now 1"),
         ("data.max_pairs", "30", "the training pairs differ"),
     ],
 )

@@ -176,6 +176,12 @@ class EvaluationConfig(Section):
 
 class DistributedConfig(Section):
     num_workers: int = Field(1, gt=0, description="Ray Train workers, one device each")
+    min_workers: int | None = Field(
+        None,
+        gt=0,
+        description="start, and go on, with fewer workers down to so many while the cluster has "
+        "no room for all; none: wait for all",
+    )
     zero_stage: int = Field(
         2,
         ge=0,
@@ -277,6 +283,9 @@ class TrainConfig(Section):
                 f"distributed.num_workers is {workers} but training.global_batch_pairs only "
                 f"{batch}: some workers would have no pair; use at most {batch} workers"
             )
+        least = self.distributed.min_workers
+        if least is not None and least > workers:
+            wrong.append(f"distributed.min_workers is {least}, more than num_workers ({workers})")
         if self.distributed.offload_optimizer and stage == 0:
             wrong.append("distributed.offload_optimizer needs distributed.zero_stage 1, 2 or 3")
         for name in (

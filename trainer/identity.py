@@ -13,8 +13,8 @@ IDENTITY_FILE = "run.json"
 
 # Settings that decide what is learned, or how the training state is cut up.
 _IDENTITY = ("model", "adapter", "loss", "optimizer", "training", "distributed")
-_FREE = ("model.path", "distributed.device", "distributed.cpus_per_worker",
-         "distributed.max_failures")  # fmt: skip
+_FREE = ("model.path", "distributed.num_workers", "distributed.min_workers", "distributed.device",
+         "distributed.cpus_per_worker", "distributed.max_failures")  # fmt: skip
 
 
 def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:

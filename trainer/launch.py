@@ -56,19 +56,22 @@ def launch(
     if is_private:  # no node of a cluster that ends with this process is taken away before
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # An evaluation beside the training has the resources of one more worker.
-    num_places = settings.num_workers + int(config.evaluation.asynchronous)
+    num_beside = int(config.evaluation.asynchronous)
+    num_places = settings.num_workers + num_beside
     connect(
         num_places * settings.cpus_per_worker + 1,
         num_places if settings.device == "cuda" else 0,
     )
     try:
         gpus = capacity("GPU")
-        enough = gpus >= settings.num_workers
+        least = settings.min_workers or settings.num_workers
+        enough = gpus >= least
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and enough)
         bundle = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-        require_resources([bundle] * num_places)
+        require_resources([bundle] * (least + num_beside))
+        up_to = "" if settings.min_workers is None else "up to "
         say(
-            f"starting {settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
+            f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
         job = jobs.Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
@@ -91,14 +94,18 @@ def _fit(
 ) -> dict[str, Any]:
     config = job.config
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    least, most = config.distributed.min_workers, config.distributed.num_workers
     # Any: Ray's annotations are those of its older trainer.
     run_config: Any = ray.train.RunConfig
+    scaling_config: Any = ray.train.ScalingConfig
     trainer_class: Any = _Trainer
     trainer = trainer_class(
         jobs.train,
         train_loop_config=job,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.distributed.num_workers, use_gpu=use_gpu, resources_per_worker=bundle
+        scaling_config=scaling_config(
+            num_workers=(least, most) if least else most,
+            use_gpu=use_gpu,
+            resources_per_worker=bundle,
         ),
         run_config=run_config(
             name="train",

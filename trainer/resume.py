@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from trainer import zero
+from trainer import elastic, zero
 from trainer.errors import TrainingError
 from trainer.ranks import from_all, from_first, is_first
 from trainer.saved import (
     TAG,
+    Problem,
     SavedState,
     Survey,
     delete,
@@ -70,6 +71,7 @@ class Checkpoints:
     def __init__(self, engine: DeepSpeedEngine, config: TrainConfig) -> None:
         self._engine = engine
         self._storage = checkpoint_storage(config)
+        self._config = config
         self._settings = config.checkpoint
         self._staging = _make_staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -163,13 +165,16 @@ class Checkpoints:
         for state in found.states:
             if step not in (None, state.step):
                 continue
-            with fetched(self._storage, state, dist.get_rank(), self._staging) as (place, problem):
+            with self._fetched(state) as (place, problem):
                 problems = [problem for problem in from_all(problem) if problem is not None]
                 unreadable = [problem.text for problem in problems if not problem.is_damage]
                 if unreadable:
                     raise OSError(f"{self._storage.root}: {state.folder}: {unreadable[0]}")
                 if not problems:
-                    zero.load(self._engine, place)
+                    is_other = state.num_workers != dist.get_world_size()
+                    zero.load(
+                        self._engine, place, universal=is_other and zero.is_sharded(self._engine)
+                    )
                     chosen = state
                     break
             damaged[state.folder] = "; ".join(sorted({problem.text for problem in problems}))
@@ -196,6 +201,23 @@ class Checkpoints:
                 f"every checkpoint in {self._storage.root} is damaged; delete it to start again"
             )
         return 0
+
+    def _fetched(
+        self, state: SavedState
+    ) -> contextlib.AbstractContextManager[tuple[Path, Problem | None]]:
+        """What this worker loads. Raises TrainingError for a checkpoint of another number of
+        workers that cannot be cut up anew."""
+        workers = dist.get_world_size()
+        if state.num_workers == workers:
+            return fetched(self._storage, state, dist.get_rank(), self._staging)
+        fault = elastic.fault(self._config)
+        if fault is not None:
+            raise TrainingError(
+                f"the checkpoint of step {state.step} is of {state.num_workers} workers, and "
+                f"{workers} cannot go on from it: {fault}. Set distributed.num_workers "
+                f"{state.num_workers}"
+            )
+        return elastic.reshaped(self._storage, state, zero.is_sharded(self._engine), self._staging)
 
     def stored(self) -> Survey:
         """What is in the storage. What was left half-written is deleted."""

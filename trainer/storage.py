@@ -86,6 +86,7 @@ class Storage:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file that is never seen half-written under its name."""
+        self._make_parent(name)
         partial = self.path(name) + ".partial"
         with self.filesystem.open_output_stream(partial) as stream:
             stream.write((json.dumps(value, indent=2) + "\n").encode())
@@ -93,14 +94,16 @@ class Storage:
 
     def upload(self, source: Path, name: str) -> str:
         """Store a local file; its sha256."""
-        parent = self.path(name).rpartition("/")[0]
-        self.filesystem.create_dir(parent, recursive=True)
+        self._make_parent(name)
         digest = hashlib.sha256()
         with source.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as out:
             for chunk in _chunks(file):
                 digest.update(chunk)
                 out.write(chunk)
         return digest.hexdigest()
+
+    def _make_parent(self, name: str) -> None:
+        self.filesystem.create_dir(self.path(name).rpartition("/")[0], recursive=True)
 
     def download(self, name: str, target: Path) -> str:
         """Bring a file here; its sha256."""

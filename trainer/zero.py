@@ -99,10 +99,18 @@ def save(engine: DeepSpeedEngine, folder: Path) -> None:
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
 
-def load(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Go on from what `save` wrote, on every worker at once. By pickle: only from trusted files."""
+def is_sharded(engine: DeepSpeedEngine) -> bool:
+    """Whether each worker saves a part of the state; without ZeRO the first one saves it."""
+    return bool(engine.zero_optimization())
+
+
+def load(engine: DeepSpeedEngine, folder: Path, *, universal: bool = False) -> None:
+    """Go on from what `save` wrote, or what was made of that in the universal format, on every
+    worker at once. By pickle: only from trusted files."""
+    engine._config.load_universal_checkpoint = universal
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
         loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load_trained)
+    engine._config.load_universal_checkpoint = False
     assert loaded is not None, "DeepSpeed did not find what it has saved"
 
 

@@ -51,7 +51,6 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         # bitsandbytes' AdamW works element by element, or by block, so it can be cut up.
         "zero_allow_untested_optimizer": optimizer.name == "adamw_8bit",
-        # Every rank writes into a folder of its own; Ray Train merges them in the storage.
         "steps_per_print": 2**31,
     }
     _refuse_ours(distributed.deepspeed)

@@ -1,0 +1,86 @@
+"""Trainings that go on with another number of workers, by real engines under each stage of ZeRO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import on_workers, settings, trainer
+
+from trainer import zero
+from trainer.resume import Checkpoints
+
+DONE, STEPS = 3, 6
+
+
+def first(model: Path, output_dir: Path, changes: dict[str, Any]) -> list[float]:
+    """The losses of the steps after the checkpoint."""
+    config = settings(model, output_dir=output_dir, **changes)
+    built = trainer(config)
+    checkpoints = Checkpoints(built.engine, config)
+    for i in range(DONE):
+        built.step(i)
+    checkpoints.save(DONE)
+    losses = [built.step(i)["loss"] for i in range(DONE, STEPS)]
+    checkpoints.close()
+    zero.release(built.engine)
+    return losses
+
+
+def second(model: Path, output_dir: Path, changes: dict[str, Any]) -> list[float]:
+    """The same by those that load it; and they can store and load what they have made of it."""
+    config = settings(model, output_dir=output_dir, **changes)
+    built = trainer(config)
+    checkpoints = Checkpoints(built.engine, config)
+    try:
+        assert checkpoints.restore() == DONE
+        losses = [built.step(DONE)["loss"]]
+        checkpoints.save(DONE + 1)
+        built.step(DONE + 1)
+        assert checkpoints.restore() == DONE + 1
+        losses += [built.step(i)["loss"] for i in range(DONE + 1, STEPS)]
+    finally:
+        checkpoints.close()
+        zero.release(built.engine)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        (2, 1, {"distributed__zero_stage": 0}),
+        pytest.param(2, 1, {"distributed__zero_stage": 1}, marks=pytest.mark.long),
+        (2, 1, {"distributed__zero_stage": 2}),
+        (1, 2, {"distributed__zero_stage": 2}),
+        (2, 1, {"distributed__zero_stage": 3}),
+        pytest.param(1, 2, {"distributed__zero_stage": 3}, marks=pytest.mark.long),
+        (2, 1, {"distributed__zero_stage": 2, "adapter__rank": 4}),
+        pytest.param(
+            2, 1, {"distributed__zero_stage": 3, "adapter__rank": 4}, marks=pytest.mark.long
+        ),
+    ],
+)
+def test_another_number_of_workers_goes_on_alike(
+    base_model: Path, tmp_path: Path, before: int, after: int, changes: dict[str, Any]
+) -> None:
+    expected = on_workers(before, first, base_model, tmp_path, changes)[0]
+    assert on_workers(after, second, base_model, tmp_path, changes)[0] == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_in_bfloat16_but_for_rounding(base_model: Path, tmp_path: Path, stage: int) -> None:
+    changes = {"distributed__zero_stage": stage, "model__dtype": "bfloat16"}
+    expected = on_workers(2, first, base_model, tmp_path, changes)[0]
+    assert on_workers(1, second, base_model, tmp_path, changes)[0] == pytest.approx(
+        expected, abs=0.02
+    )
+
+
+def test_an_optimizer_whose_state_is_not_known_is_refused(base_model: Path, tmp_path: Path) -> None:
+    changes = {"optimizer__name": "muon", "optimizer__max_grad_norm": 0}
+    on_workers(2, first, base_model, tmp_path, changes)
+    with pytest.raises(RuntimeError, match=r"of 2 workers, and 1 cannot go on from it: .* muon"):
+        on_workers(1, second, base_model, tmp_path, changes)

@@ -1,0 +1,75 @@
+"""A checkpoint for another number of workers, through DeepSpeed's universal format.
+
+ZeRO cuts the optimizer's state and the float32 weights into one part for each worker. The universal
+format has them whole, by parameter, and every number of workers cuts its own parts out of it.
+(Lian et al., arXiv:2406.18820.) Only AdamW's state is known to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import distributed as dist
+
+from trainer.config import TrainConfig
+from trainer.ranks import from_all
+from trainer.saved import TAG, Problem, SavedState, fetched
+from trainer.storage import Storage
+
+
+def fault(config: TrainConfig) -> str | None:
+    """Why a training cannot go on with another number of workers, or None."""
+    if config.optimizer.name != "adamw":
+        return f"the state of optimizer.name {config.optimizer.name} belongs to its workers"
+    if config.distributed.zeropp_partition_size > 1:
+        return "distributed.zeropp_partition_size belongs to a number of workers"
+    return None
+
+
+@contextlib.contextmanager
+def reshaped(
+    storage: Storage, state: SavedState, is_sharded: bool, staging: Path
+) -> Iterator[tuple[Path, Problem | None]]:
+    """A local folder to load a checkpoint of another number of workers from, on all at once, and
+    what is wrong with it. The first worker of every node makes it.
+
+    `is_sharded`: whether any of the state is in parts; otherwise it is only fetched.
+    """
+    mine: tuple[str, Path] | None = None
+    problem: Problem | None = None
+    with contextlib.ExitStack() as stack:
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            place, problem = stack.enter_context(fetched(storage, state, staging=staging))
+            if problem is None and is_sharded:
+                folder = TemporaryDirectory(prefix="rayward-universal-", dir=staging)
+                target = Path(stack.enter_context(folder))
+                _convert(place / TAG, target / TAG)
+                place = target
+            mine = (socket.gethostname(), place)
+        places = dict(found for found in from_all(mine) if found is not None)
+        yield places[socket.gethostname()], problem
+        dist.barrier()  # others may still read what the first of the node deletes
+
+
+def _convert(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        ds_to_universal.main(settings)
