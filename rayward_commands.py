@@ -167,9 +167,10 @@ def serve(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     from reward_actor.files import group_of, read_rows, scored_row, write_rows
 
+    loading = _loading(arguments)
     rows = list(read_rows(arguments.input))
     groups = [group_of(row, place) for place, row in rows]
-    with _scorer(arguments) as score:
+    with _scorer(arguments.model, loading) as score:
         scores = score(groups)
     num_errors = sum(error is not None for result in scores for error in result.errors)
     write_rows(
@@ -184,17 +185,16 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _scorer(arguments: argparse.Namespace) -> Iterator[Callable[[Any], Any]]:
-    loading = _loading(arguments)
-    if _is_url(arguments.model):
+def _scorer(model: str, loading: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
+    if _is_url(model):
         from reward_actor.client import RewardClient
 
-        with RewardClient(arguments.model) as client:
+        with RewardClient(model) as client:
             yield client.score_groups
         return
     from reward_actor.scorer import RewardScorer
 
-    yield RewardScorer.from_pretrained(arguments.model, **loading).score
+    yield RewardScorer.from_pretrained(model, **loading).score
 
 
 def rollout(arguments: argparse.Namespace) -> int:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from conftest import free_port
 
 if TYPE_CHECKING:
+    from reward_actor.contract import ScoringContract
     from trainer.comparisons import Comparisons
     from trainer.config import TrainConfig
+    from trainer.prepare import TrainingData
     from trainer.step import Trainer
 
 
@@ -137,6 +139,22 @@ def settings(model: Path | str, **changes: Any) -> TrainConfig:
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     return load_config(None, [(key, str(value)) for key, value in values.items()])
+
+
+def train_without_ray(
+    config: TrainConfig, contract: ScoringContract, data: TrainingData, num_steps: int
+) -> dict[str, Any]:
+    """The whole loop of a training on the ranks of this pool; Ray would only carry the data."""
+    import trainer.loop as loop
+    from trainer.job import Job
+
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    facts = {"num_pairs": len(data.train), "num_dropped": 0, "dropped": "none"}
+    found, loop.ray.get = loop.ray.get, lambda given: given
+    try:
+        return loop.train(Job(config, contract, data, num_steps, facts))  # type: ignore[arg-type]
+    finally:
+        loop.ray.get = found
 
 
 def trainer(config: TrainConfig, num_steps: int = 20, weight: float = 1.0) -> Trainer:

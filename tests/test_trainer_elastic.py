@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 from engines import on_workers, settings, trainer
+from trainer_runs import log_of, overrides, write_pairs
+from trainer_runs import settings as run_settings
 
 from trainer import zero
+from trainer.config_file import load_config
 from trainer.resume import Checkpoints
+from trainer.run import train
+from trainer.saved import saved_states
+from trainer.storage import Storage
 
 DONE, STEPS = 3, 6
 
@@ -84,3 +90,24 @@ def test_an_optimizer_whose_state_is_not_known_is_refused(base_model: Path, tmp_
     on_workers(2, first, base_model, tmp_path, changes)
     with pytest.raises(RuntimeError, match=r"of 2 workers, and 1 cannot go on from it: .* muon"):
         on_workers(1, second, base_model, tmp_path, changes)
+
+
+@pytest.mark.long
+def test_a_cluster_with_room_for_fewer_workers_trains_with_those(
+    ray_cluster, base_model: Path, tmp_path: Path
+) -> None:
+    """16 logical CPUs have room for two of six each; the losses are those of one worker."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    changes = {"training__max_steps": 6}
+    some = {
+        "distributed__num_workers": 4,
+        "distributed__min_workers": 1,
+        "distributed__cpus_per_worker": 6,
+    }
+    for name, more in (("some", some), ("one", {"distributed__num_workers": 1})):
+        values = run_settings(base_model, data, tmp_path / name, **changes, **more)
+        train(load_config(None, overrides(values)), say=lambda _: None)
+    ours, expected = ([line["loss"] for line in log_of(tmp_path / n)] for n in ("some", "one"))
+    assert ours == pytest.approx(expected, abs=1e-4)
+    (state,) = saved_states(Storage.at(str(tmp_path / "some"), "checkpoints"))
+    assert state.num_workers == 2

@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from engines import on_workers, train_without_ray
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
-from trainer.run import resolve_paths, train
+from trainer.run import prepare, resolve_paths, train
 from trainer.saved import SavedState, saved_states
 from trainer.storage import checkpoint_storage
 
@@ -98,8 +99,9 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     """The directory of a run that was interrupted, killed and damaged, one that was not, and what
     the three processes of the first printed."""
     root = tmp_path_factory.mktemp("resume")
-    whole = config_for(base_model, data, root / "whole")
-    train(whole, say=lambda _: None)
+    whole = resolve_paths(config_for(base_model, data, root / "whole"))
+    prepared, contract = prepare(whole)
+    on_workers(2, train_without_ray, whole, contract, prepared, NUM_STEPS)
     config = config_for(base_model, data, root / "broken")
     run_dir = Path(checkpoint_storage(config).root)
     printed = [kill_after_step(start(config), config, EVERY, signal.SIGINT)]
@@ -128,12 +130,11 @@ def test_the_same_command_ends_with_the_same_weights(interrupted):
 
 @pytest.fixture(scope="module")
 def restarted(interrupted, base_model, data, tmp_path_factory) -> Path:
-    """The directory of a run whose workers were killed, one after the other, while evaluations ran
-    beside it."""
+    """The directory of a run of which a worker and an evaluation beside it were killed."""
     output_dir = tmp_path_factory.mktemp("restarted") / "run"
     config = config_for(base_model, data, output_dir, evaluation__asynchronous=True)
     ended = threading.Event()
-    killer = threading.Thread(target=kill, args=(config, [EVERY, 3 * EVERY, 4 * EVERY], ended))
+    killer = threading.Thread(target=kill, args=(config, [EVERY, 3 * EVERY], ended))
     killer.start()
     try:
         train(config, say=lambda _: None)
@@ -147,9 +148,8 @@ killed: list[str] = []
 
 
 def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
-    """SIGKILL the first worker, the second one and an evaluation, each as soon as a checkpoint of
-    its step is there."""
-    order = [("RayTrainWorker", 0), ("RayTrainWorker", 1), ("_evaluate", 0)]
+    """SIGKILL a worker and an evaluation, each as soon as a checkpoint of its step is there."""
+    order = [("RayTrainWorker", 1), ("_evaluate", 0)]
     for step, (name, number) in zip(steps, order, strict=True):
         while not any(state.step >= step for state in states_of(config)):
             if ended.wait(0.02):
@@ -173,7 +173,7 @@ def named(name: str, above: psutil.Process | None = None) -> list[psutil.Process
 
 
 def test_a_killed_worker_changes_nothing(restarted, interrupted):
-    assert killed == ["RayTrainWorker", "RayTrainWorker", "_evaluate"]
+    assert killed == ["RayTrainWorker", "_evaluate"]
     whole = interrupted[1]
     ours = load_file(restarted / "export" / "model.safetensors")
     for name, weight in load_file(whole / "export" / "model.safetensors").items():
@@ -267,7 +267,7 @@ def test_a_lost_export_is_written_again(interrupted, ray_cluster):
 def test_another_run_in_the_same_directory_is_refused(
     interrupted, base_model, data, key: str, value: str, message: str
 ):
-    config = config_for(base_model, data, interrupted[1])
+    config = config_for(base_model, data, interrupted[0])
     other = load_config(None, [*overrides(_flat(config)), (key, value)])
     with pytest.raises(ValueError, match="holds another run") as error:
         train(other, say=lambda _: None)

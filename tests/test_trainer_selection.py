@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import comparisons, on_workers, settings
+from engines import comparisons, on_workers, settings, train_without_ray
 from safetensors.numpy import load_file
 
 from reward_actor.checkpoint import check_manifest
@@ -41,23 +41,14 @@ def train_on_one(
     data: Comparisons,
     heldout: Comparisons,
 ) -> Any:
-    """The whole loop of a training, without Ray, which would only carry the data to it."""
-    import trainer.loop as loop
     from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import contract_for
-    from trainer.job import Job
     from trainer.network import base_config
 
     config = settings(model, output_dir=output_dir, **changes)
     whole = TrainingData(data, heldout, (1.0,), 0, has_ties=False)
     contract = contract_for(load_tokenizer(model), base_config(str(model)), format="chat")
-    output_dir.mkdir(parents=True)
-    facts = {"num_pairs": len(data), "num_dropped": 0, "dropped": "none"}
-    found, loop.ray.get = loop.ray.get, lambda given: given
-    try:
-        return loop.train(Job(config, contract, whole, num_steps, facts))  # type: ignore[arg-type]
-    finally:
-        loop.ray.get = found
+    return train_without_ray(config, contract, whole, num_steps)
 
 
 def test_it_stops_early_and_exports_the_best_checkpoint(base_model: Path, tmp_path: Path) -> None:

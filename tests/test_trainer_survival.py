@@ -53,7 +53,7 @@ def bucket(monkeypatch) -> Iterator[str]:
 
 
 def test_killed_while_a_checkpoint_goes_to_s3(base_model, tmp_path: Path, bucket: str):
-    kill_and_go_on(base_model, tmp_path, 3, {"checkpoint__storage_path": bucket})
+    kill_and_go_on(base_model, tmp_path, 2, {"checkpoint__storage_path": bucket})
 
 
 @pytest.mark.long
@@ -105,7 +105,7 @@ def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[st
     return num_unfinished
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     base_model, tmp_path, small_disk: Path, asynchronous: bool
 ):
