@@ -19,8 +19,8 @@ from trainer.forward import TrainedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# So small that the weights stay as they are, and the losses of all peers comparable: Adam moves each
-# of 79 million weights by as much, in the direction in which the loss changes most.
+# So small that the weights stay as they are, and the losses comparable: Adam moves every
+# one of 79 million by as much, in the direction in which the loss changes most.
 _LEARNING_RATE = 1e-12
 _MAX_GRAD_NORM = 1.0
 _LORA_ALPHA = 32.0  # the trainer's own default
