@@ -27,7 +27,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One private Ray cluster for the whole session, with more logical CPUs than real ones."""
+    """One private Ray cluster for all tests, with more logical CPUs than real ones."""
     import ray
 
     from reward_actor.cluster import connect
@@ -58,16 +58,24 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of its own, of a few MB."""
+    """A filesystem of 8 MB. A process of its own mounts it where that takes no root, in namespaces
+    that end with it; /proc shows others what it sees there."""
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small filesystem needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    mount = f"mount -t tmpfs -o size=8m tmpfs {place} && echo mounted && exec sleep infinity"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        try:
+            if not holder.stdout.readline():
+                pytest.fail(
+                    "these tests mount a small filesystem, which needs user namespaces or root: "
+                    + holder.stderr.read().decode()
+                )
+            yield Path(f"/proc/{holder.pid}/root{place}")
+        finally:
+            holder.kill()
 
 
 def make_export(

@@ -162,8 +162,7 @@ def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
 
 
 def named(name: str, above: psutil.Process | None = None) -> list[psutil.Process]:
-    """The processes of this session's cluster, or below another one, that run such a task or
-    actor."""
+    """The workers of such a name among the tests' own processes, or those `above` has started."""
     found = []
     for process in (above or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
