@@ -1,4 +1,4 @@
-"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`."""
+"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`, and whole files."""
 
 from __future__ import annotations
 
@@ -139,3 +139,10 @@ def _is_message(message: object) -> bool:
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), str)
     )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -50,7 +50,7 @@ def reshaped(
             if problem is None and is_sharded:
                 folder = TemporaryDirectory(prefix="rayward-universal-", dir=staging)
                 target = Path(stack.enter_context(folder))
-                _convert(place / TAG, target / TAG)
+                problem = _convert(place / TAG, target / TAG)
                 place = target
             mine = (socket.gethostname(), place)
         places = dict(found for found in from_all(mine) if found is not None)
@@ -58,7 +58,7 @@ def reshaped(
         dist.barrier()  # others may still read what the first of the node deletes
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, target: Path) -> Problem | None:
     from deepspeed.checkpoint import ds_to_universal
 
     settings = Namespace(
@@ -72,4 +72,10 @@ def _convert(source: Path, target: Path) -> None:
     )
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        ds_to_universal.main(settings)
+        try:
+            ds_to_universal.main(settings)
+        # Whatever DeepSpeed or a full disk says: the other workers wait to hear of it.
+        except Exception as error:
+            text = f"cannot be cut up anew: {type(error).__name__}: {error}"
+            return Problem(text, is_damage=False)
+    return None

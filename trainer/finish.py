@@ -16,9 +16,9 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import checkpoint
+from reward_actor.files import replace_text
 from trainer import adapters, zero
 from trainer.card import model_card
-from trainer.identity import replace_text
 from trainer.metrics import folded, measure
 from trainer.network import base_config
 from trainer.report import write_report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig
@@ -71,10 +70,3 @@ def _claim(setting: str, place: Storage, current: Mapping[str, Any]) -> None:
             f"{setting}: {place.root} holds another run: {'; '.join(shown)}. Put that back to go "
             "on with it, choose another --output-dir, or delete the directory."
         )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

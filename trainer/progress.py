@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.console import say
 from trainer.metrics import RMSE
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE
 
@@ -49,7 +50,7 @@ def show(
             for line in lines:
                 board.update(line)
                 if not live and _is_printed(line, start, num_steps, every):
-                    print(plain(line, num_steps), flush=True)
+                    say(plain(line, num_steps))
             if also is not None:
                 also(lines)
 

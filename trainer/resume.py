@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -24,6 +23,7 @@ import torch
 from torch import distributed as dist
 
 from trainer import elastic, zero
+from trainer.console import warn
 from trainer.errors import TrainingError
 from trainer.ranks import from_all, from_first, is_first
 from trainer.saved import (
@@ -72,7 +72,6 @@ class Checkpoints:
         self._engine = engine
         self._storage = checkpoint_storage(config)
         self._config = config
-        self._settings = config.checkpoint
         self._staging = _make_staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: _Upload | None = None
@@ -93,7 +92,7 @@ class Checkpoints:
             self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
         )
         self._in_flight = _Upload(folder, step, is_best, outcome)
-        if not self._settings.asynchronous:
+        if not self._config.checkpoint.asynchronous:
             self.wait()
 
     def poll(self) -> bool:
@@ -126,7 +125,7 @@ class Checkpoints:
         state = None
         if problem:
             self.num_failed += 1
-            self._say(
+            self._warn(
                 f"the checkpoint of step {upload.step} could not be stored in "
                 f"{self._storage.root} ({problem}); training goes on, and the ones before it are "
                 f"untouched. {self.num_failed} failed so far."
@@ -179,12 +178,10 @@ class Checkpoints:
                     break
             damaged[state.folder] = "; ".join(sorted({problem.text for problem in problems}))
         if damaged:
-            then = (
-                f"That of step {chosen.step} is taken, they are deleted"
-                if chosen
-                else ("There is no other")
-            )
-            self._say(
+            then = "There is no other"
+            if chosen is not None:
+                then = f"That of step {chosen.step} is taken, they are deleted"
+            self._warn(
                 "damaged checkpoints: "
                 + "; ".join(f"{folder} ({text})" for folder, text in sorted(damaged.items()))
                 + f". {then}."
@@ -195,7 +192,7 @@ class Checkpoints:
                 self._try(partial(delete, self._storage, folder))
             return chosen.step
         if step is not None:
-            self._say(f"{self._storage.root} has no whole checkpoint of step {step}")
+            self._warn(f"{self._storage.root} has no whole checkpoint of step {step}")
         elif damaged:
             raise TrainingError(
                 f"every checkpoint in {self._storage.root} is damaged; delete it to start again"
@@ -257,7 +254,7 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         states = saved_states(self._storage)
-        for state in states[self._settings.num_to_keep :]:
+        for state in states[self._config.checkpoint.num_to_keep :]:
             if state.step != self.best and state.step not in self.also_keep:
                 delete(self._storage, state.folder)
 
@@ -266,11 +263,11 @@ class Checkpoints:
         try:
             act()
         except StorageError as error:
-            self._say(f"{self._storage.root} cannot be tidied up: {error}")
+            self._warn(f"{self._storage.root} cannot be tidied up: {error}")
 
-    def _say(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         if is_first():
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text)
 
 
 @contextlib.contextmanager

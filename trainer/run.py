@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import sha256_file, sha256_text
+from reward_actor.files import replace_text
 from trainer import hub
 from trainer.batches import steps_per_epoch
 from trainer.config import SCRATCH_DIR, TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
 from trainer.data_config import Source
 from trainer.gather import take
-from trainer.identity import check_identity, identity, replace_text
+from trainer.identity import check_identity, identity
 from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of
 from trainer.rows import Row, Side

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
+from reward_actor.files import replace_text
+from trainer import console
 from trainer.config import ReportConfig, TrainConfig
-from trainer.identity import replace_text
 from trainer.progress import Line
 
 STATE_FILE = "trackers.json"
@@ -64,7 +65,7 @@ def _import_wandb() -> ModuleType:
 class Trackers:
     """The trackers of one run. One that fails while the training runs is left out from then on."""
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = print) -> None:
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = console.say) -> None:
         """Start, or go on with, a run of each tracker. Raises ValueError for one that cannot."""
         self._say = say
         self._path = Path(config.output_dir) / STATE_FILE

@@ -1,13 +1,14 @@
 """`training_log.jsonl`, a JSON line for each optimizer step, and `evaluations.jsonl`, one for each
-held-out evaluation. Standard library only."""
+held-out evaluation."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from trainer.console import warn
 
 LOG_FILE = "training_log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -37,11 +38,7 @@ class TrainingLog:
             self._flush()
         except OSError as error:
             if had_room:
-                print(
-                    f"warning: {self._path} cannot be written: {error}; its lines wait in memory",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn(f"{self._path} cannot be written: {error}; its lines wait in memory")
 
     def close(self) -> None:
         """Raises OSError if there still is no room for lines that wait."""

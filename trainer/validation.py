@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from reward_actor.engine import Engine
 from trainer import zero
+from trainer.console import warn
 from trainer.job import EVALUATION, REASON
 from trainer.metrics import measure
 from trainer.network import build_model
@@ -155,11 +155,7 @@ class Validations:
             result = one.metrics.get(EVALUATION)
             if result is None:
                 reason = one.metrics.get(REASON, "the reason is in Ray's log of its task")
-                print(
-                    f"warning: the evaluation of step {step} has failed: {reason}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn(f"the evaluation of step {step} has failed: {reason}")
             ended.append((folder, result))
         return ended
 
