@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +36,8 @@ class Victims:
             "model": str(self.model), "directory": str(self.directory), "last": self.last,
             "paced": self.paced, "changes": self.changes,
         }  # fmt: skip
-        meeting = self.directory.with_name(f"{self.directory.name}-{id(self)}-{os.getpid()}")
+        # A file that others have met in would tell where those were.
+        meeting = self.directory.with_name(f"{self.directory.name}-{uuid.uuid4().hex}")
         here = Path(__file__).parent
         self.processes = [
             subprocess.Popen(
