@@ -128,7 +128,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def started(arguments: Sequence[str] | None) -> dict[str, Any]:
+def asked(arguments: Sequence[str] | None) -> dict[str, Any]:
     """When a run ended and how it was asked for: what its JSON begins with."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -21,7 +21,7 @@ if not __package__:  # started as a file: the checkout is not importable yet
 
 from benchmarks import machine
 from benchmarks.channel import ChildError
-from benchmarks.report import heading, spread, started, summarize, table, write
+from benchmarks.report import asked, heading, spread, summarize, table, write
 from benchmarks.rounds import PEERS, TOLERANCES, Rounds, Setting, choose_peers
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.workloads import Range, Workload, grpo, real, unique
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"failed: {error}", file=sys.stderr)
             return 1
     result = {
-        **started(arguments),
+        **asked(arguments),
         **rounds.machine,
         "device": device,
         "threads": args.threads,

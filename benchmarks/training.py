@@ -30,7 +30,7 @@ from benchmarks import probe
 from benchmarks.channel import Answer
 from benchmarks.machine import available_threads
 from benchmarks.pairs import PairWorkload, real, synthetic
-from benchmarks.report import heading, spread, started, write
+from benchmarks.report import asked, heading, spread, write
 from benchmarks.scoring import positive
 from benchmarks.shapes import SHAPES, build_network
 from benchmarks.training_engines import ZERO_STAGE, Engine, deepspeed_engine, torch_engine
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     preloads = filter(None, os.environ.get("LD_PRELOAD", "").split(":"))
     result = {
-        **started(arguments),
+        **asked(arguments),
         **found,
         "versions": {**found["versions"], **more_versions()},
         "threads": args.threads,

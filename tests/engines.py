@@ -82,6 +82,7 @@ def _serve(rank: int, num_workers: int, port: int, pipe: Connection) -> None:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_workers),
         "LOCAL_SIZE": str(num_workers),
+        "NODE_RANK": "0",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         # DeepSpeed compiles with ninja, which lies beside this Python.

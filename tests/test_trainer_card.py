@@ -13,6 +13,7 @@ from reports import CONTRACT, COUNTS, FACTS, config_of, plausible, tokenizer
 from trainer.card import model_card
 from trainer.config import LossConfig, TrainConfig
 from trainer.data_config import Source
+from trainer.describe import last_part
 from trainer.metrics import evaluate
 
 CONFIG = config_of(Path("outputs/polite"))
@@ -115,6 +116,20 @@ def test_the_card_claims_no_unseen_prompts_where_that_is_not_so() -> None:
         assert ("12 of their prompts were trained on as well" in card) is (num_shared == 12)
         assert "The checkpoint was chosen on these pairs" in card
         assert "| evaluation set | held.jsonl |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("/home/ann/pairs.jsonl", "pairs.jsonl"),
+        ("~/models/base/", "base"),
+        ("s3://ann@bucket/runs/rm?region=eu&endpoint_override=http://10.0.0.1", "rm"),
+        ("s3://bucket", ""),
+    ],
+)
+def test_of_a_place_only_its_last_part_is_shown(name: str, shown: str) -> None:
+    assert last_part(name) == shown
 
 
 def test_a_card_without_held_out_pairs_claims_nothing() -> None:

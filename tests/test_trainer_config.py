@@ -90,6 +90,37 @@ def test_a_wrong_setting_is_named(key: str, value: str, message: str):
         load_config(None, [*NEEDED, (key, value)])
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"optimizer.name": "muon"},
+            "min_workers cannot be used: the state of optimizer.name muon",
+        ),
+        (
+            {"distributed.zero_stage": "3", "distributed.zeropp_partition_size": "2"},
+            "min_workers cannot be used: distributed.zeropp_partition_size",
+        ),
+        (
+            {"evaluation.every_steps": "5", "evaluation.asynchronous": "true"},
+            "evaluation.asynchronous needs a place beside the workers",
+        ),
+    ],
+)
+def test_fewer_workers_are_refused_where_they_could_not_go_on(more: dict[str, str], message: str):
+    elastic = {"distributed.num_workers": "4", "distributed.min_workers": "2"}
+    load_config(None, [*NEEDED, *elastic.items()])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(None, [*NEEDED, *elastic.items(), *more.items()])
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    place = ("checkpoint.storage_path", "s3://key:s3cret@bucket/runs")
+    with pytest.raises(ValueError, match="holds a password") as raised:
+        load_config(None, [*NEEDED, place])
+    assert "s3cret" not in str(raised.value)
+
+
 def test_several_data_sets_have_weights_and_columns_of_their_own():
     text = "{a.jsonl: 0.5, b: {weight: 2, chosen_column: good}}"
     config = load_config(None, [("data.train", text), ("data.chosen_column", "best")])

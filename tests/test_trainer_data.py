@@ -98,6 +98,12 @@ SPACED = {"role": "user", "content": " Name a fruit.\n"}
         ("Name a fruit.", [SYSTEM, USER], [SYSTEM, USER]),
         ([SYSTEM, USER], [USER, GOOD, USER], [SYSTEM, USER, GOOD, USER]),
         ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([SYSTEM], [], [SYSTEM]),
+        # A conversation that the assistant opens.
+        ([GOOD, USER], [GOOD, USER], [GOOD, USER]),
+        ([GOOD, USER], [SYSTEM, GOOD, USER], [SYSTEM, GOOD, USER]),
+        ([SYSTEM, GOOD, USER], [GOOD, USER], [SYSTEM, GOOD, USER]),
+        ([SYSTEM, GOOD, USER], [CALL, TOOL], [SYSTEM, GOOD, USER, CALLED, TOOL]),
     ],
 )
 def test_messages_repeat_the_prompt_or_continue_it(prompt: Any, before: Any, context: Any):
@@ -114,6 +120,7 @@ def test_messages_repeat_the_prompt_or_continue_it(prompt: Any, before: Any, con
         ("Name a fruit.", [SYSTEM]),
         ([SYSTEM, USER], [{**SYSTEM, "content": "Be long."}, USER]),
         ([USER, GOOD, USER], [USER]),
+        ([SYSTEM], [{**SYSTEM, "content": "Be long."}, USER]),
         ([USER, CALL], [USER, {**CALL, "tool_calls": [{"function": {"name": "stop"}}]}]),
     ],
 )

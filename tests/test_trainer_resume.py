@@ -12,19 +12,23 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
-from engines import on_workers, train_without_ray
+from engines import on_workers, train_without_ray, trainer
+from engines import settings as engine_settings
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
+from trainer import zero
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
+from trainer.resume import Checkpoints
 from trainer.run import prepare, resolve_paths, train
 from trainer.saved import SavedState, saved_states
-from trainer.storage import checkpoint_storage
+from trainer.storage import Storage, checkpoint_storage
 
 # Many more than a worker takes while a signal is on its way.
 NUM_STEPS = 120
@@ -235,6 +239,48 @@ def test_it_is_told_in_plain_words(interrupted):
     assert "is taken, they are deleted" in last
     assert "going on after step" in last
     assert "the reward model is in" in last
+
+
+def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(base_model, data, tmp_path: Path):
+    """As Ray Train restarts workers behind a storage that was unplugged."""
+    config = resolve_paths(config_for(base_model, data, tmp_path / "rm"))
+    prepared, contract = prepare(config)
+    log = tmp_path / "rm" / "training_log.jsonl"
+    log.parent.mkdir()
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 2 * EVERY + 2))
+    log.write_text(lines)
+    with pytest.raises(RuntimeError, match=r"has 41 steps, but there is no checkpoint in"):
+        on_workers(1, train_without_ray, config, contract, prepared, NUM_STEPS)
+    assert log.read_text() == lines
+
+
+def store_beside_an_unreadable_one(model: Path, output_dir: Path) -> tuple[int, list[int]]:
+    """How many checkpoints failed, and the steps of those that are there."""
+    config = engine_settings(model, output_dir=output_dir, checkpoint__num_to_keep=2)
+    built = trainer(config)
+    checkpoints = Checkpoints(built.engine, config)
+    checkpoints.save(1)
+    checkpoints.wait()
+    (old,) = checkpoints.stored().states
+    read = Storage.read_json
+
+    def unreadable(storage: Storage, name: str) -> Any:
+        if name.startswith(old.folder):
+            raise OSError(5, "Input/output error")
+        return read(storage, name)
+
+    with patch.object(Storage, "read_json", unreadable):
+        for step in (2, 3, 4):
+            checkpoints.save(step)
+        checkpoints.wait()
+    found = checkpoints.num_failed, [state.step for state in checkpoints.stored().states]
+    checkpoints.close()
+    zero.release(built.engine)
+    return found
+
+
+def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(base_model, tmp_path: Path):
+    assert on_workers(1, store_beside_an_unreadable_one, base_model, tmp_path) == [(0, [4, 3])]
 
 
 def test_only_the_newest_checkpoints_are_kept(interrupted):

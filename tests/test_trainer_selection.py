@@ -182,13 +182,14 @@ def rated(row: int) -> dict[str, Any]:
         ({"data.eval_fraction": 0}, pair, "accuracy of what is held out, but nothing is held out"),
         ({}, lambda row: pair(row, tie=True), "held-out rows prefers one completion to another"),
         ({"loss.attributes": "{kind: 1}"}, rated, "held-out rows prefers one"),
+        ({"evaluation.metric": "accuracy_shorter"}, pair, "rows prefers a shorter completion"),
         (
             {"loss.attributes": "{kind: 1}", "evaluation.metric": "rmse_kind"},
             lambda row: pair(row) if row % 8 else rated(row),
             "held-out rows has that attribute",
         ),
     ],
-    ids=["nothing", "ties", "attributes", "no-attributes"],
+    ids=["nothing", "ties", "attributes", "shorter", "no-attributes"],
 )
 @pytest.mark.parametrize("setting", ["patience", "keep_best"])
 def test_checkpoints_cannot_be_compared_by_what_is_not_held_out(

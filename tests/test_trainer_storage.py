@@ -25,6 +25,7 @@ from trainer.saved import (
     fetched,
     manifest_name,
     new_folder,
+    saved_state,
     saved_states,
     survey,
     tidy,
@@ -100,6 +101,18 @@ def test_what_is_no_checkpoint_is_left_alone(storage, tmp_path: Path):
     storage.upload(tmp_path / "mine", "[x/manifest-rank0.json")
     assert tidy(storage) == Survey([], {}, [])
     assert storage.folders() == ["[x"]
+
+
+def test_one_folder_is_looked_at_whatever_lies_in_others(storage, tmp_path: Path):
+    whole = store(storage, 1, tmp_path / "source")
+    write(storage, f"{store(storage, 2, tmp_path / 'source').folder}/manifest-rank0.json", b"{")
+    half = store(storage, 3, tmp_path / "source", without="manifest-rank1.json")
+    lost = store(storage, 4, tmp_path / "source", without="state/common.pt")
+    assert saved_state(storage, whole.folder) == whole
+    assert saved_state(storage, half.folder) is None
+    assert saved_state(storage, "checkpoint_of_nobody") is None
+    with pytest.raises(ValueError, match=r"state/common.pt is missing or was cut short"):
+        saved_state(storage, lost.folder)
 
 
 @pytest.mark.parametrize("without", ["state/zero_pp_rank_1_states.pt", "state/common.pt"])
@@ -183,11 +196,13 @@ def test_a_flipped_byte_is_found_and_named(storage, tmp_path: Path):
             assert problem == Problem(text, is_damage=True)
 
 
-def test_a_file_that_is_gone_by_then_is_damage(storage, tmp_path: Path):
+def test_a_file_that_another_node_has_seen_is_no_damage(storage, tmp_path: Path):
     state = store(storage, 7, tmp_path / "source")
     storage.filesystem.delete_file(storage.path(f"{state.folder}/state/common.pt"))
     with fetched(storage, state, 0, tmp_path) as (_, problem):
-        assert problem == Problem("state/common.pt is missing", is_damage=True)
+        assert problem is not None
+        assert not problem.is_damage
+        assert problem.text.startswith("state/common.pt is missing here: is this storage that")
 
 
 def test_a_storage_out_of_reach_is_no_damage(storage, tmp_path: Path, monkeypatch):
@@ -244,6 +259,13 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     config = config_for(tmp_path / "rm", checkpoint__storage_path=str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"checkpoint.storage_path: .* cannot be used"):
+        check_identity(config, identity(config, "model", "data"))
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    config = config_for(tmp_path / "file" / "rm")
+    with pytest.raises(ValueError, match=r"output_dir: .* cannot be used"):
         check_identity(config, identity(config, "model", "data"))
 
 

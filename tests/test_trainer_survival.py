@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import CORPUS, free_port
 from trainer_victims import Victims
 
 from reward_actor.contract import sha256_file
+from trainer.init_model import init_model
 from trainer.saved import saved_states, survey
 from trainer.storage import Storage
 
@@ -57,9 +58,24 @@ def test_killed_while_a_checkpoint_goes_to_s3(base_model, tmp_path: Path, bucket
 
 
 @pytest.mark.long
-def test_killed_twenty_times_while_a_checkpoint_is_written(base_model, tmp_path: Path):
-    changes = {"distributed__zero_stage": "3"}
-    assert kill_and_go_on(base_model, tmp_path, 20, changes) > 0
+def test_killed_twenty_times_while_a_checkpoint_is_written(tmp_path: Path):
+    """Of a network that is large enough for that to take a while."""
+    model = init_model(
+        tmp_path / "base",
+        CORPUS,
+        vocab_size=400,
+        hidden_size=512,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=1024,
+    )
+    assert kill_and_go_on(model, tmp_path, 20, {"distributed__zero_stage": "3"}) >= 5
+
+
+@pytest.mark.long
+def test_killed_twenty_times_while_a_checkpoint_goes_to_s3(base_model, tmp_path: Path, bucket: str):
+    assert kill_and_go_on(base_model, tmp_path, 20, {"checkpoint__storage_path": bucket}) >= 5
 
 
 def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[str, str]) -> int:
@@ -84,7 +100,7 @@ def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[st
         deadline = time.monotonic() + 60
         while set(storage.folders()) <= there:  # until another one is begun
             assert time.monotonic() < deadline
-        time.sleep(rng.random() * 0.02)
+        time.sleep(rng.random() * 0.05)
         victims.kill()
         found = survey(storage)
         assert found.states[0].step > newest

@@ -118,8 +118,9 @@ class Comparisons:
 
     def num_tokens(self, comparisons: Sequence[int]) -> int:
         """Tokens of these comparisons' sequences, shared prefixes counted for each."""
-        ends = self.offsets[self.starts]
-        return sum(int(ends[i + 1] - ends[i]) for i in comparisons)
+        those = np.asarray(comparisons, dtype=np.int64)
+        first, last = self.starts[those], self.starts[those + 1]
+        return int((self.offsets[last] - self.offsets[first]).sum())
 
     def where(self, comparison: int) -> str:
         """Which row of which data set it is, for messages."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -269,6 +270,15 @@ class TrainConfig(Section):
         path = self.model.path
         return path is None or Path(path) == Path(self.output_dir) / SCRATCH_DIR
 
+    @property
+    def tied_to_workers(self) -> str | None:
+        """Why a run cannot go on with another number of workers, or None if it can."""
+        if self.optimizer.name != "adamw":
+            return f"the state of optimizer.name {self.optimizer.name} belongs to its workers"
+        if self.distributed.zeropp_partition_size > 1:
+            return "distributed.zeropp_partition_size belongs to a number of workers"
+        return None
+
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if complaints := self._misfits():
@@ -286,6 +296,14 @@ class TrainConfig(Section):
         least = self.distributed.min_workers
         if least is not None and least > workers:
             wrong.append(f"distributed.min_workers is {least}, more than num_workers ({workers})")
+        if least is not None and self.tied_to_workers:
+            wrong.append(f"distributed.min_workers cannot be used: {self.tied_to_workers}")
+        if least is not None and self.evaluation.asynchronous:
+            wrong.append(
+                "evaluation.asynchronous needs a place beside the workers, and with "
+                "distributed.min_workers they take every place that there is: leave one of the two "
+                "away"
+            )
         if self.distributed.offload_optimizer and stage == 0:
             wrong.append("distributed.offload_optimizer needs distributed.zero_stage 1, 2 or 3")
         for name in (
@@ -307,6 +325,11 @@ class TrainConfig(Section):
             wrong.append(
                 f"distributed.offload_optimizer works with optimizer.name adamw, not "
                 f"{self.optimizer.name}"
+            )
+        if urlsplit(self.checkpoint.storage_path or "").password is not None:
+            wrong.append(
+                "checkpoint.storage_path holds a password, which reports and logs would show: give "
+                "it by the environment instead, AWS_SECRET_ACCESS_KEY for s3://"
             )
         for name in ("patience", "keep_best", "asynchronous"):
             if getattr(self.evaluation, name) and not self.evaluation.every_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from trainer.config import TrainConfig
 
@@ -16,8 +17,9 @@ def public(config: TrainConfig) -> TrainConfig:
 
 def last_part(name: str) -> str:
     """Of an absolute path or an address its last part; any other name, such as the hub's, whole."""
-    is_path = name.startswith(("/", "~")) or "://" in name
-    return (PurePosixPath(name).name or name) if is_path else name
+    if "://" in name:  # its query may say where a company keeps its data
+        name = "/" + urlsplit(name).path.strip("/")
+    return PurePosixPath(name).name if name.startswith(("/", "~")) else name
 
 
 def _shortened(value: Any) -> Any:

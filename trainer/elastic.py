@@ -10,27 +10,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import distributed as dist
 
-from trainer.config import TrainConfig
-from trainer.ranks import from_all
+from trainer.ranks import from_all, wait_for_all
 from trainer.saved import TAG, Problem, SavedState, fetched
 from trainer.storage import Storage
-
-
-def fault(config: TrainConfig) -> str | None:
-    """Why a training cannot go on with another number of workers, or None."""
-    if config.optimizer.name != "adamw":
-        return f"the state of optimizer.name {config.optimizer.name} belongs to its workers"
-    if config.distributed.zeropp_partition_size > 1:
-        return "distributed.zeropp_partition_size belongs to a number of workers"
-    return None
 
 
 @contextlib.contextmanager
@@ -42,19 +32,25 @@ def reshaped(
 
     `is_sharded`: whether any of the state is in parts; otherwise it is only fetched.
     """
+
+    def prepare() -> tuple[Path, Problem | None]:
+        place, problem = stack.enter_context(fetched(storage, state, staging=staging))
+        if problem is not None or not is_sharded:
+            return place, problem
+        folder = TemporaryDirectory(prefix="rayward-universal-", dir=staging)
+        target = Path(stack.enter_context(folder))
+        return target, _convert(place / TAG, target / TAG)
+
+    node, problem = os.environ["NODE_RANK"], None
     mine: tuple[str, Path] | None = None
-    problem: Problem | None = None
-    with contextlib.ExitStack() as stack:
-        if int(os.environ["LOCAL_RANK"]) == 0:
-            place, problem = stack.enter_context(fetched(storage, state, staging=staging))
-            if problem is None and is_sharded:
-                folder = TemporaryDirectory(prefix="rayward-universal-", dir=staging)
-                target = Path(stack.enter_context(folder))
-                problem = _convert(place / TAG, target / TAG)
-                place = target
-            mine = (socket.gethostname(), place)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(max_workers=1) as thread:
+        task = thread.submit(prepare) if int(os.environ["LOCAL_RANK"]) == 0 else None
+        wait_for_all(lambda: task is None or task.done())
+        if task is not None:
+            place, problem = task.result()
+            mine = node, place
         places = dict(found for found in from_all(mine) if found is not None)
-        yield places[socket.gethostname()], problem
+        yield places[node], problem
         dist.barrier()  # others may still read what the first of the node deletes
 
 

@@ -38,27 +38,20 @@ def check_identity(config: TrainConfig, current: Mapping[str, Any]) -> None:
     """
     _claim("output_dir", Storage.at(config.output_dir), current)
     if config.checkpoint.storage_path is not None:
-        try:
-            _claim("checkpoint.storage_path", checkpoint_storage(config), current)
-        except StorageError as error:
-            if isinstance(error, ValueError):  # some of pyarrow's are, too
-                raise
-            raise ValueError(
-                f"checkpoint.storage_path: {config.checkpoint.storage_path} cannot be used: {error}"
-            ) from error
+        _claim("checkpoint.storage_path", checkpoint_storage(config), current)
 
 
 def _claim(setting: str, place: Storage, current: Mapping[str, Any]) -> None:
     try:
         before = place.read_json(IDENTITY_FILE)
-    except StorageError:
-        raise
+        if before is None:
+            place.make()
+            place.write_json(IDENTITY_FILE, dict(current))
+            return
+    except StorageError as error:
+        raise ValueError(f"{setting}: {place.root} cannot be used: {error}") from error
     except ValueError as error:
         raise ValueError(f"{setting}: {error}: nobody can tell which run this is") from None
-    if before is None:
-        place.make()
-        place.write_json(IDENTITY_FILE, dict(current))
-        return
     different = [key for key in sorted({*before, *current}) if before.get(key) != current.get(key)]
     if different:
         shown = [

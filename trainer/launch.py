@@ -16,6 +16,10 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -177,8 +181,7 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
-        policy = _OnlyLostWorkers(run_config.failure_config)
-        arguments["failure_policy"] = policy
+        arguments["failure_policy"] = _OnlyLostWorkers(run_config.failure_config)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -203,13 +206,29 @@ class _Trainer(TorchTrainer):
 
 
 def _cause(error: Exception) -> Exception:
-    """What our own code raised on a worker, or Ray's error if it was something else."""
-    return next(_causes(error), error)
+    """What our own code raised on a worker; a TrainingError for a lost worker or a storage that
+    failed; for what nobody foresaw Ray's error, with its traceback."""
+    ours = next(_causes(error), None)
+    if ours is not None:
+        return ours
+    for failure in _failures(error):
+        if isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
+            reason = "a worker was lost, and distributed.max_failures allows no more of that"
+        elif isinstance(failure, OSError):
+            reason = f"{type(failure).__name__}: {failure}"
+        else:
+            continue
+        return TrainingError(f"{reason}. The same command goes on from the last checkpoint")
+    return error
 
 
 def _causes(error: Exception) -> Iterator[Exception]:
+    return (one for one in _failures(error) if isinstance(one, ValueError | TrainingError))
+
+
+def _failures(error: Exception) -> Iterator[Exception]:
+    """What the workers raised, and what that came from."""
     for failure in getattr(error, "worker_failures", {}).values():
         while failure is not None:
-            if isinstance(failure, ValueError | TrainingError):
-                yield failure
+            yield failure
             failure = getattr(failure, "_base_exc", None) or failure.__cause__

@@ -22,8 +22,10 @@ from trainer.job import Job
 from trainer.metrics import is_measurable
 from trainer.ranks import from_first, is_first
 from trainer.resume import Checkpoints
+from trainer.saved import check_not_lost
 from trainer.selection import Selection
 from trainer.step import Trainer
+from trainer.storage import checkpoint_storage
 from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
 from trainer.validation import MAX_PENDING, Validations
 
@@ -37,6 +39,9 @@ def train(job: Job) -> dict[str, Any]:
     trainer = Trainer(zero.initialize(config, job.num_steps), config, ray.get(job.data))
     checkpoints = Checkpoints(trainer.engine, config)
     start = checkpoints.restore()
+    if not start:  # also after a restart that the command which began the run knows nothing of
+        storage = checkpoint_storage(config)
+        check_not_lost(storage, output_dir / LOG_FILE, checkpoint.every_steps)
     log = TrainingLog(output_dir / LOG_FILE, start) if is_first() else None
     evaluations = TrainingLog(output_dir / EVALUATIONS_FILE, start) if is_first() else None
     before = _lines(output_dir / EVALUATIONS_FILE, start)

@@ -44,14 +44,13 @@ def _joined(prompt: list[Message], context: list[Message], column: str) -> list[
     Either may have a system message that the other one lacks. Raises ValueError for a context that
     does neither: put behind the prompt it would be a conversation that nobody had.
     """
+    has_system = bool(context) and context[0]["role"] == "system"
+    if _begins(context, prompt) or (has_system and _begins(context[1:], prompt)):
+        return context
+    if prompt[0]["role"] == "system" and not has_system and _begins(context, prompt[1:]):
+        return [prompt[0], *context]
     if not context or context[0]["role"] in ("assistant", "tool"):
         return [*prompt, *context]
-    if _begins(context, prompt) or (
-        context[0]["role"] == "system" and _begins(context[1:], prompt)
-    ):
-        return context
-    if prompt[0]["role"] == "system" and _begins(context, prompt[1:]):
-        return [prompt[0], *context]
     raise ValueError(
         f"{column!r} neither begins with the prompt nor continues it: give its messages with the "
         "whole prompt, or from the assistant's first turn after it"

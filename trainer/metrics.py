@@ -166,11 +166,18 @@ def folded(scores: NDArray[Any], attributes: Mapping[str, float]) -> NDArray[np.
 
 
 def is_defined(metric: str, comparisons: Comparisons, attributes: Iterable[str]) -> bool:
-    """Whether these comparisons hold what the metric is about: a pair, or a known attribute."""
+    """Whether these comparisons hold what the metric is about: a pair, one whose chosen side is the
+    shorter or the longer one, or a known attribute."""
     if metric.startswith(RMSE):
         index = list(attributes).index(metric.removeprefix(RMSE))
         return not np.isnan(comparisons.attributes[:, index]).all()
-    return len(pair_indices(comparisons)[0]) > 0
+    chosen, rejected, _ = pair_indices(comparisons)
+    lengths = np.diff(comparisons.offsets)
+    if metric == "accuracy_shorter":
+        return bool((lengths[chosen] < lengths[rejected]).any())
+    if metric == "accuracy_longer":
+        return bool((lengths[chosen] > lengths[rejected]).any())
+    return len(chosen) > 0
 
 
 def is_measurable(comparisons: Comparisons) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainer.console import say
 from trainer.metrics import RMSE
-from trainer.training_log import EVALUATIONS_FILE, LOG_FILE
+from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, parsed
 
 _POLL_S = 0.25
 _PLAIN_LINES = 20
@@ -159,15 +158,7 @@ class _Tail:
         if lines:
             self._offset += sum(map(len, lines))
             self._last = lines[-1]
-        return [values for line in lines if (values := _parsed(line)) is not None]
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+        return [values for line in lines if (values := parsed(line)) is not None]
 
 
 class _Board:

@@ -3,11 +3,15 @@ without others need not have set up a group."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import distributed as dist
 
 T = TypeVar("T")
+
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
 
 def is_first() -> bool:
@@ -29,3 +33,12 @@ def from_all(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all(is_done: Callable[[], bool]) -> None:
+    """Return when it is so on every worker. None is silent for long meanwhile: a collective that
+    waits for another worker's work has a time limit."""
+    pause = _SHORTEST_PAUSE_S
+    while not all(from_all(is_done())):
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -34,7 +34,7 @@ from trainer.saved import (
     delete,
     fetched,
     new_folder,
-    saved_states,
+    saved_state,
     tidy,
     write_manifest,
 )
@@ -75,6 +75,7 @@ class Checkpoints:
         self._staging = _make_staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: _Upload | None = None
+        self._stored: list[SavedState] = []
         self.best: int | None = None
         self.also_keep: set[int] = set()
         self.num_failed = 0
@@ -120,10 +121,10 @@ class Checkpoints:
         outcomes = from_all(upload.outcome.result())
         shutil.rmtree(self._staging / TAG, ignore_errors=True)
         problem = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text)
-        if not problem:
-            problem = from_first(self._check_stored(upload.folder) if is_first() else "")
         state = None
-        if problem:
+        if not problem:
+            state, problem = from_first(self._look_at(upload.folder) if is_first() else (None, ""))
+        if state is None:
             self.num_failed += 1
             self._warn(
                 f"the checkpoint of step {upload.step} could not be stored in "
@@ -131,23 +132,24 @@ class Checkpoints:
                 f"untouched. {self.num_failed} failed so far."
             )
             if is_first():
-                self._try(lambda: delete(self._storage, upload.folder))
+                self._try(partial(delete, self._storage, upload.folder))
         else:
+            self._stored.append(state)
             if upload.is_best:
                 self.best = upload.step
             if is_first():
                 self._try(self._delete_old)
-            state = SavedState(upload.folder, upload.step, dist.get_world_size(), self.num_failed)
         self.on_settled(upload.step, state)
 
-    def _check_stored(self, folder: str) -> str:
-        """Why a checkpoint that every worker has stored is not there in full; empty if it is."""
+    def _look_at(self, folder: str) -> tuple[SavedState | None, str]:
+        """A checkpoint that every worker has stored, or why it is not there in full."""
         try:
-            if any(state.folder == folder for state in saved_states(self._storage)):
-                return ""
-        except StorageError as error:
-            return f"it cannot be read again: {error}"
-        return "what other workers have stored is not there: it is no storage that all nodes share"
+            state = saved_state(self._storage, folder)
+        except (*StorageError, ValueError) as error:
+            return None, f"it cannot be read again: {error}"
+        if state is None:
+            return None, "what other workers have stored is not there: do all nodes share it?"
+        return state, ""
 
     def restore(self, step: int | None = None) -> int:
         """Load the newest checkpoint that is whole on every worker; the steps it has done.
@@ -165,8 +167,12 @@ class Checkpoints:
             if step not in (None, state.step):
                 continue
             with self._fetched(state) as (place, problem):
-                problems = [problem for problem in from_all(problem) if problem is not None]
-                unreadable = [problem.text for problem in problems if not problem.is_damage]
+                problems = {rank: one for rank, one in enumerate(from_all(problem)) if one}
+                unreadable = [
+                    f"rank {rank}: {one.text}"
+                    for rank, one in problems.items()
+                    if not one.is_damage
+                ]
                 if unreadable:
                     raise OSError(f"{self._storage.root}: {state.folder}: {unreadable[0]}")
                 if not problems:
@@ -176,7 +182,7 @@ class Checkpoints:
                     )
                     chosen = state
                     break
-            damaged[state.folder] = "; ".join(sorted({problem.text for problem in problems}))
+            damaged[state.folder] = "; ".join(sorted({one.text for one in problems.values()}))
         if damaged:
             then = "There is no other"
             if chosen is not None:
@@ -188,6 +194,7 @@ class Checkpoints:
             )
         if chosen is not None:
             self.num_failed = max(self.num_failed, chosen.num_failed)
+            self._stored = [state for state in self._stored if state.folder not in damaged]
             for folder in damaged if is_first() else ():
                 self._try(partial(delete, self._storage, folder))
             return chosen.step
@@ -207,7 +214,7 @@ class Checkpoints:
         workers = dist.get_world_size()
         if state.num_workers == workers:
             return fetched(self._storage, state, dist.get_rank(), self._staging)
-        fault = elastic.fault(self._config)
+        fault = self._config.tied_to_workers
         if fault is not None:
             raise TrainingError(
                 f"the checkpoint of step {state.step} is of {state.num_workers} workers, and "
@@ -218,7 +225,9 @@ class Checkpoints:
 
     def stored(self) -> Survey:
         """What is in the storage. What was left half-written is deleted."""
-        return from_first(tidy(self._storage) if is_first() else Survey([], {}, []))
+        found = from_first(tidy(self._storage) if is_first() else Survey([], {}, []))
+        self._stored = list(found.states)
+        return found
 
     def close(self) -> None:
         """Wait for the last checkpoint, delete those that need not be kept, and clean up."""
@@ -253,10 +262,12 @@ class Checkpoints:
         return None
 
     def _delete_old(self) -> None:
-        states = saved_states(self._storage)
-        for state in states[self._config.checkpoint.num_to_keep :]:
+        """All but the newest. One that cannot be deleted stays in the list, for the next time."""
+        newest = sorted(self._stored, key=lambda state: state.step, reverse=True)
+        for state in newest[self._config.checkpoint.num_to_keep :]:
             if state.step != self.best and state.step not in self.also_keep:
                 delete(self._storage, state.folder)
+                self._stored.remove(state)
 
     def _try(self, act: Callable[[], object]) -> None:
         """Cleaning up that a storage out of reach may put off."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import sha256_file, sha256_text
 from reward_actor.files import replace_text
-from trainer import hub
+from trainer import console, hub
 from trainer.batches import steps_per_epoch
 from trainer.config import SCRATCH_DIR, TrainConfig
 from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
@@ -24,12 +24,12 @@ from trainer.identity import check_identity, identity
 from trainer.metrics import check_metric
 from trainer.prepare import Prepared, decide, rules_of
 from trainer.rows import Row, Side
-from trainer.saved import tidy
+from trainer.saved import check_not_lost, tidy
 from trainer.selection import check_selection
 from trainer.sources import check_source, is_file_name
 from trainer.storage import StorageError, checkpoint_storage
 from trainer.tracking import check_trackers
-from trainer.training_log import LOG_FILE, read_log
+from trainer.training_log import LOG_FILE
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
@@ -44,16 +44,17 @@ _DATE_FILE = "template_date.txt"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`metrics` are `heldout_*` numbers, empty when nothing was held out."""
+    """`metrics` are `heldout_*` numbers, None where one is not defined, and two tables
+    (`heldout_subsets`, `heldout_calibration_bins`); empty when nothing was held out."""
 
     export_dir: Path
     steps: int
     num_pairs: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     seconds: float
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = print) -> TrainResult:
+def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> TrainResult:
     """Train and export; goes on from the last checkpoint of the same run in `output_dir`.
 
     Raises ValueError for a config, data or a cluster that cannot work, before any training;
@@ -115,14 +116,7 @@ def _stored_steps(config: TrainConfig) -> int:
         raise ValueError(f"the checkpoints in {storage.root} cannot be read: {error}") from error
     if found.states or found.damaged:
         return found.states[0].step if found.states else 0
-    log = Path(config.output_dir) / LOG_FILE
-    last = max((line["step"] for line in read_log(log)), default=0)
-    # The first one was stored, or given up, before the second was begun.
-    if last > 2 * config.checkpoint.every_steps:
-        raise ValueError(
-            f"{log} has {last} steps, but there is no checkpoint in {storage.root}: is that the "
-            "place where they were stored, and is it mounted? Delete output_dir to start again"
-        )
+    check_not_lost(storage, Path(config.output_dir) / LOG_FILE, config.checkpoint.every_steps)
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from reward_actor.contract import sha256_text
 from trainer.storage import Storage, StorageError
+from trainer.training_log import read_log
 
 # DeepSpeed's files lie in a folder of this name inside that of the checkpoint.
 TAG = "state"
@@ -69,6 +70,11 @@ def new_folder(step: int, mark: str) -> str:
 
 
 def survey(storage: Storage) -> Survey:
+    """What a storage holds, by one listing of it and every manifest: one that is damaged, or names
+    a file that is not there in full, makes its folder damaged; too few of them, unfinished.
+
+    Raises StorageError if any of this cannot be read.
+    """
     sizes = storage.sizes()
     found = Survey([], {}, [])
     for folder in storage.folders():
@@ -79,28 +85,40 @@ def survey(storage: Storage) -> Survey:
             for name, size in sizes.items()
             if name.startswith(f"{folder}/")
         }
-        names = [name for name in files if _MANIFEST.fullmatch(name)]
         try:
-            manifests = [_read_manifest(storage, f"{folder}/{name}") for name in names]
+            state = _state(storage, folder, files)
         except StorageError:  # some of pyarrow's are ValueErrors, too
             raise
         except ValueError as error:
             found.damaged[folder] = str(error)
             continue
-        if not manifests or len(manifests) != manifests[0]["num_workers"]:
+        if state is None:
             found.unfinished.append(folder)
-            continue
-        expected = {name: size for m in manifests for name, (_, size) in m["files"].items()}
-        wrong = [name for name, size in expected.items() if files.get(name) != size]
-        if wrong:
-            found.damaged[folder] = f"{wrong[0]} is missing or was cut short"
-            continue
-        first = manifests[0]
-        found.states.append(
-            SavedState(folder, first["step"], first["num_workers"], first["num_failed"])
-        )
+        else:
+            found.states.append(state)
     found.states.sort(key=lambda state: state.step, reverse=True)
     return found
+
+
+def saved_state(storage: Storage, folder: str) -> SavedState | None:
+    """The checkpoint of one folder, None if it is not complete.
+
+    Raises ValueError if it is damaged, StorageError if it cannot be read.
+    """
+    return _state(storage, folder, storage.sizes(folder))
+
+
+def _state(storage: Storage, folder: str, sizes: Mapping[str, int]) -> SavedState | None:
+    names = [name for name in sizes if _MANIFEST.fullmatch(name)]
+    manifests = [_read_manifest(storage, f"{folder}/{name}") for name in names]
+    if not manifests or len(manifests) != manifests[0]["num_workers"]:
+        return None
+    expected = {name: size for m in manifests for name, (_, size) in m["files"].items()}
+    wrong = [name for name, size in expected.items() if sizes.get(name) != size]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing or was cut short")
+    first = manifests[0]
+    return SavedState(folder, first["step"], first["num_workers"], first["num_failed"])
 
 
 def saved_states(storage: Storage) -> list[SavedState]:
@@ -122,7 +140,19 @@ def delete(storage: Storage, folder: str) -> None:
     storage.delete(folder)
 
 
+def check_not_lost(storage: Storage, log: Path, every_steps: int) -> None:
+    """Raise ValueError if a run whose storage holds no checkpoint surely had some."""
+    last = max((line["step"] for line in read_log(log)), default=0)
+    # The first one was stored, or given up, before the second was begun.
+    if last > 2 * every_steps:
+        raise ValueError(
+            f"{log} has {last} steps, but there is no checkpoint in {storage.root}: is that the "
+            "place where they were stored, and is it mounted? Delete output_dir to start again"
+        )
+
+
 def manifest_name(rank: int) -> str:
+    """The file in which one worker says what it has stored."""
     return f"manifest-rank{rank}.json"
 
 
@@ -188,8 +218,9 @@ def _problem(
                     continue
                 if found != digest:
                     return Problem(f"{name} does not have the sha256 of its manifest", True)
-    except FileNotFoundError:
-        return Problem(f"{name} is missing", True)
+    except FileNotFoundError:  # the survey has just seen it
+        text = f"{name} is missing here: is this storage that every node can reach?"
+        return Problem(text, False)
     except StorageError as error:
         return Problem(f"{name} cannot be read: {error}", False)
     except ValueError as error:

@@ -31,7 +31,8 @@ def _absent(metric: str, heldout: Comparisons) -> str:
         return "nothing is held out"
     if metric.startswith(RMSE):
         return f"none of the {len(heldout)} held-out rows has that attribute"
-    return f"none of the {len(heldout)} held-out rows prefers one completion to another"
+    which = {"accuracy_shorter": "a shorter", "accuracy_longer": "a longer"}.get(metric, "one")
+    return f"none of the {len(heldout)} held-out rows prefers {which} completion to another"
 
 
 class Selection:

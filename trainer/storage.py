@@ -50,19 +50,22 @@ class Storage:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def path(self, name: str) -> str:
+        """What the filesystem calls a file or folder."""
         return f"{self.root}/{name}"
 
     def make(self) -> None:
         """Create the folder if it is not there."""
         self.filesystem.create_dir(self.root, recursive=True)
 
-    def sizes(self) -> dict[str, int]:
-        """The names of all files and their bytes, by one listing; none if there is no folder."""
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The names of all files in a folder of it, or in it, and their bytes, by one listing; the
+        names are those below that folder. None if it is not there."""
+        place = self.path(folder).rstrip("/")
         found = self.filesystem.get_file_info(
-            fs.FileSelector(self.root, allow_not_found=True, recursive=True)
+            fs.FileSelector(place, allow_not_found=True, recursive=True)
         )
         return {
-            info.path[len(self.root) + 1 :]: info.size
+            info.path[len(place) + 1 :]: info.size
             for info in found
             if info.type == fs.FileType.File
         }
@@ -116,6 +119,7 @@ class Storage:
         return digest.hexdigest()
 
     def sha256(self, name: str) -> str:
+        """Of a file's bytes, in hexadecimal."""
         digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path(name)) as file:
             for chunk in _chunks(file):

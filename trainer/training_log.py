@@ -23,7 +23,8 @@ class TrainingLog:
     def __init__(self, path: Path, step: int) -> None:
         kept = 0
         for text in _lines(path):
-            if json.loads(text)["step"] > step:
+            line = parsed(text)
+            if line is not None and line["step"] > step:
                 break
             kept += len(text) + 1
         self._path = path
@@ -41,8 +42,12 @@ class TrainingLog:
                 warn(f"{self._path} cannot be written: {error}; its lines wait in memory")
 
     def close(self) -> None:
-        """Raises OSError if there still is no room for lines that wait."""
-        self._flush()
+        """Lines for which there still is no room are lost, which is told."""
+        try:
+            self._flush()
+        except OSError as error:
+            num_lost = self._waiting.count(b"\n")
+            warn(f"{self._path} cannot be written: {error}; its last {num_lost} lines are lost")
         self._file.close()
 
     def _flush(self) -> None:
@@ -52,9 +57,19 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's lines; a last one that a kill cut short is left out."""
+    """The log's lines but those that are none, which a kill or a power cut may leave."""
     for text in _lines(path):
-        yield json.loads(text)
+        if (line := parsed(text)) is not None:
+            yield line
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """A line of a log, None for what is none."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _lines(path: Path) -> list[bytes]:
