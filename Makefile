@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-INSTALL := $(PIP) install -c constraints.txt
+# pip compiles on one core; see COMPILE.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+# Fails for templates that are no Python.
+COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 
 .PHONY: setup demo test test-long lint format clean
 
@@ -27,6 +30,7 @@ ifeq ($(GPU),0)
 else
 	@$(INSTALL) -e ".[train,serve,rollout,dev]"
 endif
+	@$(COMPILE)
 	@touch $@
 
 demo: setup

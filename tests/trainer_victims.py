@@ -86,7 +86,6 @@ def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, 
     """Go on to a step, saving after every one; the weights then lie beside the checkpoints."""
     said = sys.stdout
     sys.stdout = sys.stderr  # DeepSpeed prints
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # which DeepSpeed would import for seconds
     import numpy as np
     import torch
     from torch import distributed as dist

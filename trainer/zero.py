@@ -10,7 +10,8 @@ import gc
 import io
 import logging
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
     """The engine around the network, with optimizer and schedule, on every worker at once."""
     settings = deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
-        import deepspeed
+        with _hidden("mlflow"):  # its autotuner, which is not used, would import it for two seconds
+            import deepspeed
 
         # Its all-reduce for CPUs would compile for a minute; of a worker that is killed it leaves
         # 66 MiB in /dev/shm, or a lock for which every later one waits.
@@ -53,6 +55,19 @@ def initialize(config: TrainConfig, num_steps: int) -> DeepSpeedEngine:
         # one in the bias correction.
         engine.optimizer.optimizer.state.clear()
     return engine
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """As if a package that is not imported yet were not installed."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def step(engine: DeepSpeedEngine, index: int) -> float:
