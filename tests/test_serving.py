@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -55,25 +56,38 @@ def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve", "{base}"], "no trained reward head"),
-        (["serve", "/nowhere"], "is not a directory"),
-        (["serve", "{export}", "--port", "{port}"], "cannot be used"),
-        (["serve", "{export}", "--num-replicas", "0"], "num_replicas is '0'"),
-        (["serve", "{export}", "--num-replica", "2"], "did you mean '--num-replicas'"),
-        (["serve", "{export}", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
-    ],
-)
-def test_serving_what_cannot_be_served_says_why(
-    service: str, base_model: Path, export_dir: Path, arguments: list[str], message: str
-) -> None:
+REFUSED = {
+    "{base}": "no trained reward head",
+    "/nowhere": "is not a directory",
+    "{export} --port {port}": "cannot be used",
+    "{export} --num-replicas 0": "num_replicas is '0'",
+    "{export} --num-replica 2": "did you mean '--num-replicas'",
+    "{export} --ray-address 127.0.0.1:1": "no Ray cluster answers",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(
+    service: str, base_model: Path, export_dir: Path
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What `rayward serve` does with each of these arguments, two at a time."""
     port = service.rsplit(":", 1)[1]
-    filled = [a.format(base=base_model, export=export_dir, port=port) for a in arguments]
-    done = front_door(*filled)
+
+    def serving(arguments: str) -> subprocess.CompletedProcess[str]:
+        filled = arguments.format(base=base_model, export=export_dir, port=port)
+        return front_door("serve", *filled.split())
+
+    with ThreadPoolExecutor(2) as both:
+        return dict(zip(REFUSED, both.map(serving, REFUSED), strict=True))
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_serving_what_cannot_be_served_says_why(
+    refused: dict[str, subprocess.CompletedProcess[str]], arguments: str
+) -> None:
+    done = refused[arguments]
     assert done.returncode == 2
-    assert message in done.stderr
+    assert REFUSED[arguments] in done.stderr
     assert "Traceback" not in done.stderr
 
 

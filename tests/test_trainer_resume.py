@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from trainer import zero
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
 from trainer.resume import Checkpoints
-from trainer.run import prepare, resolve_paths, train
+from trainer.run import finished, prepare, resolve_paths, train
 from trainer.saved import SavedState, saved_states
 from trainer.storage import Storage, checkpoint_storage
 
@@ -288,17 +289,18 @@ def test_only_the_newest_checkpoints_are_kept(interrupted):
     assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - EVERY]
 
 
-def test_a_lost_export_is_written_again(interrupted, ray_cluster):
-    import shutil
-
+def test_a_lost_export_is_written_again(interrupted):
     whole = interrupted[1]
     config = config_in(whole)
+    prepared, contract = prepare(config)
     before = (whole / "export" / "model.safetensors").read_bytes()
+    log = (whole / "training_log.jsonl").read_bytes()
+    assert finished(whole) is not None
     shutil.rmtree(whole / "export")
-    said: list[str] = []
-    train(config, say=said.append)
-    assert f"going on after step {NUM_STEPS} of {NUM_STEPS}" in said
+    assert finished(whole) is None
+    on_workers(2, train_without_ray, config, contract, prepared, NUM_STEPS)
     assert (whole / "export" / "model.safetensors").read_bytes() == before
+    assert (whole / "training_log.jsonl").read_bytes() == log, "no step was made again"
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,12 @@ def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[st
 
     place = changes.get("checkpoint__storage_path")
     storage = Storage.at(*([place, "killed"] if place else [str(tmp_path / "killed/checkpoints")]))
-    waiting = victims_in("killed")
+    waiting = victims_in("killed")  # they import while those before them train
     newest, num_unfinished = 0, 0
-    for _ in range(num_kills):
-        victims, waiting = waiting, victims_in("killed")
+    for kill in range(num_kills):
+        victims = waiting
+        if kill < num_kills - 1:
+            waiting = victims_in("killed")
         victims.go()
         assert victims.heard()["step"] == newest, "it goes on from the newest complete one"
         while victims.heard()["step"] < newest + 2:  # one was stored, the next is on its way
@@ -107,7 +109,6 @@ def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[st
         assert not found.damaged
         newest = found.states[0].step
         num_unfinished += len(found.unfinished)
-    waiting.kill()
     print(f"{num_kills} kills left {num_unfinished} checkpoints half-written")
     last = newest + 2
     final = [victims_in(name, last) for name in ("killed", "alone")]
