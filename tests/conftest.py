@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from reward_actor.render import Renderer
 
 # Rewards are compared bit for bit in places; thread counts must not change under a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,6 +60,21 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def renderers(base_model: Path) -> dict[str, Renderer]:
+    """One for each format, of at most 64 tokens."""
+    from transformers import AutoConfig
+
+    from reward_actor.checkpoint import load_tokenizer
+    from reward_actor.render import Renderer, contract_for
+
+    tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
+    return {
+        name: Renderer(tokenizer, contract_for(tokenizer, network, format=name, max_length=64))
+        for name in ("chat", "text")
+    }
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 8 MB. A process of its own mounts it where that takes no root, in namespaces
@@ -76,6 +95,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             yield Path(f"/proc/{holder.pid}/root{place}")
         finally:
             holder.kill()
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no room for others."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**20)):
+            pass
+    return ballast
 
 
 def make_export(

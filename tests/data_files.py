@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_actor.render import Renderer
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
+from trainer.data import gather_rows
+from trainer.data_config import Source
+from trainer.gather import Gathered
 from trainer.prepare import Prepared
+from trainer.rendered import Rules
+from trainer.rows import Row
 from trainer.run import prepare, resolve_paths
 
+COLUMNS = Source.model_validate({})
+USER, GOOD, BAD = (
+    {"role": "user", "content": "Name a fruit."},
+    {"role": "assistant", "content": "An apple."},
+    {"role": "assistant", "content": "A pan."},
+)
+PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A pan."}
+DIALOGUE = "\n\nHuman: Name a fruit.\n\nAssistant: "
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+def write(path: Path, rows: Sequence[Any]) -> str:
+    """Rows as lines of JSON; a text is a line as it is."""
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def rendered(rows: list[Row], renderer: Renderer, split_seed: int = 0, **rules: Any) -> Gathered:
+    return gather_rows({"a": rows}, renderer, Rules(split_seed=split_seed, **rules))
 
 
 def with_damage(packed: bytes) -> bytes:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batches import distinct_tokens, forest_passes, global_batch, padded_passes, plan
+from trainer.batches import (
+    distinct_tokens,
+    forest_passes,
+    global_batch,
+    padded_passes,
+    plan,
+    steps_per_epoch,
+)
 from trainer.comparisons import Comparison, Comparisons
 
 costs = st.lists(st.integers(1, 500), max_size=60)
@@ -97,3 +105,12 @@ def test_an_epoch_takes_everything_once_in_an_order_of_its_own(
     for epoch in epochs:
         assert sorted(epoch) == list(range(num))
     assert num < 8 or epochs[0] != epochs[1]
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
+def test_an_epoch_is_every_pair_once(num_pairs: int, size: int, seed: int):
+    steps = steps_per_epoch(num_pairs, size)
+    for epoch in range(2):
+        batches = [global_batch(num_pairs, size, seed, epoch * steps + i) for i in range(steps)]
+        assert sorted(np.concatenate(batches)) == list(range(num_pairs))
+        assert all(len(batch) == size for batch in batches[:-1])

@@ -10,136 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_files import with_damage
+from data_files import BAD, COLUMNS, GOOD, PAIR, USER, rendered, with_damage, write
 from hypothesis import given
 from hypothesis import strategies as st
 from trainer_runs import overrides, write_pairs
 
-from reward_actor.checkpoint import load_tokenizer
-from reward_actor.render import Renderer, contract_for
-from trainer.batches import global_batch, steps_per_epoch
 from trainer.comparisons import Comparisons
 from trainer.config_file import load_config
-from trainer.data import choose_format, gather_rows, load_comparisons, read_rows
-from trainer.data_config import Source
-from trainer.gather import Gathered
-from trainer.parse import parse_row
+from trainer.data import load_comparisons, read_rows
 from trainer.prepare import split_by_prompt
-from trainer.rendered import Rules, hash_key
+from trainer.rendered import hash_key
 from trainer.rows import Row
 from trainer.run import prepare, resolve_paths
 from trainer.sources import check_source
-
-COLUMNS = Source.model_validate({})
-USER, GOOD, BAD = (
-    {"role": "user", "content": "Name a fruit."},
-    {"role": "assistant", "content": "An apple."},
-    {"role": "assistant", "content": "A pan."},
-)
-PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A pan."}
-DIALOGUE = "\n\nHuman: Name a fruit.\n\nAssistant: "
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
-def rendered(rows: list[Row], renderer: Renderer, split_seed: int = 0, **rules: Any) -> Gathered:
-    return gather_rows({"a": rows}, renderer, Rules(split_seed=split_seed, **rules))
-
-
-@pytest.fixture(scope="module")
-def renderers(base_model: Path) -> dict[str, Renderer]:
-    from transformers import AutoConfig
-
-    tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
-    return {
-        name: Renderer(tokenizer, contract_for(tokenizer, network, format=name, max_length=64))
-        for name in ("chat", "text")
-    }
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        PAIR,
-        {**PAIR, "prompt": [USER]},
-        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": "Name a fruit.", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-    ],
-)
-def test_every_chat_form_gives_the_same_tokens(tmp_path: Path, renderers, row: dict[str, Any]):
-    def ids(form: dict[str, Any]):
-        (parsed,) = read_rows(write(tmp_path / "a.jsonl", [form]), COLUMNS)
-        assert not parsed.is_dialogue
-        return rendered([parsed], renderers["chat"]).comparisons.sequences(0), parsed.key
-
-    assert ids(row) == ids(PAIR)
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-TOOL = {"role": "tool", "content": "42"}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "go"}}]}
-CALLED = {**CALL, "content": ""}
-SPACED = {"role": "user", "content": " Name a fruit.\n"}
-
-
-@pytest.mark.parametrize(
-    ("prompt", "before", "context"),
-    [
-        ("Name a fruit.", [], [USER]),
-        ("Name a fruit.", [SPACED], [SPACED]),
-        ("Name a fruit.\n", [USER, GOOD, USER], [USER, GOOD, USER]),
-        ([USER], [CALL, TOOL], [USER, CALLED, TOOL]),
-        ([USER, CALL], [TOOL], [USER, CALLED, TOOL]),
-        ([USER, CALL], [USER, CALL, TOOL], [USER, CALLED, TOOL]),
-        ("Name a fruit.", [SYSTEM, USER], [SYSTEM, USER]),
-        ([SYSTEM, USER], [USER, GOOD, USER], [SYSTEM, USER, GOOD, USER]),
-        ([SYSTEM], [USER], [SYSTEM, USER]),
-        ([SYSTEM], [], [SYSTEM]),
-        # A conversation that the assistant opens.
-        ([GOOD, USER], [GOOD, USER], [GOOD, USER]),
-        ([GOOD, USER], [SYSTEM, GOOD, USER], [SYSTEM, GOOD, USER]),
-        ([SYSTEM, GOOD, USER], [GOOD, USER], [SYSTEM, GOOD, USER]),
-        ([SYSTEM, GOOD, USER], [CALL, TOOL], [SYSTEM, GOOD, USER, CALLED, TOOL]),
-    ],
-)
-def test_messages_repeat_the_prompt_or_continue_it(prompt: Any, before: Any, context: Any):
-    row = parse_row(
-        1, {"prompt": prompt, "chosen": [*before, GOOD], "rejected": [*before, BAD]}, COLUMNS
-    )
-    assert [side.prompt for side in row.sides] == [context, context]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "before"),
-    [
-        ("Name a fruit.", [{**USER, "content": "Name a tool."}]),
-        ("Name a fruit.", [SYSTEM]),
-        ([SYSTEM, USER], [{**SYSTEM, "content": "Be long."}, USER]),
-        ([USER, GOOD, USER], [USER]),
-        ([SYSTEM], [{**SYSTEM, "content": "Be long."}, USER]),
-        ([USER, CALL], [USER, {**CALL, "tool_calls": [{"function": {"name": "stop"}}]}]),
-    ],
-)
-def test_messages_about_something_else_are_refused(prompt: Any, before: Any):
-    raw = {"prompt": prompt, "chosen": [GOOD], "rejected": [*before, BAD]}
-    with pytest.raises(ValueError, match="'rejected' neither begins with the prompt nor continues"):
-        parse_row(1, raw, COLUMNS)
-
-
-def test_a_dialogue_in_text_is_scored_as_it_stands(tmp_path: Path, renderers):
-    row = {"chosen": DIALOGUE + "An apple.", "rejected": DIALOGUE + "A pan."}
-    (parsed,) = read_rows(write(tmp_path / "a.jsonl", [row]), COLUMNS)
-    assert parsed.is_dialogue
-    assert parsed.key == "Name a fruit."
-    assert choose_format("auto", [parsed], has_chat_template=True) == "text"
-    chosen, _ = rendered([parsed], renderers["text"]).comparisons.sequences(0)
-    assert chosen == renderers["text"].render("", row["chosen"])
-    with pytest.raises(ValueError, match=r"a:1: a whole dialogue as text cannot be framed"):
-        rendered([parsed], renderers["chat"])
 
 
 def test_every_file_type_gives_the_same_rows(tmp_path: Path):
@@ -264,12 +147,6 @@ def test_equal_sides_and_over_long_pairs_are_dropped_and_counted(tmp_path: Path,
         rendered(read[1:], renderers["chat"])
 
 
-def test_messages_need_a_chat_format(tmp_path: Path, renderers):
-    read = read_rows(write(tmp_path / "a.jsonl", [{**PAIR, "prompt": [USER]}]), COLUMNS)
-    with pytest.raises(ValueError, match="a:1: a list of messages needs a chat contract"):
-        rendered(read, renderers["text"])
-
-
 @pytest.fixture(scope="module")
 def many(renderers, tmp_path_factory: pytest.TempPathFactory):
     """120 pairs about 40 prompts."""
@@ -309,17 +186,6 @@ def test_a_split_that_leaves_nothing_is_refused():
         split_by_prompt(keys[:1], 0.05)
 
 
-def test_turns_of_one_conversation_stay_together(tmp_path: Path):
-    short = DIALOGUE + "An apple."
-    long_ = short + "\n\nHuman: Another?\n\nAssistant: "
-    rows = [
-        {"chosen": short, "rejected": DIALOGUE + "A pan."},
-        {"chosen": long_ + "A pear.", "rejected": long_ + "A pot."},
-    ]
-    first, second = read_rows(write(tmp_path / "a.jsonl", rows), COLUMNS)
-    assert first.key == second.key == "Name a fruit."
-
-
 def test_blocks_give_back_their_rows_in_order(many: list[Row], renderers, monkeypatch):
     whole = rendered(many, renderers["chat"]).comparisons
     monkeypatch.setattr("trainer.rendered.BLOCK_ROWS", 7)
@@ -330,15 +196,6 @@ def test_blocks_give_back_their_rows_in_order(many: list[Row], renderers, monkey
         sides = [renderers["chat"].render(side.prompt, side.completion) for side in row.sides]
         assert whole.sequences(index) == sides
     assert isinstance(whole, Comparisons)
-
-
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32))
-def test_an_epoch_is_every_pair_once(num_pairs: int, size: int, seed: int):
-    steps = steps_per_epoch(num_pairs, size)
-    for epoch in range(2):
-        batches = [global_batch(num_pairs, size, seed, epoch * steps + i) for i in range(steps)]
-        assert sorted(np.concatenate(batches)) == list(range(num_pairs))
-        assert all(len(batch) == size for batch in batches[:-1])
 
 
 def test_without_a_base_one_is_made_from_the_data_once(tmp_path: Path):

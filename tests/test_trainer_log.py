@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
+
+from conftest import fill
 
 from trainer.training_log import TrainingLog, read_log
 
@@ -34,15 +35,6 @@ def test_what_is_no_line_is_passed_over(tmp_path: Path):
 
 
 LONG = "x" * 6000  # more than what is left of a page
-
-
-def fill(disk: Path) -> Path:
-    """A file that leaves no room for others."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(2**20)):
-            pass
-    return ballast
 
 
 def test_a_log_waits_for_room_on_a_full_disk(small_disk: Path, capfd):

@@ -13,23 +13,19 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
-from engines import on_workers, train_without_ray, trainer
-from engines import settings as engine_settings
+from engines import on_workers, train_without_ray
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
-from trainer import zero
 from trainer.config import TrainConfig
 from trainer.config_file import load_config
-from trainer.resume import Checkpoints
 from trainer.run import finished, prepare, resolve_paths, train
 from trainer.saved import SavedState, saved_states
-from trainer.storage import Storage, checkpoint_storage
+from trainer.storage import checkpoint_storage
 
 # Many more than a worker takes while a signal is on its way.
 NUM_STEPS = 120
@@ -242,48 +238,6 @@ def test_it_is_told_in_plain_words(interrupted):
     assert "the reward model is in" in last
 
 
-def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(base_model, data, tmp_path: Path):
-    """As Ray Train restarts workers behind a storage that was unplugged."""
-    config = resolve_paths(config_for(base_model, data, tmp_path / "rm"))
-    prepared, contract = prepare(config)
-    log = tmp_path / "rm" / "training_log.jsonl"
-    log.parent.mkdir()
-    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 2 * EVERY + 2))
-    log.write_text(lines)
-    with pytest.raises(RuntimeError, match=r"has 41 steps, but there is no checkpoint in"):
-        on_workers(1, train_without_ray, config, contract, prepared, NUM_STEPS)
-    assert log.read_text() == lines
-
-
-def store_beside_an_unreadable_one(model: Path, output_dir: Path) -> tuple[int, list[int]]:
-    """How many checkpoints failed, and the steps of those that are there."""
-    config = engine_settings(model, output_dir=output_dir, checkpoint__num_to_keep=2)
-    built = trainer(config)
-    checkpoints = Checkpoints(built.engine, config)
-    checkpoints.save(1)
-    checkpoints.wait()
-    (old,) = checkpoints.stored().states
-    read = Storage.read_json
-
-    def unreadable(storage: Storage, name: str) -> Any:
-        if name.startswith(old.folder):
-            raise OSError(5, "Input/output error")
-        return read(storage, name)
-
-    with patch.object(Storage, "read_json", unreadable):
-        for step in (2, 3, 4):
-            checkpoints.save(step)
-        checkpoints.wait()
-    found = checkpoints.num_failed, [state.step for state in checkpoints.stored().states]
-    checkpoints.close()
-    zero.release(built.engine)
-    return found
-
-
-def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(base_model, tmp_path: Path):
-    assert on_workers(1, store_beside_an_unreadable_one, base_model, tmp_path) == [(0, [4, 3])]
-
-
 def test_only_the_newest_checkpoints_are_kept(interrupted):
     states = states_of(config_in(interrupted[0]))
     assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - EVERY]
@@ -301,65 +255,3 @@ def test_a_lost_export_is_written_again(interrupted):
     on_workers(2, train_without_ray, config, contract, prepared, NUM_STEPS)
     assert (whole / "export" / "model.safetensors").read_bytes() == before
     assert (whole / "training_log.jsonl").read_bytes() == log, "no step was made again"
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("optimizer.learning_rate", "0.02", "optimizer.learning_rate was 0.01, is now 0.02"),
-        ("distributed.zero_stage", "1", "distributed.zero_stage was 2, is now 1"),
-        ("data.max_pairs", "30", "the training pairs differ"),
-    ],
-)
-def test_another_run_in_the_same_directory_is_refused(
-    interrupted, base_model, data, key: str, value: str, message: str
-):
-    config = config_for(base_model, data, interrupted[0])
-    other = load_config(None, [*overrides(_flat(config)), (key, value)])
-    with pytest.raises(ValueError, match="holds another run") as error:
-        train(other, say=lambda _: None)
-    assert message in str(error.value)
-
-
-def _flat(config: TrainConfig) -> dict[str, object]:
-    values = config.model_dump()
-    flat = {
-        f"{s}.{k}": v
-        for s, part in values.items()
-        if isinstance(part, dict)
-        for k, v in part.items()
-    }
-    return {**flat, "output_dir": config.output_dir}
-
-
-def test_a_second_training_in_the_same_directory_is_refused(base_model, data, tmp_path: Path):
-    from trainer.run import _locked
-
-    with _locked(tmp_path), pytest.raises(ValueError, match="in use by another training"):
-        train(config_for(base_model, data, tmp_path), say=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("data.train", "nowhere.jsonl", r"data.train: .*nowhere.jsonl does not exist"),
-        ("data.eval", "nowhere.jsonl", r"data.eval: .*nowhere.jsonl does not exist"),
-        ("model.path", "/nowhere", "model.path: /nowhere is not a directory with a model"),
-        ("output_dir", "/dev/null/x", "output_dir: /dev/null/x cannot be written"),
-    ],
-)
-def test_bad_paths_are_told_before_anything_starts(
-    base_model, data, tmp_path, key: str, value: str, message: str
-):
-    values = settings(base_model, data, tmp_path / "out") | {key: value}
-    with pytest.raises(ValueError, match=message):
-        resolve_paths(load_config(None, overrides(values)))
-
-
-def test_a_relative_output_is_refused_inside_a_ray_job(base_model, data, tmp_path, monkeypatch):
-    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
-    job.mkdir(parents=True)
-    monkeypatch.chdir(job)
-    config = load_config(None, overrides(settings(base_model, data, Path("outputs"))))
-    with pytest.raises(ValueError, match="a Ray job's working directory is deleted"):
-        resolve_paths(config)

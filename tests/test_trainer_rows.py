@@ -6,26 +6,21 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_files import COLUMNS, PAIR, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_actor.checkpoint import load_tokenizer
-from reward_actor.render import Renderer, RenderError, Sample, contract_for
+from reward_actor.render import Renderer, RenderError, Sample
 from trainer.comparisons import Comparisons
 from trainer.data import gather_rows
-from trainer.data_config import Source
 from trainer.parse import parse_line, parse_row
 from trainer.rendered import Rules, truncate_left
 from trainer.rows import Row
 
-COLUMNS = Source.model_validate({})
-USER = {"role": "user", "content": "Name a fruit."}
-PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A pan."}
 RANKING = {"prompt": "Name a fruit.", "completions": ["A pan.", "A pear.", "A tree."]}
 SINGLE = {"prompt": "Name a fruit.", "completion": "An apple.", "attributes": {"help": 4}}
 WITH_TOOLS = (
@@ -40,21 +35,17 @@ def parsed(**raw: Any) -> Row:
     return parse_row(1, raw, COLUMNS)
 
 
-@pytest.fixture(scope="module")
-def renderers(base_model: Path) -> dict[str, Renderer]:
-    from transformers import AutoConfig
-
-    tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
-    made = {
-        name: Renderer(tokenizer, contract_for(tokenizer, network, format=name, max_length=64))
-        for name in ("chat", "text")
-    }
-    contract = replace(made["chat"].contract, chat_template=WITH_TOOLS, max_length=256)
-    return {**made, "tools": Renderer(tokenizer, contract)}
+@pytest.fixture
+def with_tools(renderers: dict[str, Renderer]) -> Renderer:
+    chat = renderers["chat"]
+    contract = replace(chat.contract, chat_template=WITH_TOOLS, max_length=256)
+    return Renderer(chat.tokenizer, contract)
 
 
 @pytest.fixture
-def loaded(renderers: dict[str, Renderer]):
+def loaded(renderers: dict[str, Renderer], with_tools: Renderer):
+    renderers = {**renderers, "tools": with_tools}
+
     def load(rows: list[dict[str, Any]], renderer: str = "chat", **rules: Any) -> Comparisons:
         several = [parse_row(number, row, COLUMNS) for number, row in enumerate(rows, start=1)]
         return gather_rows({"rows.jsonl": several}, renderers[renderer], Rules(**rules)).comparisons
@@ -182,7 +173,7 @@ def test_tools_and_template_arguments_reach_the_template(loaded, renderers):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "go"}}]}
     row = {**PAIR, "prompt": [USER, call], "tools": tools, "chat_template_kwargs": {"mood": "wry"}}
     found = loaded([row], "tools")
-    text = renderers["tools"].tokenizer.decode(found.sequence(0))
+    text = renderers["chat"].tokenizer.decode(found.sequence(0))
     assert "look_up" in text
     assert '"x"' not in text  # a null that a table has put there
     assert "wry" in text

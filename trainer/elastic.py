@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from torch import distributed as dist
 
-from trainer.ranks import from_all, wait_for_all
+from trainer.ranks import from_all, wait_until
 from trainer.saved import TAG, Problem, SavedState, fetched
 from trainer.storage import Storage
 
@@ -45,7 +45,7 @@ def reshaped(
     mine: tuple[str, Path] | None = None
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(max_workers=1) as thread:
         task = thread.submit(prepare) if int(os.environ["LOCAL_RANK"]) == 0 else None
-        wait_for_all(lambda: task is None or task.done())
+        wait_until(lambda: all(from_all(task is None or task.done())))
         if task is not None:
             place, problem = task.result()
             mine = node, place

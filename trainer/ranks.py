@@ -35,10 +35,10 @@ def from_all(value: T) -> list[T]:
     return values
 
 
-def wait_for_all(is_done: Callable[[], bool]) -> None:
-    """Return when it is so on every worker. None is silent for long meanwhile: a collective that
-    waits for another worker's work has a time limit."""
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Return when it is so, which all workers must say at the same time. None is silent for long
+    meanwhile: a collective that waits for another worker's work has a time limit."""
     pause = _SHORTEST_PAUSE_S
-    while not all(from_all(is_done())):
+    while not is_so():
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)

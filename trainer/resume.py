@@ -25,7 +25,7 @@ from torch import distributed as dist
 from trainer import elastic, zero
 from trainer.console import warn
 from trainer.errors import TrainingError
-from trainer.ranks import from_all, from_first, is_first
+from trainer.ranks import from_all, from_first, is_first, wait_until
 from trainer.saved import (
     TAG,
     Problem,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
 _STAGING = "rayward-checkpoint-"
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
 
 @dataclass
@@ -112,10 +111,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when no checkpoint is on its way any more."""
-        pause = _SHORTEST_PAUSE_S
-        while not self.poll():  # never silent for long: others' collectives would time out
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        wait_until(self.poll)
 
     def _settle(self, upload: _Upload) -> None:
         outcomes = from_all(upload.outcome.result())

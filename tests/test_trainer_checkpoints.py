@@ -1,0 +1,60 @@
+"""Checkpoints of a real engine in a storage that is not what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from engines import on_workers, train_without_ray, trainer
+from engines import settings as engine_settings
+from trainer_runs import overrides, settings, write_pairs
+
+from trainer import zero
+from trainer.config_file import load_config
+from trainer.resume import Checkpoints
+from trainer.run import prepare, resolve_paths
+from trainer.saved import manifest_name
+from trainer.storage import checkpoint_storage
+
+
+def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(base_model, tmp_path: Path):
+    """As Ray Train restarts workers behind a storage that was unplugged."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    changes = {"checkpoint__every_steps": 20}
+    values = settings(base_model, data, tmp_path / "rm", **changes)
+    config = resolve_paths(load_config(None, overrides(values)))
+    prepared, contract = prepare(config)
+    log = tmp_path / "rm" / "training_log.jsonl"
+    log.parent.mkdir()
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 42))
+    log.write_text(lines)
+    with pytest.raises(RuntimeError, match=r"has 41 steps, but there is no checkpoint in"):
+        on_workers(1, train_without_ray, config, contract, prepared, 60)
+    assert log.read_text() == lines
+
+
+def store_beside_an_unreadable_one(model: Path, output_dir: Path) -> tuple[int, list[int]]:
+    """How many checkpoints failed while an old one could not be read, and whose are there."""
+    config = engine_settings(model, output_dir=output_dir, checkpoint__num_to_keep=2)
+    built = trainer(config)
+    checkpoints = Checkpoints(built.engine, config)
+    checkpoints.save(1)
+    checkpoints.wait()
+    (old,) = checkpoints.stored().states
+    manifest = Path(checkpoint_storage(config).path(f"{old.folder}/{manifest_name(0)}"))
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # what reads there gets EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.stored()
+    for step in (2, 3, 4):
+        checkpoints.save(step)
+    checkpoints.wait()
+    steps = [state.step for state in checkpoints.stored().states]
+    checkpoints.close()
+    zero.release(built.engine)
+    return checkpoints.num_failed, steps
+
+
+def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(base_model, tmp_path: Path):
+    assert on_workers(1, store_beside_an_unreadable_one, base_model, tmp_path) == [(0, [4, 3])]
