@@ -9,18 +9,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from reward_actor.contract import CONTRACT_FILE, ScoringContract, model_version, sha256_file
 from reward_actor.extract import RewardModel
 from reward_actor.headers import CheckpointError as CheckpointError
-from reward_actor.layouts import Layout, recognise, tokenizer_directory
+from reward_actor.layouts import Layout, recognise
 from reward_actor.networks import load_network, own_score
 from reward_actor.render import contract_for
+from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,15 +43,6 @@ class LoadedModel:
     contract: ScoringContract
     dtype: str
     path: Path
-
-
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a directory. Raises CheckpointError without one."""
-    directory = tokenizer_directory(path)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
-    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def load_contract(path: Path, *, trust_remote_code: bool = False) -> ScoringContract:

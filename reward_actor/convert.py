@@ -21,7 +21,6 @@ from reward_actor.checkpoint import (
     export,
     infer_contract,
     load_contract,
-    load_tokenizer,
 )
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
 from reward_actor.extract import head_name
@@ -31,6 +30,7 @@ from reward_actor.networks import CUSTOM_SETTINGS, load_network
 from reward_actor.plain import is_plain, network_of
 from reward_actor.readout import Readout
 from reward_actor.render import contract_for
+from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -19,7 +19,6 @@ from reward_actor.checkpoint import (
     LoadedModel,
     check_directory,
     load_contract,
-    load_tokenizer,
 )
 from reward_actor.contract import (
     Combine,
@@ -31,6 +30,7 @@ from reward_actor.contract import (
 from reward_actor.headers import json_object
 from reward_actor.readout import Readout
 from reward_actor.render import tokenizer_fingerprint
+from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

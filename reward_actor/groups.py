@@ -7,9 +7,9 @@ has K members.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,12 +38,14 @@ class Group:
     """A prompt and its n completions, as text or as token ids (never a mixture).
 
     With ids, the sequence that is scored is `prompt_ids + completion_ids[i]`, as given.
+    `template_args` go to the chat template.
     """
 
     prompt: Prompt | None = None
     completions: Sequence[str] = ()
     prompt_ids: Sequence[int] | None = None
     completion_ids: Sequence[Sequence[int]] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.completions, str):
@@ -57,6 +59,29 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.completions) if self.prompt_ids is None else len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """n whole sequences: text that its sender has templated already, or token ids.
+
+    add_special_tokens: whether text gets what the tokenizer adds (a BOS, usually). Text that does
+    not end with EOS gets it where the contract asks for one. max_tokens: longer sequences are cut,
+    keeping the left or the right end; None: they are errors, as everywhere.
+    """
+
+    texts: Sequence[str] = ()
+    ids: Sequence[Sequence[int]] = ()
+    add_special_tokens: bool = False
+    max_tokens: int | None = None
+    keep: Literal["left", "right"] = "right"
+
+    def __post_init__(self) -> None:
+        if self.texts and self.ids:
+            raise ValueError("whole sequences are texts or ids, not both")
+
+    def __len__(self) -> int:
+        return len(self.texts) or len(self.ids)
 
 
 @dataclass(frozen=True)

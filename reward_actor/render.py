@@ -9,7 +9,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reward_actor.contract import ScoringContract, sha256_text
-from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError
+from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -90,18 +90,38 @@ class Renderer:
             return self._encode(prompt)
         return self._encode(self._apply_template(_messages(prompt), generation=True))
 
-    def sequences(self, group: Group) -> list[Rendered]:
-        """The token ids of each completion with its prompt, or why that sample cannot be scored."""
+    def sequences(self, group: Group | Whole) -> list[Rendered]:
+        """The token ids of each sample, or why it cannot be scored: of each completion with its
+        prompt, or of each whole sequence."""
+        if isinstance(group, Whole):
+            return self._whole(group)
         if group.prompt_ids is not None:
             return [self.checked([*group.prompt_ids, *ids]) for ids in group.completion_ids]
         assert group.prompt is not None
         rendered: list[Rendered] = []
         for completion in group.completions:
             try:
-                rendered.append(self.checked(self.render(group.prompt, completion)))
+                ids = self.render(group.prompt, completion, template_args=group.template_args)
+                rendered.append(self.checked(ids))
             except RenderError as error:
                 rendered.append(SampleError("unrenderable", str(error)))
         return rendered
+
+    def _whole(self, whole: Whole) -> list[Rendered]:
+        rendered: list[Rendered] = [self._cut(list(ids), whole) for ids in whole.ids]
+        for text in whole.texts:
+            try:
+                [ids] = self._encode_many([_unicode(text)], whole.add_special_tokens)
+                rendered.append(self._cut(self._ended(ids), whole))
+            except RenderError as error:
+                rendered.append(SampleError("unrenderable", str(error)))
+        return rendered
+
+    def _cut(self, ids: list[int], whole: Whole) -> Rendered:
+        n = whole.max_tokens
+        if n is not None and len(ids) > n:
+            ids = ids[:n] if whole.keep == "left" else ids[len(ids) - n :]
+        return self.checked(ids)
 
     def checked(self, ids: list[int]) -> Rendered:
         """`ids`, or why a sample of these ids cannot be scored."""
@@ -181,12 +201,16 @@ class Renderer:
     def _encode(self, text: str) -> list[int]:
         return self._encode_many([_unicode(text)])[0]
 
-    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_many(
+        self, texts: Sequence[str], add_special_tokens: bool | None = None
+    ) -> list[list[int]]:
+        if add_special_tokens is None:
+            add_special_tokens = self.contract.add_special_tokens
         encoded: list[list[int]] = []
         for first in range(0, len(texts), _TEXTS_PER_CALL):
             encoded += self.tokenizer(
                 list(texts[first : first + _TEXTS_PER_CALL]),
-                add_special_tokens=self.contract.add_special_tokens,
+                add_special_tokens=add_special_tokens,
                 return_attention_mask=False,
             )["input_ids"]
         return encoded

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import ray
 
 from reward_actor import schema
-from reward_actor.checkpoint import load_tokenizer
 from reward_actor.client import AsyncRewardClient
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores, Prompt
 from reward_actor.handle import AsyncRewardHandle
 from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
+from reward_actor.tokenizer import load_tokenizer
 
 # Small enough for a progress bar that moves, large enough to keep vLLM's batch full.
 _PROMPTS_PER_CALL = 8

@@ -19,11 +19,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from reward_actor import schema
-from reward_actor.checkpoint import load_tokenizer
 from reward_actor.contract import ScoringContract
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Rendered, assemble, scorable
 from reward_actor.render import Renderer, tokenizer_fingerprint
+from reward_actor.tokenizer import load_tokenizer
 from serve.config import ServeConfig
 from serve.http import build_api
 from serve.protocols import native

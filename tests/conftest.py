@@ -65,8 +65,8 @@ def renderers(base_model: Path) -> dict[str, Renderer]:
     """One for each format, of at most 64 tokens."""
     from transformers import AutoConfig
 
-    from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import Renderer, contract_for
+    from reward_actor.tokenizer import load_tokenizer
 
     tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
     return {
@@ -121,8 +121,9 @@ def make_export(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from reward_actor.checkpoint import export, load_tokenizer
+    from reward_actor.checkpoint import export
     from reward_actor.render import contract_for
+    from reward_actor.tokenizer import load_tokenizer
 
     torch.manual_seed(seed)
     network = AutoModelForSequenceClassification.from_pretrained(

@@ -184,8 +184,9 @@ def test_a_contract_that_is_not_json_is_refused(copy: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_never_exported(base_model: Path, tmp_path: Path) -> None:
-    from reward_actor.checkpoint import export, load_tokenizer
+    from reward_actor.checkpoint import export
     from reward_actor.render import contract_for
+    from reward_actor.tokenizer import load_tokenizer
 
     network = AutoModelForSequenceClassification.from_pretrained(
         base_model, num_labels=1, dtype=torch.float32

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_actor.checkpoint import load_tokenizer
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Group, SampleError
 from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
+from reward_actor.tokenizer import load_tokenizer
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

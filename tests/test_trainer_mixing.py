@@ -14,7 +14,7 @@ from engines import on_workers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_actor.checkpoint import load_tokenizer
+from reward_actor.tokenizer import load_tokenizer
 from trainer import zero
 from trainer.objective import Labels, comparison_losses
 from trainer.prepare import epoch_use

@@ -41,8 +41,8 @@ def train_on_one(
     data: Comparisons,
     heldout: Comparisons,
 ) -> Any:
-    from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import contract_for
+    from reward_actor.tokenizer import load_tokenizer
     from trainer.network import base_config
 
     config = settings(model, output_dir=output_dir, **changes)

@@ -16,8 +16,9 @@ import torch
 from families import FAMILIES, make_network
 
 from reward_actor import RewardScorer
-from reward_actor.checkpoint import export, load_tokenizer
+from reward_actor.checkpoint import export
 from reward_actor.render import contract_for
+from reward_actor.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"

@@ -105,8 +105,8 @@ def prepare_stream(
 
 def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
     """What decides the files: sources, the settings that choose among their rows, the rendering."""
-    from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import tokenizer_fingerprint
+    from reward_actor.tokenizer import load_tokenizer
 
     def described(sources: Mapping[str, Source]) -> list[Any]:
         return [
@@ -229,8 +229,8 @@ def _block(lines: list[Any], job: Job, renderer: Renderer, rendering: Rendering)
 @lru_cache(maxsize=1)
 def _renderer(model: str, contract: str) -> Renderer:
     """Of this process, which runs one task after another."""
-    from reward_actor.checkpoint import load_tokenizer
     from reward_actor.render import Renderer
+    from reward_actor.tokenizer import load_tokenizer
 
     return Renderer(load_tokenizer(Path(model)), ScoringContract.from_json(json.loads(contract)))
 
