@@ -142,6 +142,9 @@ def serve(arguments: argparse.Namespace) -> int:
         if name.startswith(prefix) and value is not None
     }
     config = validate(ServeConfig, {"model": arguments.model, **settings})
+    from serve import fast_path
+
+    fast_path.enable()
     import ray
 
     from serve.app import start

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "forest", "padded"]
+
+Plan = Sequence[tuple[list[int], Sequence[Batch]]]
+"""The batches of sequences that may share a pass, and the places of those among all of them."""
 
 # A forward pass switches the network's attention function: one at a time for each network.
 _LOCKS: WeakKeyDictionary[RewardModel, threading.Lock] = WeakKeyDictionary()
@@ -87,8 +90,19 @@ class Engine:
     def num_heads(self) -> int:
         return int(self.model.head.out_features)
 
-    def raw_scores(self, sequences: Sequences) -> Scores:
-        """(n, K): what the heads say at the last token of every sequence.
+    def plan(self, sequences: Sequences) -> Plan:
+        """How these sequences go through the network; needs neither the device nor a turn.
+
+        Raises ValueError as `raw_scores` does.
+        """
+        return [
+            (places, self._path.plan([sequences[i] for i in places], self.max_batch_tokens))
+            for places in self._classes.split(sequences)
+        ]
+
+    def raw_scores(self, sequences: Sequences, plan: Plan | None = None) -> Scores:
+        """(n, K): what the heads say at the last token of every sequence, by a plan of them if
+        there is one already.
 
         Raises ValueError naming a sequence that is empty, or so long that the network's positions
         would depend on what it scored before.
@@ -98,10 +112,10 @@ class Engine:
         def keep(places: list[int], batch: Batch) -> None:
             scores[places] = self._heads(batch.pooled())
 
-        self._run(sequences, keep)
+        self._run(sequences, keep, plan)
         return scores
 
-    def token_scores(self, sequences: Sequences) -> list[Scores]:
+    def token_scores(self, sequences: Sequences, plan: Plan | None = None) -> list[Scores]:
         """n arrays (tokens, K): what the heads say at every token. Raises as `raw_scores` does."""
         scores: list[Scores] = [np.empty((0, 0), np.float32)] * len(sequences)
 
@@ -111,31 +125,37 @@ class Engine:
             for place, own in zip(places, rows, strict=True):
                 scores[place] = each[own]
 
-        self._run(sequences, keep)
+        self._run(sequences, keep, plan)
         return scores
 
     def _heads(self, hidden: Tensor) -> Scores:
         scores: Scores = self.model.head(hidden).cpu().numpy()
         return scores
 
-    def _run(self, sequences: Sequences, keep: Callable[[list[int], Batch], None]) -> None:
+    def _run(
+        self, sequences: Sequences, keep: Callable[[list[int], Batch], None], plan: Plan | None
+    ) -> None:
         """Hand every batch to `keep`; where one does not fit in memory, halve the budget and go on.
 
         Raises what the device raised when a single sequence does not fit.
         """
-        alike = self._classes.split(sequences)
+        plan = self.plan(sequences) if plan is None else plan
         with self._lock, torch.inference_mode():
-            for left in alike:
-                self._run_alike(sequences, left, keep)
+            for left, batches in plan:
+                self._run_alike(sequences, left, batches, keep)
 
     def _run_alike(
-        self, sequences: Sequences, left: list[int], keep: Callable[[list[int], Batch], None]
+        self,
+        sequences: Sequences,
+        left: list[int],
+        batches: Sequence[Batch],
+        keep: Callable[[list[int], Batch], None],
     ) -> None:
         budget = self.max_batch_tokens
         while left:
             done: set[int] = set()
             is_too_large = False
-            for batch in self._path.plan([sequences[i] for i in left], budget):
+            for batch in batches:
                 places = [left[i] for i in batch.indices]
                 if not _fits(keep, places, batch):
                     is_too_large = True
@@ -145,6 +165,7 @@ class Engine:
             if is_too_large:
                 # Out here nothing holds the failed pass's tensors any more.
                 budget = self._halve(budget)
+                batches = self._path.plan([sequences[i] for i in left], budget)
 
     def _halve(self, budget: int) -> int:
         """The budget for the rest of this call; later calls start from half of what they had."""

@@ -27,7 +27,10 @@ ErrorType = Literal[
     "invalid_request",
     "body_too_large",
     "too_many_tokens",
+    "unauthenticated",
+    "forbidden",
     "not_found",
+    "model_refused",
     "overloaded",
     "deadline_exceeded",
     "unavailable",
@@ -38,7 +41,10 @@ HTTP_STATUS: dict[str, int] = {
     "invalid_request": 422,
     "body_too_large": 413,
     "too_many_tokens": 413,
+    "unauthenticated": 401,
+    "forbidden": 403,
     "not_found": 404,
+    "model_refused": 409,
     "overloaded": 429,
     "deadline_exceeded": 504,
     "unavailable": 503,
@@ -166,12 +172,16 @@ class EnsembleInfo(Wire):
 class Info(Wire):
     """What is served and every limit that a caller can run into.
 
-    `path` is the way that sequences take through the network, `fallback_reason` why it is not the
-    fastest. `normalisation` is empty for an ensemble whose members differ in it.
+    `generation` grows by one with every hot swap. `path` is the way that sequences take through the
+    network, `fallback_reason` why it is not the fastest. `normalisation` is empty for an ensemble
+    whose members differ in it.
     """
 
     model: str
     model_version: str
+    generation: int = 0
+    num_replicas: int = 1
+    engine: str = "forest"
     dtype: str
     path: str
     fallback_reason: str | None
@@ -187,6 +197,26 @@ class Info(Wire):
     def ensemble_of(readout: Readout) -> EnsembleInfo | None:
         """What `ensemble` says of a scorer with this readout."""
         return EnsembleInfo.model_validate(asdict(readout)) if readout.is_ensemble else None
+
+
+class SwapRequest(Wire):
+    """A model of the registry, by its name there."""
+
+    model: Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class SwapReply(Wire):
+    model: str
+    model_version: str
+    generation: int
+    num_replicas: int
+
+
+class RegistryReply(Wire):
+    """The names that the registry has, and the one that is served (null: what was started)."""
+
+    models: list[str]
+    current: str | None
 
 
 class Status(Wire):

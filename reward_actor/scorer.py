@@ -6,7 +6,7 @@ Legend: n sequences, K members: the heads of all models behind the scorer, usual
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import numpy as np
 from reward_actor.cache import RewardCache
 from reward_actor.checkpoint import LoadedModel, load
 from reward_actor.contract import Combine
-from reward_actor.engine import Attention, Engine
+from reward_actor.engine import Attention, Engine, Plan
 from reward_actor.ensemble import Ensemble, ensemble_readout, ensemble_version, shared_contract
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
 from reward_actor.readout import Reading
@@ -130,6 +130,16 @@ class RewardScorer:
         return "; ".join(reasons) or None
 
     @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer lies that renders for all members."""
+        return self.members[0].path.resolve()
+
+    @property
+    def num_cache_misses(self) -> int | None:
+        """Sequences that were asked for and had to be computed; None without a cache."""
+        return None if self.cache is None else self.cache.num_misses
+
+    @property
     def max_batch_tokens(self) -> int:
         return min(engine.max_batch_tokens for engine in self.engines)
 
@@ -162,22 +172,40 @@ class RewardScorer:
             rewards.append(reading.rewards.astype(np.float32))
         return rewards
 
-    def raw_scores(self, sequences: Sequence[Sequence[int]]) -> Scores:
+    def plan(self, sequences: Sequence[Sequence[int]]) -> list[Plan] | None:
+        """How each member scores these sequences, for `raw_scores` and `token_scores` to go by;
+        needs no turn on the device. None with a cache, which decides what is computed."""
+        return (
+            None if self.cache is not None else [engine.plan(sequences) for engine in self.engines]
+        )
+
+    def raw_scores(
+        self, sequences: Sequence[Sequence[int]], plans: list[Plan] | None = None
+    ) -> Scores:
         """What the heads say of sequences that `Renderer.checked` has passed: (n, K) float32.
 
         Sequences that were asked for before come from the cache, bit by bit as they were.
         """
         if self.cache is None:
-            return self._computed(sequences)
+            return self._computed(sequences, plans)
         return self.cache.scores(self.model_version, sequences, self._computed)
 
-    def _computed(self, sequences: Sequence[Sequence[int]]) -> Scores:
-        return np.concatenate([engine.raw_scores(sequences) for engine in self.engines], axis=1)
+    def _computed(
+        self, sequences: Sequence[Sequence[int]], plans: list[Plan] | None = None
+    ) -> Scores:
+        members = [engine.raw_scores(sequences, plan) for engine, plan in self._planned(plans)]
+        return np.concatenate(members, axis=1)
 
-    def token_scores(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+    def token_scores(
+        self, sequences: Sequence[Sequence[int]], plans: list[Plan] | None = None
+    ) -> list[Scores]:
         """What the heads say at every token of such sequences: n arrays (tokens, K)."""
-        members = [engine.token_scores(sequences) for engine in self.engines]
+        members = [engine.token_scores(sequences, plan) for engine, plan in self._planned(plans)]
         return [np.concatenate(rows, axis=1) for rows in zip(*members, strict=True)]
+
+    def _planned(self, plans: list[Plan] | None) -> Iterable[tuple[Engine, Plan | None]]:
+        given: Sequence[Plan | None] = plans or [None] * len(self.engines)
+        return zip(self.engines, given, strict=True)
 
     def last_scores(self, token_scores: Sequence[Scores]) -> Scores:
         """n arrays (tokens, K) -> (n, K): the scores of the sequences that they end."""

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-import torch
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
-from reward_actor.checkpoint import check_manifest, load_contract
 from reward_actor.cluster import capacity, connect, require_resources
-from reward_actor.ensemble import model_directories
 from reward_actor.handle import DEFAULT_APP_NAME
+from reward_actor.registry import Registry
 from reward_actor.settings import validate
 from serve.config import ServeConfig
 from serve.deployment import RewardModelReplica
 from serve.ingress import Ingress
+from serve.pointer import forget
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -45,31 +45,65 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def resolve(config: ServeConfig) -> ServeConfig:
-    """The config with absolute path and a name, its model checked. Raises ValueError."""
+    """The config with absolute paths and a name, its model checked. Raises ValueError."""
+    from reward_actor.checkpoint import check_manifest, load_contract
+    from reward_actor.ensemble import model_directories
+
     directory = Path(config.model).expanduser().resolve()
     for member in model_directories(directory):
         load_contract(member, trust_remote_code=config.trust_remote_code)
         check_manifest(member)
     name = config.name or directory.name
-    return config.model_copy(update={"model": str(directory), "name": name})
+    registry = None if config.registry is None else str(Registry(config.registry).root)
+    return config.model_copy(update={"model": str(directory), "name": name, "registry": registry})
 
 
 def build(config: ServeConfig, use_gpu: bool) -> Application:
     replica: Any = RewardModelReplica
     front: Any = Ingress
-    model = replica.options(
-        num_replicas=config.num_replicas,
-        ray_actor_options=_replica_resources(config, use_gpu),
-        logging_config=_QUIET,
+    options: dict[str, Any] = {
+        "ray_actor_options": _replica_resources(config, use_gpu),
+        "logging_config": _QUIET,
         # A model that fails its golden samples fails them again: say so instead of trying on.
-        max_constructor_retry_count=1,
-    ).bind(config)
+        "max_constructor_retry_count": 1,
+    }
+    if config.is_autoscaled:
+        options["autoscaling_config"] = _autoscaling(config)
+    else:
+        options["num_replicas"] = config.num_replicas
+    if config.tensor_parallel > 1:
+        # The engine starts a worker for each GPU inside the replica's own placement group.
+        resources = options["ray_actor_options"]
+        options["ray_actor_options"] = {"num_cpus": resources["num_cpus"]}
+        bundle = {"GPU": 1.0} if use_gpu else {}
+        options["placement_group_bundles"] = [{"CPU": resources["num_cpus"], **bundle}] + [
+            {"CPU": 0.1, **bundle}
+        ] * (config.tensor_parallel - 1)
+        options["placement_group_strategy"] = "STRICT_PACK"
+    model = replica.options(**options).bind(config)
     ingress = front.options(
         num_replicas=config.num_ingress,
         ray_actor_options={"num_cpus": _INGRESS_CPUS, "num_gpus": 0},
         logging_config=_QUIET,
     )
     return cast("Application", ingress.bind(config, model))
+
+
+def _autoscaling(config: ServeConfig) -> AutoscalingConfig:
+    assert config.max_replicas is not None
+    return AutoscalingConfig(
+        min_replicas=config.min_replicas or 0,
+        initial_replicas=max(1, config.min_replicas or 0),
+        max_replicas=config.max_replicas,
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        metrics_interval_s=1.0,
+        look_back_period_s=5.0,
+        policy=AutoscalingPolicy(
+            policy_function="serve.autoscaling:QueuedTokensPolicy",
+            policy_kwargs={"target_queue_s": config.target_queue_s},
+        ),
+    )
 
 
 def start(
@@ -87,13 +121,16 @@ def start(
     """
     config = resolve(config)
     _require_free(host, port)
-    cpus = config.num_replicas * config.cpus_per_replica + config.num_ingress * _INGRESS_CPUS
+    num_replicas = config.max_replicas or config.num_replicas
+    cpus = num_replicas * config.cpus_per_replica + config.num_ingress * _INGRESS_CPUS
     # A vLLM engine or two of rollout actors should find room beside the service.
     connect(cpus + 4, address=ray_address, log_to_driver=False)
     use_gpu = _uses_gpu(config)
     resources = _replica_resources(config, use_gpu)
-    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
-    bundles = [{name: amount for name, amount in bundle.items() if amount}] * config.num_replicas
+    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"] * config.tensor_parallel}
+    # A service that scales by itself needs room for what it begins with.
+    at_least = max(1, config.min_replicas or 0) if config.is_autoscaled else config.num_replicas
+    bundles = [{name: amount for name, amount in bundle.items() if amount}] * at_least
     require_resources([*bundles, *[{"CPU": _INGRESS_CPUS}] * config.num_ingress])
     http_options = {"host": host, "port": port, "request_timeout_s": None}
     serve.start(logging_config=_QUIET, http_options=http_options)
@@ -103,6 +140,7 @@ def start(
             f"this Ray cluster serves an application {APP_NAME!r} already; end it first "
             f"(serve.delete({APP_NAME!r})), or use another cluster"
         )
+    forget(APP_NAME)
     try:
         serve.run(build(config, use_gpu), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
@@ -117,7 +155,11 @@ def _uses_gpu(config: ServeConfig) -> bool:
     """The cluster decides: the node that starts a service often has no GPU itself."""
     if config.device != "auto":
         return config.device.startswith("cuda")
-    return capacity("GPU") > 0 if ray.is_initialized() else torch.cuda.is_available()
+    if ray.is_initialized():
+        return capacity("GPU") > 0
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _replica_resources(config: ServeConfig, use_gpu: bool) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """The queue in front of a device: work-conserving, first come first served, bounded in tokens.
 
 When the device is free, whatever waits is taken, up to the token budget; there is no timer. A
-job's sequences (a group, or several) stay together. No Ray in here.
+job's sequences (a group, or several) stay together. While a batch runs the next one is prepared,
+once it can hold no more. Tokens are counted as they are computed, shared prefixes once. No Ray in
+here.
 """
 
 from __future__ import annotations
@@ -9,18 +11,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-Sequences = Sequence[Sequence[int]]
-ScoreFunction = Callable[[Sequences], Any]
-"""n sequences to n results that can be sliced; runs on the batcher's thread."""
+Sequences = Sequence[Any]
+"""Token ids of n sequences, in whatever form the work takes them."""
 
 # The rate is unknown until something was scored; a first guess only shapes the first Retry-After.
 _FIRST_TOKENS_PER_S = 10_000.0
 _RATE_MEMORY = 0.8
+
+# Fewer tokens at once waste a device, however slow it is.
+_LEAST_BUDGET = 2048
+
+
+class Work(Protocol):
+    """How the sequences of a batch are scored; jobs of equal work share batches.
+
+    share_computed: of the last run's sequences, those that were not known already (from a cache).
+    """
+
+    share_computed: float
+
+    def prepare(self, sequences: Sequences) -> Any:
+        """What can be done before the device is free; on a thread of its own."""
+
+    def run(self, prepared: Any) -> Any:
+        """n results that can be sliced, in the order of the n sequences; on the device's thread."""
 
 
 class QueueFull(Exception):
@@ -43,99 +62,144 @@ class Scored:
 @dataclass
 class _Job:
     sequences: Sequences
-    score: ScoreFunction
     num_tokens: int
+    work: Work
     done: asyncio.Future[Scored]
     submitted: float = field(default_factory=time.monotonic)
     is_queued: bool = True
 
 
+@dataclass(frozen=True)
+class _Batch:
+    jobs: list[_Job]
+    prepared: asyncio.Future[Any]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(job.num_tokens for job in self.jobs)
+
+
 class Batcher:
-    """Merges the jobs of many callers into batches for a scoring function.
+    """Merges the jobs of many callers into batches. Use from one event loop."""
 
-    Scoring runs on one thread of its own, one batch at a time. Use from one event loop.
-    """
-
-    def __init__(self, *, max_batch_tokens: int, max_queued_tokens: int) -> None:
-        self._max_batch_tokens = max_batch_tokens
+    def __init__(
+        self, *, max_batch_tokens: int, max_queued_tokens: int, target_batch_s: float = 0.5
+    ) -> None:
+        self.max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
+        self._target_batch_s = target_batch_s
         self._jobs: deque[_Job] = deque()
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._arrived = asyncio.Event()  # something waits
+        self._full = asyncio.Event()  # as much waits as one batch may hold
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
         self._loop_task: asyncio.Task[None] | None = None
         self.queued_tokens = 0
         self.tokens_per_s = _FIRST_TOKENS_PER_S
 
-    async def submit(self, sequences: Sequences, score: ScoreFunction) -> Scored:
-        """Score the sequences of one job, in a batch with others for the same function.
+    async def submit(self, sequences: Sequences, num_tokens: int, work: Work) -> Scored:
+        """Score the sequences of one job, in a batch with others of the same work.
 
         A caller that is cancelled takes its job with it.
 
         Raises QueueFull, unless the queue is empty: a job above the bound must have a way in.
         """
-        num_tokens = sum(len(sequence) for sequence in sequences)
         if self._jobs and self.queued_tokens + num_tokens > self._max_queued_tokens:
             raise QueueFull(max(0.1, self.queued_tokens / self.tokens_per_s))
+        loop = asyncio.get_running_loop()
         if self._loop_task is None:
-            self._loop_task = asyncio.get_running_loop().create_task(self._run())
-        job = _Job(sequences, score, num_tokens, asyncio.get_running_loop().create_future())
+            self._loop_task = loop.create_task(self._run())
+        job = _Job(sequences, num_tokens, work, loop.create_future())
         self._jobs.append(job)
-        self.queued_tokens += num_tokens
+        self._count(num_tokens)
         job.done.add_done_callback(lambda _: self._forget(job))
         self._arrived.set()
-        return (
-            await job.done
-        )  # when the caller is cancelled, so is the future, and `_take` skips it
+        # When the caller is cancelled, so is the future, and `_take` skips the job.
+        return await job.done
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        batch: _Batch | None = None
         while True:
-            await self._arrived.wait()
-            batch = self._take()
-            if not batch:
-                continue
-            started = time.monotonic()
-            sequences = [sequence for job in batch for sequence in job.sequences]
-            try:
-                results = await loop.run_in_executor(self._thread, batch[0].score, sequences)
-            except Exception as error:  # whatever the model raises belongs to the callers
-                for job in batch:
-                    if not job.done.done():
-                        job.done.set_exception(error)
-                continue
-            seconds = time.monotonic() - started
-            self._measure(sum(job.num_tokens for job in batch), seconds)
-            start = 0
-            for job in batch:
-                end = start + len(job.sequences)
-                if not job.done.done():
-                    waited = started - job.submitted
-                    job.done.set_result(Scored(results[start:end], waited, seconds))
-                start = end
+            if batch is None:
+                await self._arrived.wait()
+                batch = self._take()
+            else:
+                running = asyncio.create_task(self._score(batch))
+                batch = await self._taken_during(running)
 
-    def _take(self) -> list[_Job]:
+    async def _taken_during(self, running: asyncio.Task[None]) -> _Batch | None:
+        """The next batch, prepared while this one runs if no further job could join it."""
+        full = asyncio.create_task(self._full.wait())
+        await asyncio.wait({running, full}, return_when=asyncio.FIRST_COMPLETED)
+        full.cancel()
+        following = None if running.done() else self._take()
+        await running
+        return following
+
+    def _budget(self) -> int:
+        """Tokens of one batch: what fits, and takes no longer than it should."""
+        timely = max(_LEAST_BUDGET, int(self.tokens_per_s * self._target_batch_s))
+        return min(self.max_batch_tokens, timely)
+
+    def _take(self) -> _Batch | None:
         """The next batch, oldest first: at least one job, as many alike as the budget holds."""
-        batch: list[_Job] = []
-        room = self._max_batch_tokens
+        jobs: list[_Job] = []
+        room = self._budget()
         while self._jobs:
             first = self._jobs[0]
-            if batch and (first.num_tokens > room or first.score != batch[0].score):
+            if jobs and (first.num_tokens > room or first.work != jobs[0].work):
                 break
             job = self._jobs.popleft()
             self._forget(job)
             if not job.done.done():
-                batch.append(job)
+                jobs.append(job)
                 room -= job.num_tokens
         if not self._jobs:
             self._arrived.clear()
-        return batch
+        if not jobs:
+            return None
+        sequences = [sequence for job in jobs for sequence in job.sequences]
+        loop = asyncio.get_running_loop()
+        return _Batch(jobs, loop.run_in_executor(self._preparer, jobs[0].work.prepare, sequences))
+
+    async def _score(self, batch: _Batch) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            prepared = await batch.prepared
+            if all(job.done.done() for job in batch.jobs):  # all have hung up since
+                return
+            started = time.monotonic()
+            results = await loop.run_in_executor(self._device, batch.jobs[0].work.run, prepared)
+        except Exception as error:  # whatever the model raises belongs to the callers
+            for job in batch.jobs:
+                if not job.done.done():
+                    job.done.set_exception(error)
+            return
+        seconds = time.monotonic() - started
+        self._measure(batch.num_tokens * batch.jobs[0].work.share_computed, seconds)
+        start = 0
+        for job in batch.jobs:
+            end = start + len(job.sequences)
+            if not job.done.done():
+                waited = started - job.submitted
+                job.done.set_result(Scored(results[start:end], waited, seconds))
+            start = end
 
     def _forget(self, job: _Job) -> None:
         """Count the job no more: its batch begins, or its caller has hung up before that."""
         if job.is_queued:
             job.is_queued = False
-            self.queued_tokens -= job.num_tokens
+            self._count(-job.num_tokens)
 
-    def _measure(self, num_tokens: int, seconds: float) -> None:
+    def _count(self, num_tokens: int) -> None:
+        self.queued_tokens += num_tokens
+        if self.queued_tokens >= self._budget():
+            self._full.set()
+        else:
+            self._full.clear()
+
+    def _measure(self, num_tokens: float, seconds: float) -> None:
+        if num_tokens == 0:  # all known: nothing was learnt about the device
+            return
         rate = num_tokens / max(seconds, 1e-6)
         self.tokens_per_s = _RATE_MEMORY * self.tokens_per_s + (1 - _RATE_MEMORY) * rate

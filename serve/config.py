@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+LIMITS = (
+    "max_batch_tokens",
+    "cache_size",
+    "max_queued_tokens",
+    "max_queue_s",
+    "max_request_tokens",
+    "max_request_samples",
+    "max_concurrent_requests",
+    "max_nesting",
+    "body_limit_bytes",
+    "request_timeout_s",
+)
 
 
 class ServeConfig(BaseModel):
@@ -14,10 +28,26 @@ class ServeConfig(BaseModel):
 
     model: Annotated[str, Field(min_length=1, description="directory of the reward model")]
     name: str = Field("", description="name under which callers see the model [its directory's]")
+    engine: Literal["forest", "vllm"] = Field(
+        "forest", description="forest (ours) or vllm (its pooling engine, for several GPUs)"
+    )
     num_replicas: Positive = Field(1, description="reward model replicas, one device each")
+    min_replicas: int | None = Field(
+        None, ge=0, description="with max_replicas: scale by queued tokens, from as few as this"
+    )
+    max_replicas: Positive | None = Field(None, description="scale up to as many replicas as this")
+    target_queue_s: PositiveSeconds = Field(
+        2.0, description="scaling: seconds of queued work that each replica should have"
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="scaling: how long a need must last")
+    downscale_delay_s: float = Field(300.0, ge=0, description="scaling: how long it must be gone")
     num_ingress: Positive = Field(1, description="ingress replicas: HTTP, rendering, tokenising")
     device: str = Field("auto", description="auto, cpu, or cuda")
     dtype: str = Field("auto", description="auto (the contract's), float32, bfloat16 or float16")
+    tensor_parallel: Positive = Field(1, description="GPUs that share one model (engine vllm)")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory that the vllm engine takes"
+    )
     gpus_per_replica: float = Field(1.0, ge=0, description="GPU share of a replica, on a GPU")
     cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that a replica asks for")
     threads_per_replica: int = Field(
@@ -29,31 +59,73 @@ class ServeConfig(BaseModel):
     max_batch_tokens: int = Field(
         0, ge=0, description="rows in one forward pass; 0: chosen from free memory"
     )
+    target_batch_s: PositiveSeconds = Field(
+        0.5, description="seconds that one batch should take at most, so that nobody waits longer"
+    )
     cache_size: int = Field(
-        # Off: fresh rollouts never come twice, and what comes from the cache in no time would make
-        # the queue look faster than the device is.
-        0,
+        0,  # fresh rollouts never come twice
         ge=0,
         description="sequences whose scores a replica keeps; 0: none",
     )
+    drop_in_scores: Literal["reward", "raw_score"] = Field(
+        "reward", description="what other systems' protocols are answered with"
+    )
+    registry: str | None = Field(
+        None, description="directory of models by name, for hot swaps; none: no swaps"
+    )
+    token_file: str | None = Field(
+        None, description="JSON file of bearer tokens and their scopes; none: no authentication"
+    )
+    allow_unauthenticated: bool = Field(
+        False, description="serve other addresses than loopback without a token file"
+    )
+    tls_cert: str | None = Field(None, description="certificate chain in PEM, for HTTPS")
+    tls_key: str | None = Field(None, description="its private key in PEM")
     max_queued_tokens: Positive = Field(
-        1_000_000, description="tokens that wait at one replica before it answers 429"
+        1_000_000, description="tokens that wait at one ingress before it answers 429"
+    )
+    max_queue_s: PositiveSeconds = Field(
+        60.0, description="seconds of work that wait at one ingress before it answers 429"
     )
     max_request_tokens: Positive = Field(1_000_000, description="tokens in one request")
     max_request_samples: Positive = Field(10_000, description="completions in one request")
+    max_concurrent_requests: Positive = Field(
+        4096, description="requests that one ingress holds before it answers 429"
+    )
+    max_nesting: Positive = Field(64, description="depth of brackets in one JSON body")
     body_limit_bytes: Positive = Field(64 * 2**20, description="size of one request's body")
-    request_timeout_s: float = Field(120.0, gt=0, description="deadline of one request")
+    request_timeout_s: PositiveSeconds = Field(120.0, description="deadline of one request")
+    swap_timeout_s: PositiveSeconds = Field(600.0, description="deadline of one hot swap")
     trust_remote_code: bool = Field(False, description="run Python code found in the model")
+
+    @model_validator(mode="after")
+    def replicas_agree(self) -> ServeConfig:
+        if self.min_replicas is not None and self.max_replicas is None:
+            raise ValueError(
+                "min_replicas needs max_replicas; num_replicas alone is a fixed number"
+            )
+        if self.max_replicas is not None and (self.min_replicas or 0) > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        return self
+
+    @model_validator(mode="after")
+    def tls_is_whole(self) -> ServeConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
+
+    @model_validator(mode="after")
+    def only_vllm_is_parallel(self) -> ServeConfig:
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                "tensor_parallel needs engine 'vllm'; ours keeps a model on one device"
+            )
+        return self
+
+    @property
+    def is_autoscaled(self) -> bool:
+        return self.max_replicas is not None
 
     def limits(self) -> dict[str, float]:
         """Every limit that a caller can run into, for `/info`."""
-        names = (
-            "max_batch_tokens",
-            "cache_size",
-            "max_queued_tokens",
-            "max_request_tokens",
-            "max_request_samples",
-            "body_limit_bytes",
-            "request_timeout_s",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in LIMITS}

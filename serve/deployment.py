@@ -1,91 +1,207 @@
-"""The reward model deployment: one loaded model, one batcher, one device."""
+"""The reward model deployment: the models that a replica holds, one batcher, one device."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import time
 from importlib.metadata import version
 
-import torch
+import numpy as np
 from ray import serve
 
-from reward_actor.scorer import RewardScorer
-from serve.batcher import Batcher, QueueFull, ScoreFunction
+from serve.batcher import Batcher, QueueFull
 from serve.config import ServeConfig
+from serve.held import Held, HeldModels, Scorer
+from serve.pointer import Pointer
 from serve.wire import Description, FlatSequences, ReplicaReply
 
 logger = logging.getLogger("ray.serve")
 
+# A model that is not current any more serves the requests that were rendered for it.
+_RETIRE_AFTER_S = 30.0
+# How often a replica looks whether a swap went past it.
+_RECONCILE_S = 5.0
+# An ingress that has not written for so long has nothing waiting.
+_WAITING_S = 5.0
 
+
+def load_scorer(config: ServeConfig, directory: str) -> Scorer:
+    """The engine of the configuration with this model, its golden samples replayed.
+
+    Raises ValueError.
+    """
+    if config.engine == "vllm":
+        from reward_actor.vllm_scorer import VllmScorer
+
+        scorer: Scorer = VllmScorer.from_pretrained(
+            directory,
+            dtype=config.dtype,
+            tensor_parallel=config.tensor_parallel,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return scorer
+    from reward_actor.scorer import RewardScorer
+
+    return RewardScorer.from_pretrained(
+        directory,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        max_batch_tokens=config.max_batch_tokens or None,
+        trust_remote_code=config.trust_remote_code,
+        cache_size=config.cache_size,
+    )
+
+
+# Ray's own default bounds requests in flight; here tokens do.
 @serve.deployment(name="RewardModel", max_ongoing_requests=10_000)
 class RewardModelReplica:
     """Loads the model, replays its golden samples, then scores flat token ids in batches."""
 
     def __init__(self, config: ServeConfig) -> None:
+        import torch
+
         threads = config.threads_per_replica or (os.cpu_count() or 1) // config.num_replicas
         torch.set_num_threads(max(1, threads))
-        self._scorer = RewardScorer.from_pretrained(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            attention=config.attention,
-            max_batch_tokens=config.max_batch_tokens or None,
-            trust_remote_code=config.trust_remote_code,
-            cache_size=config.cache_size,
+        context = serve.get_replica_context()
+        self._app_name = context.app_name
+        self._replica = context.replica_id.unique_id
+        pointer = Pointer.get(self._app_name) or Pointer(0, config.model)
+        self._models = HeldModels(
+            pointer.directory,
+            pointer.generation,
+            lambda directory: load_scorer(config, directory),
+            _RETIRE_AFTER_S,
         )
-        self._max_batch_tokens = self._scorer.max_batch_tokens
         self._batcher = Batcher(
-            max_batch_tokens=self._max_batch_tokens, max_queued_tokens=config.max_queued_tokens
+            max_batch_tokens=self._models.current.scorer.max_batch_tokens,
+            max_queued_tokens=config.max_queued_tokens,
+            target_batch_s=config.target_batch_s,
         )
-        self._device_lost: str | None = None
+        self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
+        self._waiting: dict[str, tuple[float, int]] = {}
+        self._fault: str | None = None
+        self._reconciler: asyncio.Task[None] | None = None
 
-    async def score(self, sequences: FlatSequences, token_scores: bool = False) -> ReplicaReply:
-        """Raw scores of the sequences, if they were rendered for the model held here.
+    async def score(
+        self, sequences: FlatSequences, token_scores: bool = False, sender: str = ""
+    ) -> ReplicaReply:
+        """Raw scores of the sequences, if they were rendered for a model held here.
 
         `token_scores` asks for those of every token, too, from the same forward pass.
         """
-        held = self._scorer.model_version
-        if sequences.model_version != held:
-            return ReplicaReply("other_version", held)
-        function: ScoreFunction = (
-            self._scorer.token_scores if token_scores else self._scorer.raw_scores
-        )
+        self._start_reconciling()
+        self._waiting[sender] = time.monotonic(), sequences.waiting_tokens
+        held = self._models.find(sequences.model_version)
+        generation = self._models.generation
+        if held is None:
+            return ReplicaReply("other_version", generation)
+        work = held.token_scores if token_scores else held.raw_scores
         try:
-            scored = await self._batcher.submit(sequences.rows(), function)
+            scored = await self._batcher.submit(sequences.rows(), sequences.num_tokens, work)
         except QueueFull as full:
-            return ReplicaReply("overloaded", held, retry_after_s=full.retry_after_s)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+            return ReplicaReply("overloaded", generation, retry_after_s=full.retry_after_s)
+        except MemoryError as error:
             logger.error("out of memory while scoring: %s", error)
-            return ReplicaReply("failed", held, reason="the device ran out of memory")
+            return ReplicaReply("failed", generation, reason="the device ran out of memory")
         except RuntimeError as error:
             logger.error("scoring failed: %s", error)
             if "CUDA error" in str(error):  # the process has lost its device for good
-                self._device_lost = str(error)
-            return ReplicaReply("failed", held, reason="the model could not be run")
+                self._fault = str(error)
+            reason = "the model could not be run"
+            if "out of memory" in str(error):
+                reason = "the device ran out of memory"
+            return ReplicaReply("failed", generation, reason=reason)
         results = scored.results
         return ReplicaReply(
             "ok",
-            held,
-            raw_scores=self._scorer.last_scores(results) if token_scores else results,
+            generation,
+            raw_scores=np.stack([row[-1] for row in results]) if token_scores else results,
             token_scores=list(results) if token_scores else None,
             queue_s=scored.queue_s,
             score_s=scored.score_s,
+            tokens_per_s=self._batcher.tokens_per_s,
         )
 
-    def describe(self) -> Description:
-        return Description(
-            model_version=self._scorer.model_version,
-            directory=str(self._scorer.members[0].path.resolve()),
-            dtype=self._scorer.dtype,
-            path=self._scorer.path,
-            fallback_reason=self._scorer.fallback_reason,
-            max_batch_tokens=self._max_batch_tokens,
-            contract=self._scorer.contract.to_json(),
-            readout=self._scorer.readout,
-            versions={name: version(name) for name in ("ray", "torch", "transformers")},
-        )
+    async def describe(self) -> Description:
+        self._start_reconciling()
+        return self._describe(self._models.current)
+
+    async def prepare(self, directory: str) -> Description | str:
+        """Load a candidate beside the current model; why it cannot be served, if it cannot."""
+        try:
+            held = await asyncio.to_thread(self._models.prepare, directory)
+        except (ValueError, OSError) as error:
+            return str(error)
+        except (MemoryError, RuntimeError) as error:
+            logger.error("no candidate could be loaded: %s", error)
+            return "it does not fit in memory beside the current model, or could not be run"
+        return self._describe(held)
+
+    async def activate(self, model_version: str, generation: int) -> bool:
+        """Make the candidate the current model."""
+        done = self._models.activate(model_version, generation)
+        self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
+        return done
+
+    async def discard_candidate(self) -> None:
+        self._models.discard_candidate()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve hands to the scaling policy: queued work, and how fast it goes."""
+        now = time.monotonic()
+        waiting = [tokens for when, tokens in self._waiting.values() if now - when < _WAITING_S]
+        return {
+            "queued_tokens": float(self._batcher.queued_tokens + sum(waiting)),
+            "tokens_per_s": self._batcher.tokens_per_s,
+        }
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica that raises here."""
-        if self._device_lost is not None:
-            raise RuntimeError(self._device_lost)
+        if self._fault is not None:
+            raise RuntimeError(self._fault)
+
+    def _describe(self, held: Held) -> Description:
+        scorer = held.scorer
+        return Description(
+            replica=self._replica,
+            generation=self._models.generation,
+            model_version=held.version,
+            directory=str(scorer.tokenizer_path),
+            tokenizer=held.tokenizer,
+            tokenizer_fingerprint=held.fingerprint,
+            dtype=scorer.dtype,
+            path=scorer.path,
+            fallback_reason=scorer.fallback_reason,
+            max_batch_tokens=scorer.max_batch_tokens,
+            tokens_per_s=self._batcher.tokens_per_s,
+            queued_tokens=self._batcher.queued_tokens,
+            contract=scorer.contract.to_json(),
+            readout=scorer.readout,
+            versions=self._versions,
+        )
+
+    def _start_reconciling(self) -> None:
+        if self._reconciler is None:
+            self._reconciler = asyncio.get_running_loop().create_task(self._reconcile())
+
+    async def _reconcile(self) -> None:
+        """Follow a swap that this replica was not asked about, because it was starting then."""
+        while True:
+            await asyncio.sleep(_RECONCILE_S)
+            self._models.retire()
+            pointer = await asyncio.to_thread(Pointer.get, self._app_name)
+            if pointer is None or pointer.generation <= self._models.generation:
+                continue
+            await asyncio.sleep(_RECONCILE_S)  # the swap itself may be about to reach it
+            if pointer.generation <= self._models.generation:
+                continue
+            prepared = await self.prepare(pointer.directory)
+            if isinstance(prepared, str):
+                self._fault = f"generation {pointer.generation} cannot be loaded: {prepared}"
+                logger.error(self._fault)
+                return
+            await self.activate(prepared.model_version, pointer.generation)

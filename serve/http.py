@@ -1,15 +1,18 @@
-"""The FastAPI application without its routes: errors as the protocol words them, body limit."""
+"""The FastAPI application: its routes, errors as the protocol words them, the body limit."""
 
 from __future__ import annotations
 
 import json
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
@@ -18,34 +21,113 @@ from reward_actor.schema import error_reply
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from serve.service import RewardService
+    from serve.swap import Swapper
+
+Body = TypeVar("Body", bound=BaseModel)
 
 _TYPE_OF_STATUS = {404: "not_found", 413: "body_too_large"}
+_SCHEMAS = "#/components/schemas/{model}"
 
 
-def build_api() -> FastAPI:
+def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
+    """The application of one ingress."""
+    from serve import routes
+    from serve.protocols import native
+
     api = FastAPI(
         title="Rayward",
         summary="Rewards of completions, for PPO and GRPO trainers.",
         version=_version(),
     )
+    api.state.service = service
+    api.state.swapper = swapper
+    for router in (native.router, routes.router):
+        api.include_router(router)
     api.add_exception_handler(RewardServiceError, _service_error)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(Exception, _our_bug)
-    api.add_middleware(BodyLimit, api=api)
+    api.add_middleware(BodyLimit, limit=service.config.body_limit_bytes)
+    _describe(api)
     return api
 
 
-class BodyLimit:
-    """Refuses a body above `api.state.body_limit_bytes`, announced or not, with status 413."""
+def service_of(request: Request) -> RewardService:
+    return cast("RewardService", request.app.state.service)
 
-    def __init__(self, app: ASGIApp, api: FastAPI) -> None:
+
+def swapper_of(request: Request) -> Swapper:
+    return cast("Swapper", request.app.state.swapper)
+
+
+# ---- bodies: parsed by pydantic as they come, which takes half of FastAPI's way by json.loads
+
+
+def parse(model: type[Body], body: bytes) -> Body:
+    """A JSON body. Raises RequestValidationError."""
+    try:
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            if error.errors(include_input=False)[0]["type"] != "json_invalid" or b"\\u" not in body:
+                raise
+            # A lone surrogate is no reason to refuse the other samples.
+            return model.model_validate(json.loads(body))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+    except (ValueError, RecursionError) as error:
+        found = [{"loc": ("body",), "msg": f"Invalid JSON: {type(error).__name__}"}]
+    raise RequestValidationError(found)
+
+
+def json_reply(value: Any) -> Response:
+    return Response(to_json(value), media_type="application/json")
+
+
+def json_body(*models: type[BaseModel], **others: Any) -> dict[str, Any]:
+    """`openapi_extra` of a route that parses its body itself: JSON of one of the models, or
+    another media type with its schema."""
+    refs = [{"$ref": _SCHEMAS.format(model=model.__name__)} for model in models]
+    for model in models:
+        _DESCRIBED[model.__name__] = model
+    content = {"application/json": {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}
+    content.update({name.replace("_", "/", 1): value for name, value in others.items()})
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_DESCRIBED: dict[str, type[BaseModel]] = {}
+
+
+def _describe(api: FastAPI) -> None:
+    """Give the OpenAPI document the schemas of the bodies that routes parse themselves."""
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = get_openapi(
+                title=api.title, version=api.version, summary=api.summary, routes=api.routes
+            )
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for name, model in _DESCRIBED.items():
+                found = model.model_json_schema(ref_template=_SCHEMAS)
+                schemas.update(found.pop("$defs", {}))
+                schemas[name] = found
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]
+
+
+class BodyLimit:
+    """Refuses a body above `limit` bytes, announced or not, with status 413."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
-        self._api = api
+        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = getattr(self._api.state, "body_limit_bytes", None)
-        if scope["type"] != "http" or limit is None:
+        limit = self._limit
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,24 +17,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlatSequences:
-    """n sequences as ids (N,) int32 and offsets (n + 1,) int64, and the version they are for."""
+    """n sequences as ids (N,) int32 and offsets (n + 1,) int64, and the version they are for.
+
+    num_tokens: those that are computed, shared prefixes once. waiting_tokens: what else waits at
+    the sender, for the replica's autoscaling to see.
+    """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     model_version: str
+    num_tokens: int
+    waiting_tokens: int = 0
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], model_version: str) -> FlatSequences:
+    def of(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        model_version: str,
+        num_tokens: int,
+        waiting_tokens: int = 0,
+    ) -> FlatSequences:
         lengths = [len(sequence) for sequence in sequences]
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        ids = np.fromiter((i for s in sequences for i in s), np.int32, count=int(offsets[-1]))
-        return cls(ids, offsets, model_version)
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        ids = np.fromiter(chain.from_iterable(sequences), np.int32, count=int(offsets[-1]))
+        return cls(ids, offsets, model_version, num_tokens, waiting_tokens)
 
-    def rows(self) -> list[list[int]]:
-        return [
-            self.ids[start:end].tolist()
-            for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)
-        ]
+    def rows(self) -> list[NDArray[np.int32]]:
+        return np.split(self.ids, self.offsets[1:-1])
 
 
 @dataclass(frozen=True)
@@ -41,36 +52,47 @@ class ReplicaReply:
     """Raw scores of n sequences by K members, or why there are none: raw_scores (n, K), and
     token_scores, n arrays (tokens, K), where they were asked for.
 
-    "other_version": this replica holds another model than the ids were rendered for.
+    "other_version": this replica does not hold the model that the ids were rendered for.
     "overloaded": its queue is full; `retry_after_s` is when there should be room.
     "failed": the model could not be run; `reason` says why.
+    generation: of the model that the replica takes for the current one; it grows with every swap.
+    num_tokens, score_s, batch_tokens: of the batch that the sequences were part of: tokens scored,
+    seconds and tokens computed.
     """
 
     status: Literal["ok", "other_version", "overloaded", "failed"]
-    model_version: str
+    generation: int
     raw_scores: NDArray[np.float32] | None = None
     token_scores: list[NDArray[np.float32]] | None = None
     queue_s: float = 0.0
     score_s: float = 0.0
+    tokens_per_s: float = 0.0
     retry_after_s: float = 0.0
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What an ingress must know of the model that the replicas hold.
+    """What an ingress must know of the model that a replica holds as the current one.
 
-    directory holds its tokenizer (the first member's, of an ensemble); path is the way that
-    sequences take through the network, fallback_reason why it is not the fastest; max_batch_tokens
-    is what was chosen where it was left open.
+    directory holds its tokenizer (the first member's, of an ensemble), tokenizer is its identity
+    (`reward_actor.tokenizer`); path is the way that sequences take through the network,
+    fallback_reason why it is not the fastest; max_batch_tokens is what was chosen where it was
+    left open.
     """
 
+    replica: str
+    generation: int
     model_version: str
     directory: str
+    tokenizer: str
+    tokenizer_fingerprint: str
     dtype: str
     path: str
     fallback_reason: str | None
     max_batch_tokens: int
+    tokens_per_s: float
+    queued_tokens: int
     contract: dict[str, Any]
     readout: Readout
     versions: dict[str, str]

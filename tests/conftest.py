@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serve import fast_path
+
 if TYPE_CHECKING:
     from reward_actor.render import Renderer
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports Ray Serve: the tests run what `rayward serve` runs.
+fast_path.enable()
 
 CORPUS = [
     "Name two fruits that grow on trees. An apple and a pear.",

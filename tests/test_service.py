@@ -122,7 +122,7 @@ IDS = {"prompt_ids": [1], "completion_ids": [[2]]}
     ("body", "status", "type_", "message"),
     [
         ("{", 422, "invalid_request", "JSON"),
-        ("[]", 422, "invalid_request", "dictionary"),
+        ("[]", 422, "invalid_request", "object"),
         ({"groups": [{"prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
         ({"groups": [{**IDS, "prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
         ({"groups": [IDS, {**IDS, "colour": 1}]}, 422, "invalid_request", "colour"),

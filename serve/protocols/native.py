@@ -1,9 +1,69 @@
-"""The native protocol, `POST /v1/score`; its types are those of `reward_actor.schema`."""
+"""The native protocol, `POST /v1/score`: JSON (`reward_actor.schema`), and a compact binary body
+for token ids (`reward_actor.binary`)."""
 
 from __future__ import annotations
 
-from reward_actor import schema
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+
+from reward_actor import binary, schema
+from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores
+from serve.http import json_body, json_reply, parse, service_of
+from serve.service import RewardService
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/score",
+    tags=["score"],
+    response_model=schema.ScoreReply,
+    responses=schema.ERROR_RESPONSES,
+    openapi_extra=json_body(schema.ScoreRequest),
+)
+async def score(request: Request) -> Response:
+    """Score the completions of one or more prompts."""
+    body = await request.body()
+    if request.headers.get("content-type") == binary.MEDIA_TYPE:
+        return await _score_binary(service_of(request), body)
+    return await score_json(service_of(request), parse(schema.ScoreRequest, body))
+
+
+async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:
+    check_model(service, request.model)
+    groups = [to_group(group) for group in request.groups]
+    scored = await service.score(groups, token_rewards=request.token_rewards)
+    return json_reply(
+        {
+            "model": service.name,
+            "model_version": scored.model_version,
+            "results": [to_reply(score) for score in scored.results],
+            "timings_ms": {name: round(ms, 3) for name, ms in scored.timings_ms.items()},
+        }
+    )
+
+
+async def _score_binary(service: RewardService, body: bytes) -> Response:
+    try:
+        groups, token_rewards = binary.decode_request(body)
+    except ValueError as error:
+        raise RequestValidationError([{"loc": ("body",), "msg": str(error)}]) from None
+    scored = await service.score(groups, token_rewards=token_rewards)
+    head = {"model_version": scored.model_version, "timings_ms": scored.timings_ms}
+    reply = binary.encode_reply(service.name, scored.results, head)
+    return Response(reply, media_type=binary.MEDIA_TYPE)
+
+
+def check_model(service: RewardService, name: str | None) -> None:
+    """Raise RewardServiceError unless this is what the service's model is called."""
+    if name not in (None, service.name):
+        raise RewardServiceError(
+            "not_found", f"this service has no model of that name; it has {service.name!r}"
+        )
 
 
 def to_group(request: schema.GroupRequest) -> Group:
@@ -16,21 +76,19 @@ def to_group(request: schema.GroupRequest) -> Group:
     return Group(prompt, request.completions or [])
 
 
-def to_reply(scores: GroupScores) -> schema.GroupReply:
-    return schema.GroupReply(
-        rewards=scores.rewards,
-        raw_scores=scores.raw_scores,
-        num_tokens=scores.num_tokens,
-        truncated=scores.truncated,
-        errors=[
-            None
-            if error is None
-            else schema.SampleErrorReply.model_validate(
-                {"type": error.type, "message": error.message}
-            )
+def to_reply(scores: GroupScores) -> dict[str, Any]:
+    """As `schema.GroupReply`, whose validation would look at every number once more."""
+    return {
+        "rewards": scores.rewards,
+        "raw_scores": scores.raw_scores,
+        "num_tokens": scores.num_tokens,
+        "truncated": scores.truncated,
+        "errors": [
+            None if error is None else {"type": error.type, "message": error.message}
             for error in scores.errors
         ],
-        token_rewards=scores.token_rewards,
-        members=scores.members,
-        spread=scores.spread,
-    )
+        "token_rewards": scores.token_rewards,
+        "tokens": scores.tokens,
+        "members": scores.members,
+        "spread": scores.spread,
+    }

@@ -1,0 +1,215 @@
+"""The compact body of `POST /v1/score` for token ids: a third of JSON's bytes, a tenth of its work.
+
+All numbers are little-endian. A request is
+
+    offset  type              what
+    0       4 bytes           "RWQ1"
+    4       uint32            flags: 1 asks for token rewards
+    8       uint32            G, the number of groups
+    12      uint32            n, the number of completions of all groups
+    16      uint32[G]         completions of each group
+            uint32[G]         tokens of each group's prompt
+            uint32[n]         tokens of each completion
+            int32[...]        of each group the ids of its prompt, then those of its completions
+
+and a reply
+
+    0       4 bytes           "RWR1"
+    4       uint32            flags: 1 token rewards follow, 2 an ensemble's members follow
+    8       uint32            n
+    12      uint32            J, bytes of JSON
+    16      J bytes           {"model", "model_version", "timings_ms",
+                               "errors": {"<index>": {"type", "message"}}}
+            float32[n]        rewards, NaN where there is an error
+            float32[n]        raw scores, likewise
+            uint32[n]         tokens that were scored, 0 likewise
+            float32[...]      with flag 1: of each sample without an error, a reward a token
+            uint32, float32[n, K], float32[n]   with flag 2: K, members' rewards, spread
+
+An error of the whole request is the JSON of every other route. Neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reward_actor.groups import Group, GroupScores, SampleError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MEDIA_TYPE = "application/vnd.rayward.ids"
+
+_REQUEST, _REPLY = b"RWQ1", b"RWR1"
+_TOKEN_REWARDS, _MEMBERS = 1, 2
+_UINT, _INT, _FLOAT = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<f4")
+
+
+def encode_request(groups: Sequence[Group], token_rewards: bool = False) -> bytes:
+    """The body for groups of token ids. Raises ValueError for a group of text, or an id that an
+    int32 cannot hold."""
+    ids: list[Sequence[int]] = []
+    for group in groups:
+        if group.prompt_ids is None:
+            raise ValueError("a binary body holds token ids; this group has text")
+        ids += [group.prompt_ids, *group.completion_ids]
+    completions = [completion for group in groups for completion in group.completion_ids]
+    head = [
+        int(token_rewards) * _TOKEN_REWARDS,
+        len(groups),
+        len(completions),
+        *map(len, groups),
+        *(len(group.prompt_ids or ()) for group in groups),
+        *map(len, completions),
+    ]
+    try:
+        flat = np.fromiter(chain.from_iterable(ids), _INT, count=sum(map(len, ids)))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers of 32 bits ({error})") from None
+    return _REQUEST + np.array(head, _UINT).tobytes() + flat.tobytes()
+
+
+def decode_request(body: bytes) -> tuple[list[Group], bool]:
+    """The groups, and whether token rewards are asked for. Raises ValueError."""
+    reader = _Reader(body, _REQUEST)
+    flags, num_groups, num_completions = (int(n) for n in reader.take(_UINT, 3))
+    if flags & ~_TOKEN_REWARDS:
+        raise ValueError("the body has flags that this version does not know")
+    sizes = reader.take(_UINT, num_groups)
+    prompts = reader.take(_UINT, num_groups)
+    lengths = reader.take(_UINT, num_completions)
+    if int(sizes.sum(dtype=np.uint64)) != num_completions:
+        raise ValueError("the groups' completions do not add up to those of the body")
+    num_ids = int(prompts.sum(dtype=np.uint64)) + int(lengths.sum(dtype=np.uint64))
+    ids = reader.take(_INT, num_ids)
+    reader.end()
+    if num_ids and int(ids.min()) < 0:
+        raise ValueError("a token id is below 0")
+    rows = iter(ids.tolist())
+    of_completions = iter(lengths.tolist())
+    groups = []
+    for size, prompt in zip(sizes.tolist(), prompts.tolist(), strict=True):
+        prompt_ids = _next(rows, prompt)
+        completion_ids = [_next(rows, next(of_completions)) for _ in range(size)]
+        groups.append(Group(prompt_ids=prompt_ids, completion_ids=completion_ids))
+    return groups, bool(flags & _TOKEN_REWARDS)
+
+
+def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, Any]) -> bytes:
+    """head: what JSON's reply holds beside the model's name and the scores."""
+    rewards = [r for group in scores for r in group.rewards]
+    raw = [r for group in scores for r in group.raw_scores]
+    num_tokens = [n for group in scores for n in group.num_tokens]
+    errors = [e for group in scores for e in group.errors]
+    tokens = [row or [] for group in scores for row in group.token_rewards or []]
+    members = [row for group in scores for row in group.members or []]
+    spread = [s for group in scores for s in group.spread or []]
+    has_tokens = any(group.token_rewards is not None for group in scores)
+    described = {
+        "model": model,
+        **head,
+        "errors": {
+            str(i): {"type": e.type, "message": e.message}
+            for i, e in enumerate(errors)
+            if e is not None
+        },
+    }
+    text = json.dumps(described).encode("ascii")
+    flags = _TOKEN_REWARDS * has_tokens + _MEMBERS * bool(members)
+    parts = [
+        _REPLY,
+        np.array([flags, len(rewards), len(text)], _UINT).tobytes(),
+        text,
+        np.array([np.nan if r is None else r for r in rewards], _FLOAT).tobytes(),
+        np.array([np.nan if r is None else r for r in raw], _FLOAT).tobytes(),
+        np.array(num_tokens, _UINT).tobytes(),
+    ]
+    if has_tokens:
+        parts.append(np.fromiter(chain.from_iterable(tokens), _FLOAT).tobytes())
+    if members:
+        k = max(len(row or []) for row in members)
+        rows = [row or [np.nan] * k for row in members]
+        parts += [np.array([k], _UINT).tobytes(), np.array(rows, _FLOAT).tobytes()]
+        parts.append(np.array([np.nan if s is None else s for s in spread], _FLOAT).tobytes())
+    return b"".join(parts)
+
+
+def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], list[GroupScores]]:
+    """What stands at the head, and the scores of groups of these sizes. Raises ValueError."""
+    reader = _Reader(body, _REPLY)
+    flags, n, num_bytes = (int(x) for x in reader.take(_UINT, 3))
+    if n != sum(sizes):
+        raise ValueError(f"the reply has {n} rewards for {sum(sizes)} completions")
+    head: dict[str, Any] = json.loads(reader.take(np.dtype("u1"), num_bytes).tobytes())
+    errors = {int(i): SampleError(**error) for i, error in head.pop("errors").items()}
+    rewards, raw = (reader.take(_FLOAT, n).tolist() for _ in range(2))
+    num_tokens = reader.take(_UINT, n).tolist()
+    tokens: list[list[float]] | None = None
+    if flags & _TOKEN_REWARDS:
+        widths = [0 if i in errors else num_tokens[i] for i in range(n)]
+        values = iter(reader.take(_FLOAT, sum(widths)).tolist())
+        tokens = [_next(values, width) for width in widths]
+    members: list[list[float]] | None = None
+    spread: list[float] = []
+    if flags & _MEMBERS:
+        k = int(reader.take(_UINT, 1)[0])
+        members = reader.take(_FLOAT, n * k).reshape(n, k).tolist()
+        spread = reader.take(_FLOAT, n).tolist()
+    reader.end()
+    scores = []
+    first = 0
+    for size in sizes:
+        places = range(first, first + size)
+        first += size
+
+        def known(values: list[Any], places: range = places) -> list[Any]:
+            return [None if i in errors else values[i] for i in places]
+
+        score = GroupScores(
+            rewards=known(rewards),
+            raw_scores=known(raw),
+            num_tokens=[num_tokens[i] for i in places],
+            truncated=[False] * size,
+            errors=[errors.get(i) for i in places],
+            model_version=head["model_version"],
+        )
+        if tokens is not None:
+            score = replace(score, token_rewards=known(tokens))
+        if members is not None:
+            score = replace(score, members=known(members), spread=known(spread))
+        scores.append(score)
+    return head, scores
+
+
+class _Reader:
+    """A body from its beginning to its end. Raises ValueError where it is too short or too long."""
+
+    def __init__(self, body: bytes, magic: bytes) -> None:
+        if body[:4] != magic:
+            raise ValueError(f"the body does not begin with {magic.decode()!r}")
+        self._body = body
+        self._at = 4
+
+    def take(self, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        end = self._at + count * dtype.itemsize
+        if end > len(self._body):
+            raise ValueError(
+                f"the body ends after {len(self._body)} bytes; what it announces needs {end}"
+            )
+        values = np.frombuffer(self._body, dtype, count, self._at)
+        self._at = end
+        return values
+
+    def end(self) -> None:
+        if self._at != len(self._body):
+            raise ValueError(f"the body goes on after its {self._at} bytes")
+
+
+def _next(values: Any, count: int) -> list[Any]:
+    return [next(values) for _ in range(count)]

@@ -1,0 +1,303 @@
+"""From requests to replicas: cut by tokens, merged into few full messages, sent again when lost.
+
+While every replica has a message that it scores and one that waits for it, what arrives waits here
+and goes out together, so that many small requests cost a replica as little as one. The queue that
+is bounded is this one; what its callers hang up on is dropped. No Ray in here.
+
+Legend: a part is what stays together on its way: groups of one request, or a piece of a group that
+is too large for one message. Tokens are counted as they are computed, shared prefixes once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from reward_actor.errors import RewardServiceError
+from serve.wire import FlatSequences, ReplicaReply
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Scores = NDArray[np.float32]
+
+Send = Callable[[FlatSequences, bool], Awaitable[ReplicaReply]]
+"""A message (and whether every token's scores are wanted) to the reply of some replica."""
+
+# One message is scored and one waits, so that the device never does.
+_MESSAGES_PER_REPLICA = 2
+# Before a message goes out again, after its replica died or was not yet what it should be.
+_PAUSE_S = 0.05
+_FIRST_TOKENS_PER_S = 10_000.0
+_RATE_MEMORY = 0.8
+# Below this, a share of a request for every replica costs more than it spares.
+_LEAST_PART = 1024
+
+
+class ReplicaLost(Exception):
+    """The replica that had the message died; another one can have it."""
+
+
+class OtherVersion(Exception):
+    """The replicas have gone on to another model than the sequences were rendered for."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Sequences that travel together, and the tokens that are computed for them."""
+
+    sequences: list[list[int]]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Raw scores (n, K) and, if asked for, n arrays (tokens, K); seconds waited and scored."""
+
+    raw_scores: Scores
+    token_scores: list[Scores] | None
+    queue_s: float
+    score_s: float
+
+
+def distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
+    """The tokens of what all sequences begin with, and with it those that are computed at most."""
+    if not sequences:
+        return 0, 0
+    shared = _common_prefix(min(sequences), max(sequences)) if len(sequences) > 1 else 0
+    return shared, shared + sum(len(sequence) - shared for sequence in sequences)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """Of the first and the last in lexicographic order: what all between begin with, too."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
+    """All sequences in order, cut into pieces of at most `max_tokens` computed tokens.
+
+    A group is divided only if it is larger than that by itself, and a sequence never.
+    """
+    cuts: list[Cut] = []
+    for group in groups:
+        for piece in _pieces(group, max_tokens):
+            if cuts and cuts[-1].num_tokens + piece.num_tokens <= max_tokens:
+                last = cuts.pop()
+                piece = Cut(last.sequences + piece.sequences, last.num_tokens + piece.num_tokens)
+            cuts.append(piece)
+    return cuts
+
+
+def _pieces(group: Sequence[list[int]], max_tokens: int) -> list[Cut]:
+    shared, num_tokens = distinct_tokens(group)
+    if num_tokens <= max_tokens or len(group) < 2:
+        return [Cut(list(group), num_tokens)] if group else []
+    pieces: list[Cut] = []
+    for sequence in group:
+        own = len(sequence) - shared
+        if pieces and pieces[-1].num_tokens + own <= max_tokens:
+            last = pieces.pop()
+            pieces.append(Cut([*last.sequences, sequence], last.num_tokens + own))
+        else:
+            pieces.append(Cut([sequence], len(sequence)))
+    return pieces
+
+
+@dataclass
+class _Part:
+    cut: Cut
+    version: str
+    generation: int
+    token_scores: bool
+    done: asyncio.Future[Dispatched]
+    submitted: float = field(default_factory=time.monotonic)
+
+    def is_like(self, other: _Part) -> bool:
+        return (self.version, self.token_scores) == (other.version, other.token_scores)
+
+
+class Dispatcher:
+    """The queue of one ingress. Use from one event loop.
+
+    num_replicas, max_batch_tokens: what is known of the replicas; set from outside.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        max_queued_tokens: int,
+        max_queue_s: float,
+        target_batch_s: float,
+    ) -> None:
+        self._send = send
+        self._max_queued_tokens = max_queued_tokens
+        self._max_queue_s = max_queue_s
+        self._target_batch_s = target_batch_s
+        self.num_replicas = 1
+        self.max_batch_tokens = 2**31
+        self.replica_tokens_per_s = _FIRST_TOKENS_PER_S
+        self.queued_tokens = 0
+        self._waiting: deque[_Part] = deque()
+        self._messages: set[asyncio.Task[None]] = set()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all replicas together, as last measured."""
+        return self.replica_tokens_per_s * max(1, self.num_replicas)
+
+    @property
+    def message_tokens(self) -> int:
+        """As much as a replica scores at once, and in good time."""
+        timely = int(self.replica_tokens_per_s * self._target_batch_s)
+        return min(self.max_batch_tokens, max(2 * _LEAST_PART, timely))
+
+    async def score(
+        self,
+        groups: Sequence[Sequence[list[int]]],
+        version: str,
+        generation: int,
+        token_scores: bool = False,
+    ) -> list[Dispatched]:
+        """The parts of one request, in order, scored by the model of this version (and
+        generation: a replica behind it follows, one ahead of it may hold it no more).
+
+        Raises RewardServiceError ("overloaded", "internal") and OtherVersion. When one part fails
+        or the caller is cancelled, the others are dropped.
+        """
+        total = sum(distinct_tokens(group)[1] for group in groups)
+        self._admit(total)
+        share = max(_LEAST_PART, -(-total // max(1, self.num_replicas)))
+        loop = asyncio.get_running_loop()
+        parts = [
+            _Part(piece, version, generation, token_scores, loop.create_future())
+            for piece in cut(groups, min(share, self.message_tokens))
+        ]
+        for part in parts:
+            self._waiting.append(part)
+            self.queued_tokens += part.cut.num_tokens
+            part.done.add_done_callback(partial(self._forget, part))
+        self._pump()
+        try:
+            return [await part.done for part in parts]
+        finally:
+            for part in parts:
+                if not part.done.cancel() and not part.done.cancelled():
+                    part.done.exception()  # seen; asyncio would complain
+
+    def _admit(self, num_tokens: int) -> None:
+        """Raise RewardServiceError if this would wait too long; an empty queue takes everything."""
+        room = min(self._max_queued_tokens, self._max_queue_s * self.tokens_per_s)
+        excess = self.queued_tokens + num_tokens - room
+        if not self.queued_tokens or excess <= 0:
+            return
+        wait = max(0.1, min(excess, self.queued_tokens) / self.tokens_per_s)
+        raise RewardServiceError(
+            "overloaded",
+            f"the queue is full; try again in {wait:.1f} s",
+            retryable=True,
+            retry_after_s=wait,
+        )
+
+    def _forget(self, part: _Part, _: asyncio.Future[Dispatched]) -> None:
+        self.queued_tokens -= part.cut.num_tokens
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the replicas have room for messages."""
+        while len(self._messages) < _MESSAGES_PER_REPLICA * max(1, self.num_replicas):
+            parts = self._take()
+            if not parts:
+                return
+            task = asyncio.get_running_loop().create_task(self._deliver(parts))
+            self._messages.add(task)
+            task.add_done_callback(self._delivered)
+            self._drop_when_abandoned(parts, task)
+
+    def _take(self) -> list[_Part]:
+        """The next message, oldest part first: as many alike as one may hold."""
+        parts: list[_Part] = []
+        room = self.message_tokens
+        while self._waiting:
+            first = self._waiting[0]
+            if first.done.done():  # its caller has hung up
+                self._waiting.popleft()
+                continue
+            if parts and (first.cut.num_tokens > room or not first.is_like(parts[0])):
+                break
+            parts.append(self._waiting.popleft())
+            room -= first.cut.num_tokens
+        return parts
+
+    @staticmethod
+    def _drop_when_abandoned(parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
+        """Take the message back when the last of its callers has hung up."""
+        left = len(parts)
+
+        def one_less(done: asyncio.Future[Dispatched]) -> None:
+            nonlocal left
+            left -= 1
+            if not left and done.cancelled():
+                task.cancel()
+
+        for part in parts:
+            part.done.add_done_callback(one_less)
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        self._messages.discard(task)
+        self._pump()
+
+    async def _deliver(self, parts: list[_Part]) -> None:
+        sequences = [sequence for part in parts for sequence in part.cut.sequences]
+        num_tokens = sum(part.cut.num_tokens for part in parts)
+        try:
+            reply = await self._reply(sequences, num_tokens, parts[0])
+        except Exception as error:  # whatever it is belongs to the callers
+            for part in parts:
+                if not part.done.done():
+                    part.done.set_exception(error)
+            return
+        before = self.replica_tokens_per_s
+        self.replica_tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * reply.tokens_per_s
+        assert reply.raw_scores is not None, "a reply that is ok carries its scores"
+        now = time.monotonic()
+        start = 0
+        for part in parts:
+            end = start + len(part.cut.sequences)
+            if not part.done.done():
+                tokens = None if reply.token_scores is None else reply.token_scores[start:end]
+                queue_s = max(0.0, now - part.submitted - reply.score_s)
+                raw = reply.raw_scores[start:end]
+                part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s))
+            start = end
+
+    async def _reply(
+        self, sequences: list[list[int]], num_tokens: int, like: _Part
+    ) -> ReplicaReply:
+        """The scores, from whichever replica has them in the end.
+
+        Raises RewardServiceError and OtherVersion; its callers' deadlines end it otherwise.
+        """
+        message = FlatSequences.of(sequences, like.version, num_tokens, self.queued_tokens)
+        while True:
+            try:
+                reply = await self._send(message, like.token_scores)
+            except ReplicaLost:
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            if reply.status == "ok":
+                return reply
+            if reply.status == "failed":
+                raise RewardServiceError("internal", reply.reason)
+            if reply.status == "other_version" and reply.generation > like.generation:
+                raise OtherVersion
+            # It has not followed a swap yet, or others fill its queue.
+            await asyncio.sleep(max(_PAUSE_S, reply.retry_after_s))

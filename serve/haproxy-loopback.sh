@@ -1,0 +1,10 @@
+#!/bin/sh
+# Ray Serve's HAProxy, but nothing of it open to other machines: its configuration puts the metrics
+# and the statistics page on every interface and lets everybody on the machine control it.
+# Called as HAProxy is: haproxy -db -f CONFIG [options]
+config=$3
+safe=$config.loopback
+sed -e 's/bind :\([0-9]\)/bind 127.0.0.1:\1/' -e 's/bind \*:/bind 127.0.0.1:/' \
+    -e 's/mode 666/mode 600/' "$config" > "$safe" || exit 1
+shift 3
+exec "$RAYWARD_HAPROXY" -db -f "$safe" "$@"

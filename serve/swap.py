@@ -1,0 +1,112 @@
+"""Hot swaps: every replica loads the candidate beside its model, and only then all go over to it.
+
+A candidate that one replica refuses is refused: nothing has changed then, anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from reward_actor import schema
+from reward_actor.errors import RewardServiceError
+from reward_actor.registry import Registry
+from serve.fleet import Fleet
+from serve.pointer import Pointer
+from serve.wire import Description
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger("ray.serve")
+
+_ANSWER_S = 10.0
+
+
+class Swapper:
+    """The swaps of one ingress; they take turns."""
+
+    def __init__(
+        self, fleet: Fleet, app_name: str, registry: Registry | None, timeout_s: float
+    ) -> None:
+        self._fleet = fleet
+        self._app_name = app_name
+        self._registry = registry
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()
+
+    @property
+    def registry(self) -> Registry:
+        """Raises RewardServiceError where the service was started without one."""
+        if self._registry is None:
+            raise RewardServiceError(
+                "not_found", "this service has no registry; start it with --registry DIRECTORY"
+            )
+        return self._registry
+
+    async def names(self) -> schema.RegistryReply:
+        """Raises RewardServiceError."""
+        names = await asyncio.to_thread(self.registry.names)
+        pointer = await asyncio.to_thread(Pointer.get, self._app_name)
+        return schema.RegistryReply(models=names, current=pointer.name if pointer else None)
+
+    async def swap(self, name: str) -> schema.SwapReply:
+        """Serve another model of the registry from now on.
+
+        Raises RewardServiceError: "not_found" for a name that the registry has not,
+        "model_refused" for a model that a replica does not accept, "unavailable" while another
+        swap is under way or when not every replica followed in time (those that did not will).
+        """
+        if self._lock.locked():
+            raise RewardServiceError(
+                "unavailable", "another swap is under way", retryable=True, retry_after_s=1.0
+            )
+        async with self._lock:
+            try:
+                directory = str(await asyncio.to_thread(self.registry.directory, name))
+            except ValueError as error:
+                raise RewardServiceError("not_found", str(error)) from None
+            try:
+                prepared = await self._prepare(directory)
+            except RewardServiceError:
+                await self._fleet.ask_all("discard_candidate", timeout_s=_ANSWER_S)
+                raise
+            return await self._activate(name, directory, prepared)
+
+    async def _prepare(self, directory: str) -> list[Description]:
+        answers = await self._fleet.ask_all("prepare", directory, timeout_s=self._timeout_s)
+        for answer in answers:
+            if isinstance(answer, str):
+                # A message of the loader names files; the caller knows the model by its name.
+                reason = answer.replace(directory, "the model")
+                raise RewardServiceError("model_refused", reason)
+        prepared = [answer for answer in answers if isinstance(answer, Description)]
+        if len(prepared) < len(answers) or not prepared:
+            raise RewardServiceError(
+                "unavailable", "a replica did not answer; nothing was changed", retryable=True
+            )
+        versions = {description.model_version for description in prepared}
+        if len(versions) > 1:
+            raise RewardServiceError(
+                "model_refused",
+                "the replicas read different files under that name; is the registry shared?",
+            )
+        return prepared
+
+    async def _activate(
+        self, name: str, directory: str, prepared: Sequence[Description]
+    ) -> schema.SwapReply:
+        [version] = {description.model_version for description in prepared}
+        generation = 1 + max(description.generation for description in prepared)
+        # From here on a replica that starts loads the new model, and one that was not asked
+        # follows by itself.
+        if not await asyncio.to_thread(Pointer(generation, directory, name).set, self._app_name):
+            raise RewardServiceError("unavailable", "another swap was faster", retryable=True)
+        answers = await self._fleet.ask_all("activate", version, generation, timeout_s=_ANSWER_S)
+        await self._fleet.refresh()
+        num_replicas = sum(answer is True for answer in answers)
+        logger.warning("generation %d: %s (%d replicas)", generation, version, num_replicas)
+        return schema.SwapReply(
+            model=name, model_version=version, generation=generation, num_replicas=num_replicas
+        )
