@@ -169,6 +169,47 @@ class EnsembleInfo(Wire):
     k: float
 
 
+class RewardDistribution(Wire):
+    """A histogram: the share of rewards between edges[i] and edges[i + 1], for n shares."""
+
+    edges: list[float]
+    shares: list[float]
+
+
+class MonitorWarning(Wire):
+    """What in the live rewards looks like reward hacking, or like another task than was trained."""
+
+    type: Literal["drift", "length", "extremes"]
+    message: str
+
+
+class MonitoredModel(Wire):
+    """The live rewards of one model version beside those of its held-out data.
+
+    live and held_out have the same edges. drift: population stability index of the one against the
+    other. length_correlation: Pearson's, of reward and number of tokens. share_at_extremes: of the
+    live rewards outside what 98 % of the held-out ones lie in (expected: 0.02). null: not known
+    (yet), or no held-out distribution in the contract.
+    """
+
+    model_version: str
+    num_rewards: int
+    mean: float | None
+    std: float | None
+    live: RewardDistribution | None
+    held_out: RewardDistribution | None
+    drift: float | None
+    length_correlation: float | None
+    share_at_extremes: float | None
+    warnings: list[MonitorWarning]
+
+
+class MonitorReply(Wire):
+    """The model that is served now first, then those before it that are still remembered."""
+
+    models: list[MonitoredModel]
+
+
 class Info(Wire):
     """What is served and every limit that a caller can run into.
 
@@ -192,6 +233,7 @@ class Info(Wire):
     limits: dict[str, float]
     versions: dict[str, str]
     ensemble: EnsembleInfo | None = None
+    warnings: list[MonitorWarning] = []
 
     @staticmethod
     def ensemble_of(readout: Readout) -> EnsembleInfo | None:
