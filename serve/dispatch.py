@@ -146,8 +146,9 @@ class Dispatcher:
         self.num_replicas = 1
         self.max_batch_tokens = 2**31
         self.replica_tokens_per_s = _FIRST_TOKENS_PER_S
-        self.queued_tokens = 0
+        self.queued_tokens = 0  # on their way, too
         self._waiting: deque[_Part] = deque()
+        self._waiting_tokens = 0
         self._messages: set[asyncio.Task[None]] = set()
 
     @property
@@ -184,6 +185,7 @@ class Dispatcher:
         ]
         for part in parts:
             self._waiting.append(part)
+            self._waiting_tokens += part.cut.num_tokens
             self.queued_tokens += part.cut.num_tokens
             part.done.add_done_callback(partial(self._forget, part))
         self._pump()
@@ -223,18 +225,22 @@ class Dispatcher:
             self._drop_when_abandoned(parts, task)
 
     def _take(self) -> list[_Part]:
-        """The next message, oldest part first: as many alike as one may hold."""
+        """The next message, oldest part first: as many alike as one may hold, and no more than one
+        replica's share of what waits."""
         parts: list[_Part] = []
-        room = self.message_tokens
+        share = -(-self._waiting_tokens // max(1, self.num_replicas))
+        room = min(self.message_tokens, max(_LEAST_PART, share))
         while self._waiting:
             first = self._waiting[0]
-            if first.done.done():  # its caller has hung up
-                self._waiting.popleft()
-                continue
-            if parts and (first.cut.num_tokens > room or not first.is_like(parts[0])):
+            is_abandoned = first.done.done()
+            fits = not parts or (first.cut.num_tokens <= room and first.is_like(parts[0]))
+            if not (is_abandoned or fits):
                 break
-            parts.append(self._waiting.popleft())
-            room -= first.cut.num_tokens
+            self._waiting.popleft()
+            self._waiting_tokens -= first.cut.num_tokens
+            if not is_abandoned:
+                parts.append(first)
+                room -= first.cut.num_tokens
         return parts
 
     @staticmethod
