@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import socket
 import sys
 import tempfile
 from pathlib import Path
+
+_PORTS = 100
+"""Ports of a service's ingresses on one machine."""
 
 _WRAPPER = Path(__file__).with_name("haproxy-loopback.sh")
 
@@ -23,7 +27,9 @@ def settings(folder: Path) -> dict[str, str] | None:
     binary = _haproxy()
     if binary is None:
         return None
-    metrics_port, stats_port = _free_ports(2)
+    metrics_port, stats_port, fallback_port, grpc_port = _free_ports(4)
+    # Below what systems hand out by themselves, and beside Ray's own 30000 to 31000.
+    first_port = 20_000 + _PORTS * secrets.randbelow(10_000 // _PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -32,6 +38,10 @@ def settings(folder: Path) -> dict[str, str] | None:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_WRAPPER),
         "RAYWARD_HAPROXY": binary,
+        "RAYWARD_SERVICE": secrets.token_hex(16),
+        # Ray's own range is the same for every service of a machine.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + _PORTS - 1),
         # Ray's own place for these is one and the same for every service and user of a machine.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -39,6 +49,9 @@ def settings(folder: Path) -> dict[str, str] | None:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        # Where HAProxy sends what no ingress can take; Ray's own port is everybody's, too.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # An ingress that is to end waits this long for load balancers that know of it. Ours is
         # told at once.

@@ -1,10 +1,14 @@
 #!/bin/sh
 # Ray Serve's HAProxy, but nothing of it open to other machines: its configuration puts the metrics
 # and the statistics page on every interface and lets everybody on the machine control it.
+# Every request gets the name of its service: an ingress that took the port of another service's
+# dead one would otherwise answer for it.
 # Called as HAProxy is: haproxy -db -f CONFIG [options]
 config=$3
 safe=$config.loopback
 sed -e 's/bind :\([0-9]\)/bind 127.0.0.1:\1/' -e 's/bind \*:/bind 127.0.0.1:/' \
-    -e 's/mode 666/mode 600/' "$config" > "$safe" || exit 1
+    -e 's/mode 666/mode 600/' \
+    -e "/^frontend http_frontend/a\\    http-request set-header X-Rayward-Service $RAYWARD_SERVICE" \
+    "$config" > "$safe" || exit 1
 shift 3
 exec "$RAYWARD_HAPROXY" -db -f "$safe" "$@"

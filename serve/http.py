@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Body = TypeVar("Body", bound=BaseModel)
 
 _TYPE_OF_STATUS = {404: "not_found", 413: "body_too_large"}
+_SERVICE_HEADER = b"x-rayward-service"
 _SCHEMAS = "#/components/schemas/{model}"
 
 
@@ -49,6 +51,7 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(Exception, _our_bug)
     api.add_middleware(BodyLimit, limit=service.config.body_limit_bytes)
+    api.add_middleware(OwnRequests, name=os.environ.get("RAYWARD_SERVICE"))
     _describe(api)
     return api
 
@@ -116,6 +119,26 @@ def _describe(api: FastAPI) -> None:
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]
+
+
+class OwnRequests:
+    """Refuses what the HAProxy of another service sends: to the port of its ingress that died.
+
+    The client tries again, and its service has found another ingress by then.
+    """
+
+    def __init__(self, app: ASGIApp, name: str | None) -> None:
+        self._app = app
+        self._name = None if name is None else name.encode("ascii")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._name is not None:
+            meant = next((v for k, v in scope["headers"] if k == _SERVICE_HEADER), self._name)
+            if meant != self._name:
+                message = "this ingress belongs to another service; try again"
+                await _reply("unavailable", message)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,0 +1,329 @@
+"""What the service survives: killed replicas and ingresses, overload, callers that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import CORPUS, make_export
+from service_process import Service
+
+from reward_actor import Group, RewardClient, RewardScorer
+
+IDS = [(a, b) for a in range(5, 105) for b in range(5, 25)]
+"""2,000 requests, each of one sequence that no other has."""
+
+
+@pytest.fixture(scope="module")
+def running(export_dir: Path) -> Iterator[Service]:
+    with Service(export_dir, "--num-replicas", "2") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def expected(export_dir: Path) -> list[float]:
+    scorer = RewardScorer.from_pretrained(export_dir, "cpu")
+    rewards: list[float] = scorer.score_ids([[7, *ids] for ids in IDS]).tolist()
+    return rewards
+
+
+def post(http: httpx.Client, index: int) -> float:
+    body = {"groups": [{"prompt_ids": [7], "completion_ids": [list(IDS[index])]}]}
+    reply = http.post("/v1/score", json=body)
+    assert reply.status_code == 200, reply.text
+    [[reward]] = [result["rewards"] for result in reply.json()["results"]]
+    return float(reward)
+
+
+def ask(url: str, num_clients: int, num_requests: int, score: Callable[[Any, int], float],
+        client: Callable[[str], Any], meanwhile: Callable[[Callable[[], int]], None]
+) -> list[float]:  # fmt: skip
+    """The rewards of requests 0 to n - 1, asked for once each by several clients. `meanwhile` runs
+    beside them, and is told how many are answered."""
+    answers: dict[int, float] = {}
+    indices = iter(range(num_requests))
+    lock = threading.Lock()
+
+    def one_client() -> None:
+        with client(url) as http:
+            while True:
+                with lock:
+                    index = next(indices, None)
+                if index is None:
+                    return
+                reward = score(http, index)
+                assert index not in answers
+                answers[index] = reward
+
+    with ThreadPoolExecutor(num_clients) as pool:
+        clients = [pool.submit(one_client) for _ in range(num_clients)]
+        meanwhile(lambda: num_requests if any(c.done() for c in clients) else len(answers))
+        for each in clients:
+            each.result()
+    return [answers[index] for index in range(num_requests)]
+
+
+def plain_http(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=120)
+
+
+def kill_each(
+    service: Service, pids: Callable[[], list[int]], num_kills: int, num_requests: int
+) -> Callable[[Callable[[], int]], None]:
+    """Kill that many processes, evenly spread over the requests."""
+
+    def run(num_answered: Callable[[], int]) -> None:
+        for kill in range(num_kills):
+            while num_answered() < (kill + 0.5) * num_requests / num_kills:
+                time.sleep(0.005)
+            while not (alive := pids()):
+                time.sleep(0.05)
+            service.kill(alive[kill % len(alive)])
+
+    return run
+
+
+def test_a_killed_replica_costs_nobody_anything(running: Service, expected: list[float]) -> None:
+    """Clients without retries of their own."""
+    killing = kill_each(running, running.replica_pids, 1, 300)
+    assert ask(running.url, 8, 300, post, plain_http, killing) == pytest.approx(
+        expected[:300], abs=1e-5
+    )
+    running.wait_for_replicas(2)
+
+
+def client_post(client: RewardClient, index: int) -> float:
+    group = Group(prompt_ids=[7], completion_ids=[list(IDS[index])])
+    [reward] = client.score_groups([group])[0].rewards
+    assert reward is not None
+    return reward
+
+
+def test_a_killed_ingress_costs_clients_that_retry_nothing(
+    running: Service, expected: list[float]
+) -> None:
+    killing = kill_each(running, running.ingress_pids, 1, 300)
+    rewards = ask(running.url, 8, 300, client_post, RewardClient, killing)
+    assert rewards == pytest.approx(expected[:300], abs=1e-5)
+
+
+def test_an_ingress_refuses_what_is_meant_for_another_service(running: Service) -> None:
+    """HAProxy goes on to send to the port of an ingress that died, whoever holds it now."""
+    [ingress] = running.processes("ray::ServeReplica:rayward:Ingress")
+    ports = [c.laddr.port for c in ingress.net_connections("tcp") if c.status == "LISTEN"]
+    names = {p.environ()["RAYWARD_SERVICE"] for p in running.processes("ray::ServeReplica")}
+    assert len(names) == 1
+    answers = set()
+    for port in ports:
+        with contextlib.suppress(httpx.HTTPError), plain_http(f"http://127.0.0.1:{port}") as http:
+            own = http.get("/health", headers={"X-Rayward-Service": names.copy().pop()})
+            other = http.get("/health", headers={"X-Rayward-Service": "another"})
+            answers.add((own.status_code, other.status_code))
+    assert (200, 503) in answers
+
+
+def test_callers_that_hang_up_take_their_work_with_them(running: Service) -> None:
+    """Each leaves work of about a second behind; the next caller must not wait for it."""
+    running.wait_for_replicas(2)
+    num_callers = 500
+
+    async def hang_up() -> None:
+        ids = list(range(5, 205))
+        body = httpx.Request("POST", f"{running.url}/v1/score", json={
+            "groups": [{"prompt_ids": [n], "completion_ids": [ids[i:] for i in range(40)]}
+                       for n in range(5, 15)]
+        }).content  # fmt: skip
+        head = (
+            f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        ).encode()
+
+        async def one() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            writer.write(head + body)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.close()
+
+        for _ in range(num_callers // 50):
+            await asyncio.gather(*(one() for _ in range(50)))
+
+    with plain_http(running.url) as http:
+        post(http, 0)
+        before = running.num_file_descriptors()
+        asyncio.run(hang_up())
+        started = time.monotonic()
+        post(http, 1)
+        assert time.monotonic() - started < 10.0, "80,000 s of work by 500 callers is gone"
+        deadline = time.monotonic() + 20
+        while running.num_file_descriptors() > before + 20:
+            assert time.monotonic() < deadline, "connections of callers who have gone stay open"
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that scores some thousand tokens a second on one thread."""
+    from trainer.init_model import init_model
+
+    root = tmp_path_factory.mktemp("slow")
+    base = init_model(
+        root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=6, num_heads=8,
+        num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
+    )  # fmt: skip
+    return make_export(base, root / "slow")
+
+
+def overload(service: Service, seconds: float, factor: float) -> dict[str, Any]:
+    """Open loop load of `factor` times what the service can do. What came back, and how late."""
+    # Every request's prompts are its own: what is asked for twice is computed once.
+    random = np.random.default_rng(0)
+    num_tokens = 5 * 300
+
+    def body() -> dict[str, Any]:
+        prompts = random.integers(5, 300, (5, 100)).tolist()
+        completions = random.integers(5, 300, (8, 25)).tolist()
+        return {"groups": [{"prompt_ids": p, "completion_ids": completions} for p in prompts]}
+
+    async def run() -> dict[str, Any]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
+        async with httpx.AsyncClient(
+            base_url=service.url, timeout=120, limits=limits
+        ) as http:  # fmt: skip
+            for _ in range(6):  # the rate is known afterwards
+                started = time.monotonic()
+                (await http.post("/v1/score", json=body())).raise_for_status()
+                capacity = 1.0 / (time.monotonic() - started)
+            statuses: Counter[int] = Counter()
+            latencies: list[float] = []
+            missing_header = 0
+
+            async def one() -> None:
+                nonlocal missing_header
+                began = time.monotonic()
+                reply = await http.post("/v1/score", json=body())
+                statuses[reply.status_code] += 1
+                if reply.status_code == 200:
+                    latencies.append(time.monotonic() - began)
+                elif int(reply.headers.get("Retry-After", 0)) < 1:
+                    missing_header += 1
+
+            memory = service.memory_bytes()
+            tasks = []
+            start = time.monotonic()
+            for index in itertools.count():
+                due = start + index / (factor * capacity)
+                if due > start + seconds:
+                    break
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                tasks.append(asyncio.create_task(one()))
+            memory_during = service.memory_bytes()
+            await asyncio.gather(*tasks)
+            ended = time.monotonic()
+            (await http.post("/v1/score", json=body())).raise_for_status()
+            return {
+                "capacity_tokens_per_s": capacity * num_tokens,
+                "statuses": dict(statuses),
+                "latencies": sorted(latencies),
+                "missing_header": missing_header,
+                "grown_bytes": memory_during - memory,
+                "recovery_s": time.monotonic() - ended,
+            }
+
+    return asyncio.run(run())
+
+
+MAX_QUEUE_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def slow_service(slow_export: Path) -> Iterator[Service]:
+    with Service(slow_export, "--max-queue-s", str(MAX_QUEUE_S), "--name", "slow") as service:
+        yield service
+
+
+def check_overload(found: dict[str, Any]) -> None:
+    assert set(found["statuses"]) == {200, 429}
+    assert found["statuses"][429] > found["statuses"][200]
+    assert found["missing_header"] == 0
+    # What is accepted waits at most max_queue_s by the measured rate; the machine is shared.
+    assert found["latencies"][-1] < 5 * MAX_QUEUE_S
+    assert found["recovery_s"] < 2.0
+    assert found["grown_bytes"] < 200 * 2**20
+
+
+def test_overload_is_answered_with_429_in_good_time(slow_service: Service) -> None:
+    check_overload(overload(slow_service, 6.0, 10.0))
+
+
+@pytest.mark.long
+def test_overload_for_a_minute(slow_service: Service) -> None:
+    found = overload(slow_service, 60.0, 10.0)
+    latencies = found.pop("latencies")
+    print(found, "latency p50", latencies[len(latencies) // 2], "max", latencies[-1])
+    check_overload({**found, "latencies": latencies})
+
+
+@pytest.mark.long
+def test_two_thousand_requests_and_five_killed_replicas(
+    running: Service, expected: list[float]
+) -> None:
+    killing = kill_each(running, running.replica_pids, 5, 2000)
+    rewards = ask(running.url, 8, 2000, post, plain_http, killing)
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    running.wait_for_replicas(2)
+
+
+@pytest.mark.long
+def test_two_thousand_requests_and_a_killed_ingress(
+    running: Service, expected: list[float]
+) -> None:
+    killing = kill_each(running, running.ingress_pids, 1, 2000)
+    rewards = ask(running.url, 8, 2000, client_post, RewardClient, killing)
+    assert rewards == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_soak_at_half_load_for_twenty_minutes(slow_service: Service) -> None:
+    """Memory and file descriptors after the first minutes and at the end; every answer right."""
+    body = {"groups": [{"prompt_ids": [7] * 100, "completion_ids": [[n] * 25] * 8}
+                       for n in range(5, 10)]}  # fmt: skip
+    with plain_http(slow_service.url) as http:
+        first = http.post("/v1/score", json=body).json()["results"]
+        began = time.monotonic()
+        measured = []
+        num_requests = 0
+        while time.monotonic() < began + 1200:
+            started = time.monotonic()
+            reply = http.post("/v1/score", json=body)
+            assert reply.status_code == 200, reply.text
+            assert [r["rewards"] for r in reply.json()["results"]] == pytest.approx(
+                [r["rewards"] for r in first], abs=1e-5
+            )
+            num_requests += 1
+            time.sleep(time.monotonic() - started)  # as long again: half load
+            if not measured or time.monotonic() > measured[-1][0] + 60:
+                measured.append(
+                    (
+                        time.monotonic(),
+                        slow_service.memory_bytes(),
+                        slow_service.num_file_descriptors(),
+                    )
+                )
+    memory = [m / 2**20 for _, m, _ in measured]
+    print(f"{num_requests} requests; MiB by minute {[round(m) for m in memory]}")
+    print(f"file descriptors {[n for _, _, n in measured]}")
+    assert memory[-1] < memory[4] * 1.05
+    assert measured[-1][2] <= measured[4][2] + 10
