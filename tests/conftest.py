@@ -187,3 +187,16 @@ def seeds(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
 @pytest.fixture(scope="session")
 def text_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_export(base_model, tmp_path_factory.mktemp("text") / "text", format="text")
+
+
+@pytest.fixture(scope="session")
+def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that scores some thousand tokens a second on one thread."""
+    from trainer.init_model import init_model
+
+    root = tmp_path_factory.mktemp("slow")
+    base = init_model(
+        root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=6, num_heads=8,
+        num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
+    )  # fmt: skip
+    return make_export(base, root / "slow")

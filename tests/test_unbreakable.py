@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import CORPUS, make_export
 from service_process import Service
 
 from reward_actor import Group, RewardClient, RewardScorer
@@ -170,19 +169,6 @@ def test_callers_that_hang_up_take_their_work_with_them(running: Service) -> Non
         while running.num_file_descriptors() > before + 20:
             assert time.monotonic() < deadline, "connections of callers who have gone stay open"
             time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that scores some thousand tokens a second on one thread."""
-    from trainer.init_model import init_model
-
-    root = tmp_path_factory.mktemp("slow")
-    base = init_model(
-        root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=6, num_heads=8,
-        num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
-    )  # fmt: skip
-    return make_export(base, root / "slow")
 
 
 def overload(service: Service, seconds: float, factor: float) -> dict[str, Any]:
