@@ -154,14 +154,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def service(ray_cluster: None, export_dir: Path) -> Iterator[str]:
-    """The URL of a real service with two replicas of the exported model."""
-    from ray import serve
-
-    from serve.app import start
+def serve_config(export_dir: Path) -> Any:
+    """How the tests' service is configured, a `ServeConfig`."""
     from serve.config import ServeConfig
 
-    config = ServeConfig(
+    return ServeConfig(
         model=str(export_dir),
         num_replicas=2,
         device="cpu",
@@ -171,7 +168,16 @@ def service(ray_cluster: None, export_dir: Path) -> Iterator[str]:
         max_request_samples=500,
         request_timeout_s=60,
     )
-    yield start(config, port=free_port())
+
+
+@pytest.fixture(scope="session")
+def service(ray_cluster: None, serve_config: Any) -> Iterator[str]:
+    """The URL of a real service with two replicas of the exported model."""
+    from ray import serve
+
+    from serve.app import start
+
+    yield start(serve_config, port=free_port())
     serve.shutdown()
 
 

@@ -241,6 +241,45 @@ def test_a_killed_replica_costs_no_request(service: str, offline: RewardScorer) 
     assert num_right >= served[1] + 20
 
 
+def test_a_redeployment_fails_no_request(
+    service: str, serve_config: Any, offline: RewardScorer
+) -> None:
+    """1,000 requests of four clients, while every replica and ingress is replaced."""
+    from ray import serve
+
+    from serve.app import APP_NAME, build, resolve
+
+    [expected] = offline.score([Group(prompt_ids=[5], completion_ids=[[n] for n in range(6, 56)])])
+    indices = iter(range(1000))
+    failures: list[str] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=service, timeout=60) as client:
+            for index in indices:
+                n = index % 50
+                body = {"groups": [{"prompt_ids": [5], "completion_ids": [[n + 6]]}]}
+                try:
+                    reply = client.post("/v1/score", json=body)
+                    [reward] = reply.json()["results"][0]["rewards"]
+                except (httpx.HTTPError, KeyError, ValueError) as error:
+                    failures.append(repr(error))
+                    continue
+                if reward != pytest.approx(expected.rewards[n], abs=1e-5):
+                    failures.append(f"{reward} instead of {expected.rewards[n]}")
+                time.sleep(0.04)  # so that they last as long as the redeployment
+
+    before = set(replica_pids())
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    application = build(resolve(serve_config), use_gpu=False)
+    serve.run(application, name=APP_NAME, route_prefix="/")
+    for client in clients:
+        client.join()
+    assert failures == []
+    assert len(set(replica_pids()) - before) == 2
+
+
 def replica_pids() -> list[int]:
     """Those of these tests' own cluster; another service may run on the machine."""
     return [
