@@ -144,7 +144,9 @@ def serve(arguments: argparse.Namespace) -> int:
     config = validate(ServeConfig, {"model": arguments.model, **settings})
     from serve import fast_path
 
-    fast_path.enable()
+    joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
+    if not joins:
+        fast_path.enable()
     import ray
 
     from serve.app import start
@@ -157,7 +159,7 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(signal_number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
-    if arguments.ray_address or os.environ.get("RAY_ADDRESS"):  # a private cluster ends with us
+    if joins:  # a private cluster ends with us
         from ray import serve as ray_serve
 
         from serve.app import APP_NAME

@@ -1,8 +1,9 @@
 """Ray Serve's fast path: HAProxy in front of the ingress, and calls without extra threads.
 
 Ray reads these settings from the environment of every process when it is imported, so they must be
-there before a cluster starts: `rayward serve` sets them by itself; for a cluster that others start,
-`python -m serve.fast_path` prints them for `export`.
+there before a cluster starts. `rayward serve` sets them for the private cluster that it starts. They
+are for one machine: HAProxy speaks to the ingresses over HTTP, and on loopback it reaches only those
+of its own node. On a cluster that others have started, Ray's own proxies are used.
 """
 
 from __future__ import annotations
@@ -92,9 +93,3 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
-
-
-if __name__ == "__main__":
-    place = Path(tempfile.mkdtemp(prefix="rayward-"))
-    for name, value in (settings(place) or {}).items():
-        print(f"export {name}={value}")
