@@ -1,9 +1,9 @@
 """Ray Serve's fast path: HAProxy in front of the ingress, and calls without extra threads.
 
-Ray reads these settings from the environment of every process when it is imported, so they must be
-there before a cluster starts. `rayward serve` sets them for the private cluster that it starts. They
-are for one machine: HAProxy speaks to the ingresses over HTTP, and on loopback it reaches only those
-of its own node. On a cluster that others have started, Ray's own proxies are used.
+Ray reads these settings from the environment of every process when it is imported, so they must
+be there before a cluster starts. `rayward serve` sets them for the private cluster that it starts.
+They are for one machine: HAProxy speaks to the ingresses over HTTP, and on loopback it reaches only
+those of its own node. On a cluster that others have started, Ray's own proxies are used.
 """
 
 from __future__ import annotations
