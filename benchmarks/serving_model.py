@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from benchmarks.workloads import Range
+    from reward_actor.contract import ScoringContract
 
 _SEED = 23
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "en")]
@@ -66,16 +67,25 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def make_contract(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> ScoringContract:
+    """Text as it comes; no golden samples yet."""
+    from transformers import AutoConfig
+
+    from reward_actor.render import contract_for
+
+    config = AutoConfig.for_model(shape.model_type, **shape.config_settings())
+    return contract_for(tokenizer, config, format="text", append_eos=False)
+
+
 def save_model(shape: Shape, directory: Path) -> None:
     """Export a reward model of this shape, float32, with golden samples in every dtype."""
     import torch
 
     from reward_actor.checkpoint import export
-    from reward_actor.render import contract_for
 
     network = build_network(shape, torch.float32, "cpu")
     tokenizer = make_tokenizer(shape)
-    contract = contract_for(tokenizer, network.config, format="text", append_eos=False)
+    contract = make_contract(shape, tokenizer)
     weights = network.state_dict()
     export(directory, network.config, network, weights, tokenizer, contract, {}, "cpu")
 

@@ -138,16 +138,15 @@ def _shared_prefix(rows: Sequence[list[int]]) -> int:
     return next((i for i in range(limit) if least[i] != most[i]), limit)
 
 
+def text_requests(tokenizer: PreTrainedTokenizerFast, groups: Sequence[Group]) -> list[Asked]:
+    """One request for each group of texts."""
+    return [Asked(group, sum(map(len, tokenizer(_texts(group))["input_ids"]))) for group in groups]
+
+
 def singles(tokenizer: PreTrainedTokenizerFast, groups: Sequence[Group]) -> list[Asked]:
     """One request for each completion; those of a group follow one another."""
-    asked = []
-    for group in groups:
-        assert group.prompt is not None
-        for completion in group.completions:
-            single = Group(group.prompt, [completion])
-            [text] = _texts(single)
-            asked.append(Asked(single, len(tokenizer(text)["input_ids"])))
-    return asked
+    alone = [Group(group.prompt, [text]) for group in groups for text in group.completions]
+    return text_requests(tokenizer, alone)
 
 
 def write_requests(path: Path, asked: Sequence[Asked], protocol: Protocol) -> None:
