@@ -34,7 +34,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,4 +212,4 @@ class _Reader:
 
 
 def _next(values: Any, count: int) -> list[Any]:
-    return [next(values) for _ in range(count)]
+    return list(islice(values, count))
