@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import cProfile
 import json
+import os
 import pstats
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = SHAPES[args.shape]
     kinds = bodies(shape, args.num_groups, args.prompt_tokens, args.completion_tokens)
     window = Window(args.warm_up_s, args.duration_s)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as every server of serving.py
     with tempfile.TemporaryDirectory() as scratch:
         description = describe(shape, Path(scratch))
         rows = []
@@ -166,7 +168,7 @@ def run(
     window: Window,
     profile: cProfile.Profile | None = None,
 ) -> dict[str, Any]:
-    """One load on one ingress; its figures with the share of a core that its thread took.
+    """One load on one ingress; its figures with the share of a core that it took, clients and all.
 
     ingress_tokens_per_s: what it carried, over that share.
     """
@@ -205,9 +207,10 @@ async def _load(
 
     clients = [asyncio.create_task(ask_on(first)) for first in range(num_clients)]
     await asyncio.sleep(begin - time.monotonic())
-    cpu_s, begin = time.thread_time(), time.monotonic()
+    # Rendering and tokenising may take other threads than the loop's.
+    cpu_s, begin = time.process_time() - fleet.cpu_seconds(), time.monotonic()
     await asyncio.sleep(end - time.monotonic())
-    cpu_s, end = time.thread_time() - cpu_s, time.monotonic()
+    cpu_s, end = time.process_time() - fleet.cpu_seconds() - cpu_s, time.monotonic()
     # What has begun within the window still counts; the clients go on meanwhile.
     longest = max((r.done - r.due for r in records), default=0.0)
     await asyncio.sleep(min(2 * longest, window.duration_s))

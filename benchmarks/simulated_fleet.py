@@ -1,9 +1,9 @@
 """Replicas that sleep instead of scoring, behind what an ingress takes for a Ray Serve handle.
 
 Each has a real `Batcher`; its work takes a given time per token. They live in an event loop of
-their own, on a thread of its own, so that the CPU time of the ingress's thread is the ingress's.
-A message goes to the less busy of two replicas drawn at random, as Ray Serve's router sends it.
-What Ray itself costs is not simulated.
+their own, on threads of their own, so that their CPU time can be told from the ingress's. A message
+goes to the less busy of two replicas drawn at random, as Ray Serve's router sends it. What Ray
+itself costs is not simulated.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _MAX_BATCH_TOKENS = 65_536
 _GENERATION = 0
+# What the threads of the replicas are called: of their loop, and of each batcher.
+_THREADS = ("replicas", "scorer", "preparer")
 
 
 def describe(shape: Shape, directory: Path) -> Description:
@@ -131,7 +133,7 @@ class SimulatedFleet:
         self._description = description
         self._random = random.Random(num_replicas)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="replicas")
+        self._thread = threading.Thread(target=self._loop.run_forever, name=_THREADS[0])
         self._thread.start()
         self._replicas = self._run(self._make(num_replicas, s_per_token)).result()
         self.score = _Method(self._score)
@@ -140,6 +142,14 @@ class SimulatedFleet:
     def broadcast(self, method: str) -> _Broadcast:
         assert method == "describe", method
         return _Broadcast([self._description] * len(self._replicas))
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the replicas' threads so far."""
+        return sum(
+            time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+            for thread in threading.enumerate()
+            if thread.name.startswith(_THREADS) and thread.ident is not None
+        )
 
     def close(self) -> None:
         """End the replicas, with what they still score."""
