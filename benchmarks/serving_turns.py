@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,5 +238,8 @@ def _post(url: str, content_type: str, body: bytes) -> bytes:
         with urllib.request.urlopen(request, timeout=120) as reply:
             answer: bytes = reply.read()
             return answer
+    except urllib.error.HTTPError as error:
+        why = error.read(1000).decode(errors="replace")
+        raise ChildError(f"POST {url}: {error.code} {why}") from error
     except OSError as error:
         raise ChildError(f"POST {url}: {error}") from error
