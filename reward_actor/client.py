@@ -218,6 +218,7 @@ def _from_reply(reply: schema.GroupReply, model_version: str) -> GroupScores:
         model_version=model_version,
         token_rewards=reply.token_rewards,
         tokens=reply.tokens,
+        num_prompt_tokens=reply.num_prompt_tokens,
         members=reply.members,
         spread=reply.spread,
     )

@@ -89,7 +89,8 @@ class GroupScores:
     """The scores of one group; index i belongs to completion i.
 
     `rewards` are normalised by the contract, `raw_scores` are the head's output, `num_tokens`
-    counts prompt + completion. Where `errors[i]` is set, `rewards[i]` and `raw_scores[i]` are None.
+    counts prompt + completion, `num_prompt_tokens` (beside `tokens`) the prompt alone. Where
+    `errors[i]` is set, `rewards[i]` and `raw_scores[i]` are None.
 
     Of an ensemble, both are its members' combined by the rule; `members[i]` are the members' own
     rewards in the order of their names, and `spread[i]` is the standard deviation of those.
@@ -103,6 +104,7 @@ class GroupScores:
     model_version: str
     token_rewards: list[list[float] | None] | None = None
     tokens: list[list[str] | None] | None = None
+    num_prompt_tokens: list[int] | None = None
     members: list[list[float] | None] | None = None
     spread: list[float | None] | None = None
 

@@ -82,13 +82,16 @@ class Renderer:
         if self.contract.template_date is not None and day is not None:
             self.contract = replace(self.contract, template_date=day)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(
+        self, prompt: Prompt, *, template_args: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """What a policy continues: the prompt with the generation prompt of its template."""
         if not self._is_chat:
             if not isinstance(prompt, str):
                 raise RenderError("a list of messages needs a chat contract; this one is 'text'")
             return self._encode(prompt)
-        return self._encode(self._apply_template(_messages(prompt), generation=True))
+        text = self._apply_template(_messages(prompt), generation=True, arguments=template_args)
+        return self._encode(text)
 
     def sequences(self, group: Group | Whole) -> list[Rendered]:
         """The token ids of each sample, or why it cannot be scored: of each completion with its
@@ -106,6 +109,23 @@ class Renderer:
             except RenderError as error:
                 rendered.append(SampleError("unrenderable", str(error)))
         return rendered
+
+    def num_prompt_tokens(
+        self, group: Group | Whole, rendered: Sequence[Rendered]
+    ) -> list[int] | None:
+        """How many tokens of each rendered sample of `group` are its prompt's: what it shares with
+        the prompt that a policy continues. None for whole sequences, whose prompt nobody told."""
+        if isinstance(group, Whole):
+            return None
+        if group.prompt_ids is not None:
+            prompt = list(group.prompt_ids)
+        else:
+            assert group.prompt is not None
+            try:
+                prompt = self.prompt_ids(group.prompt, template_args=group.template_args)
+            except RenderError:  # a prompt that no policy could continue
+                prompt = []
+        return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]
 
     def _whole(self, whole: Whole) -> list[Rendered]:
         rendered: list[Rendered] = [self._cut(list(ids), whole) for ids in whole.ids]
@@ -220,6 +240,12 @@ class Renderer:
         if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         return ids
+
+
+def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """The length of what both begin with."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _unicode(text: str) -> str:

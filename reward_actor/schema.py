@@ -115,6 +115,9 @@ class SampleErrorReply(Wire):
 class GroupReply(Wire):
     """Index i of every list belongs to completion i; rewards are null where `errors` is set.
 
+    With token_rewards: one reward for each token (what the reward would be if the text ended there),
+    what each token reads as, and how many of them are the prompt's.
+
     Of an ensemble, `members` are the rewards of each of its members, in the order in which `/info`
     names them, and `spread` is their standard deviation; null otherwise.
     """
@@ -126,6 +129,7 @@ class GroupReply(Wire):
     errors: list[SampleErrorReply | None]
     token_rewards: list[list[float] | None] | None = None
     tokens: list[list[str] | None] | None = None
+    num_prompt_tokens: list[int] | None = None
     members: list[list[float] | None] | None = None
     spread: list[float | None] | None = None
 

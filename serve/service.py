@@ -148,7 +148,8 @@ class RewardService:
                 "queue": 1e3 * max((part.queue_s for part in parts), default=0.0),
                 "score": 1e3 * max((part.score_s for part in parts), default=0.0),
             }
-            return Scored(_assemble(rendered, parts, model, token_rewards), model.version, timings)
+            results = _assemble(groups, rendered, parts, model, token_rewards)
+            return Scored(results, model.version, timings)
 
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
         num_tokens = sum(len(ids) for group in groups for ids in group)
@@ -186,6 +187,7 @@ def _num_characters(group: Group | Whole) -> int:
 
 
 def _assemble(
+    groups: Sequence[Group | Whole],
     rendered: Sequence[Sequence[Rendered]],
     parts: Sequence[Dispatched],
     model: Model,
@@ -201,6 +203,10 @@ def _assemble(
     if not token_rewards:
         return scores
     return [
-        replace(score, tokens=[model.tokens(ids) for ids in group])
-        for score, group in zip(scores, rendered, strict=True)
+        replace(
+            score,
+            tokens=[model.tokens(ids) for ids in samples],
+            num_prompt_tokens=model.renderer.num_prompt_tokens(group, samples),
+        )
+        for score, group, samples in zip(scores, groups, rendered, strict=True)
     ]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor.contract import ScoringContract
-from reward_actor.groups import Group, SampleError
+from reward_actor.groups import Group, SampleError, Whole
 from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
 from reward_actor.tokenizer import load_tokenizer
 
@@ -82,6 +82,27 @@ def test_text_and_token_ids_agree_where_retokenising_does(
     whole = tokenizer.decode(prompt_ids + sampled)
     if tokenizer.encode(whole, add_special_tokens=False) == prompt_ids + sampled:
         assert render.render(prompt, completion) == prompt_ids + sampled
+
+
+@pytest.mark.parametrize("template", [None, THINKING, LLAMA_LIKE, NO_END_TOKEN])
+def test_the_prompts_share_of_a_sample_is_what_a_policy_continues(
+    tokenizer: Any, base_model: Path, template: str | None
+) -> None:
+    render = renderer(tokenizer, base_model, template)
+    group = Group("Name two fruits.", ["Apples.", "word " * 500, ""])
+    samples = render.sequences(group)
+    prompt_ids = render.prompt_ids("Name two fruits.")
+    # "assistant: " and "Apples" may meet within one token, which is then the completion's.
+    shared = len(prompt_ids) - (template in (LLAMA_LIKE, NO_END_TOKEN))
+    lengths = render.num_prompt_tokens(group, samples)
+    assert lengths is not None
+    assert shared <= lengths[0] <= len(prompt_ids)
+    assert isinstance(samples[1], SampleError)
+    assert lengths[1] == 0
+    sent = Group(prompt_ids=[5, 6], completion_ids=[[7], []])
+    assert render.num_prompt_tokens(sent, render.sequences(sent)) == [2, 2]
+    whole = Whole(ids=[[5, 6]])
+    assert render.num_prompt_tokens(whole, render.sequences(whole)) is None
 
 
 def test_a_template_without_an_end_token_keeps_no_trailing_blanks(

@@ -76,6 +76,14 @@ def test_token_rewards_over_http(service: str, offline: RewardScorer) -> None:
         assert theirs.token_rewards is not None
         for row, right in zip(ours.token_rewards, theirs.token_rewards, strict=True):
             assert row == pytest.approx(right, abs=1e-5)
+    fruits, _, ids = served
+    assert fruits.tokens is not None
+    assert fruits.num_prompt_tokens is not None
+    for tokens, n, completion in zip(
+        fruits.tokens, fruits.num_prompt_tokens, GROUPS[0].completions, strict=True
+    ):
+        assert "".join(tokens[n:]) == completion + "<|im_end|>"
+    assert ids.num_prompt_tokens == [3, 3]
 
 
 def test_a_request_larger_than_a_batch_is_split_and_put_together(

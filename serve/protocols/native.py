@@ -89,6 +89,7 @@ def to_reply(scores: GroupScores) -> dict[str, Any]:
         ],
         "token_rewards": scores.token_rewards,
         "tokens": scores.tokens,
+        "num_prompt_tokens": scores.num_prompt_tokens,
         "members": scores.members,
         "spread": scores.spread,
     }
