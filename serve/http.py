@@ -35,6 +35,7 @@ _SCHEMAS = "#/components/schemas/{model}"
 def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     """The application of one ingress."""
     from serve import routes
+    from serve.playground import routes as playground
     from serve.protocols import native
 
     api = FastAPI(
@@ -44,7 +45,7 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     )
     api.state.service = service
     api.state.swapper = swapper
-    for router in (native.router, routes.router):
+    for router in (native.router, routes.router, playground.router):
         api.include_router(router)
     api.add_exception_handler(RewardServiceError, _service_error)
     api.add_exception_handler(RequestValidationError, _invalid)

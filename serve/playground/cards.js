@@ -1,0 +1,117 @@
+// One completion: what is scored and, below it, what came of it.
+
+import { copyOf, count, element, signed } from "./dom.js";
+import { fill } from "./heatmap.js";
+
+/** A new card. `onRemove` is called with it. */
+export function makeCard(text, onRemove) {
+  const root = copyOf("card-template");
+  const find = (selector) => root.querySelector(selector);
+  const card = { root, field: find("textarea") };
+  card.field.value = text;
+  card.field.addEventListener("input", () => markStale([card]));
+  find(".remove").addEventListener("click", () => onRemove(card));
+  return card;
+}
+
+/** Give a card its number among `total`. */
+export function number(card, index, canRemove) {
+  const name = `Completion ${index + 1}`;
+  card.root.querySelector("h3").textContent = name;
+  card.field.setAttribute("aria-label", name);
+  card.root.querySelector(".tokens").setAttribute("aria-label", `Tokens of completion ${index + 1}`);
+  const remove = card.root.querySelector(".remove");
+  remove.setAttribute("aria-label", `Remove completion ${index + 1}`);
+  remove.disabled = !canRemove;
+}
+
+/** What is shown no longer belongs to what is written. */
+export function markStale(cards) {
+  for (const { root } of cards) root.classList.toggle("stale", root.classList.contains("scored"));
+}
+
+/** Show one result (a GroupReply of /v1/score) on its cards.
+ *
+ *  scale: of the token rewards; memberNames: an ensemble's, else empty. */
+export function showResult(cards, result, scale, memberNames) {
+  const ranks = ranksOf(result.rewards);
+  cards.forEach((card, i) => {
+    const find = (selector) => card.root.querySelector(selector);
+    const reward = result.rewards[i];
+    const error = result.errors[i];
+    card.root.classList.remove("stale");
+    card.root.classList.add("scored");
+    card.root.classList.toggle("best", ranks[i] === 1 && cards.length > 1);
+    card.root.classList.toggle("failed", error !== null);
+    const shown = find(".reward");
+    shown.textContent = reward === null ? "–" : signed(reward);
+    shown.dataset.value = reward ?? "";
+    shown.toggleAttribute("data-empty", reward === null);
+    find(".rank").textContent = ranks[i] === null ? "not scored" : `rank ${ranks[i]}`;
+    const failure = find(".sample-error");
+    failure.hidden = error === null;
+    failure.textContent = error === null ? "" : `${error.type}: ${error.message}`;
+    find(".meter").replaceChildren(...meter(result.rewards, i));
+    find(".numbers").replaceChildren(...numbers(result, i, memberNames));
+    showTokens(card, result, i, scale);
+  });
+}
+
+function showTokens(card, result, i, scale) {
+  const list = card.root.querySelector(".tokens");
+  const readout = card.root.querySelector(".readout");
+  const rewards = result.token_rewards?.[i];
+  const tokens = result.tokens?.[i];
+  const placeholder = card.root.querySelector(".placeholder");
+  placeholder.hidden = Boolean(rewards && tokens);
+  if (rewards && tokens) {
+    fill(list, readout, { tokens, rewards, numPrompt: result.num_prompt_tokens?.[i] ?? 0, scale });
+    return;
+  }
+  list.replaceChildren();
+  list.hidden = true;
+  readout.replaceChildren();
+  placeholder.textContent = result.errors[i] ? "No tokens were scored." : "No token rewards came.";
+}
+
+/** 1 for the highest; equal rewards share a rank; null where there is none. */
+export function ranksOf(rewards) {
+  return rewards.map((own) =>
+    own === null ? null : 1 + rewards.filter((other) => other !== null && other > own).length,
+  );
+}
+
+/** This reward on a line from the lowest to the highest of all, the others as ticks. */
+function meter(rewards, i) {
+  if (rewards[i] === null) return [];
+  const known = rewards.filter((reward) => reward !== null);
+  const low = Math.min(...known);
+  const span = Math.max(...known) - low;
+  const share = (reward) => (span === 0 ? 1 : 0.04 + (0.96 * (reward - low)) / span);
+  const bar = element("span", { className: "fill" });
+  bar.style.setProperty("--length", share(rewards[i]).toFixed(4));
+  const ticks = known.map((reward) => {
+    const tick = element("span", { className: "tick" });
+    tick.style.setProperty("--length", share(reward).toFixed(4));
+    return tick;
+  });
+  return [bar, ...ticks];
+}
+
+function numbers(result, i, memberNames) {
+  if (result.rewards[i] === null) return [];
+  const items = [`raw score ${signed(result.raw_scores[i])}`, count(result.num_tokens[i], "token")];
+  if (result.truncated[i]) items.push("truncated");
+  const spread = result.spread?.[i];
+  if (spread !== null && spread !== undefined) items.push(`spread ${spread.toFixed(3)}`);
+  const parts = items.map((item) => element("span", { textContent: item }));
+  const members = result.members?.[i];
+  if (members) {
+    const rows = members.map((reward, k) =>
+      element("span", { className: "member" }, `${memberNames[k] ?? `member ${k + 1}`} `,
+        element("b", { textContent: signed(reward) })),
+    );
+    parts.push(element("span", { className: "members" }, ...rows));
+  }
+  return parts;
+}
