@@ -28,7 +28,6 @@ async function score() {
     const [result] = reply.results;
     const scale = scaleOf((result.token_rewards ?? []).flatMap((row) => row ?? []));
     showScale(scale);
-    byId("legend").hidden = false;
     showResult(cards, result, scale, memberNames);
     say(summary(result.rewards));
     refresh(onInfo, { ask: false });

@@ -49,7 +49,6 @@ export function fill(list, readout, { tokens, rewards, numPrompt, scale }) {
     cell.dataset.part = index < numPrompt ? "prompt" : "completion";
     cell.classList.toggle("special", shown.isSpecial);
     cell.classList.toggle("pooled", index === tokens.length - 1);
-    cell.classList.toggle("first", index === numPrompt && numPrompt > 0);
     cell.classList.toggle("high", share > 0);
     cell.style.setProperty("--share", Math.min(1, Math.abs(share)).toFixed(3));
     return cell;

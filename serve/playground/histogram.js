@@ -2,35 +2,38 @@
 
 import { element, svg } from "./dom.js";
 
-const WIDTH = 640;
+// Units of the drawing, which is stretched to its place; the labels below it are not.
+const WIDTH = 1000;
 const HEIGHT = 240;
-const MARGIN = { left: 8, right: 8, top: 10, bottom: 26 };
+const FLOOR = HEIGHT - 5;
+const TOP = 6;
 
 const label = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** An SVG of two RewardDistributions, either of which may be null; null where both are.
+/** A drawing of two RewardDistributions, either of which may be null, and the labels of its axis.
+ *  Nothing where both are null.
  *
  *  Heights are shares over widths, so that an area is a share even where edges are uneven. */
 export function histogram(live, heldOut) {
   const edges = (live ?? heldOut)?.edges;
-  if (!edges || edges.length < 2) return null;
+  if (!edges || edges.length < 2) return [];
   const low = edges[0];
   const span = edges[edges.length - 1] - low || 1;
-  const x = (value) => MARGIN.left + ((WIDTH - MARGIN.left - MARGIN.right) * (value - low)) / span;
-  const floor = HEIGHT - MARGIN.bottom;
-  const heights = (of) => (of ? of.shares.map((share, i) => share / (edges[i + 1] - edges[i] || 1)) : []);
+  const x = (value) => (WIDTH * (value - low)) / span;
+  const heights = (of) => (of ? of.shares.map((share, i) => share / Math.max(edges[i + 1] - edges[i], span / WIDTH)) : []);
   const ours = heights(live);
   const theirs = heights(heldOut);
   const top = Math.max(...ours, ...theirs) || 1;
-  const y = (height) => floor - ((floor - MARGIN.top) * height) / top;
+  const y = (height) => FLOOR - ((FLOOR - TOP) * height) / top;
 
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", class: "histogram" });
+  picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("aria-label", describe(live, heldOut));
   ours.forEach((height, i) => {
     const left = x(edges[i]);
-    const width = Math.max(0.5, x(edges[i + 1]) - left - 1);
-    const bar = svg("rect", { class: "live", x: left + 0.5, width, y: y(height), height: floor - y(height) });
+    const width = Math.max(0.5, x(edges[i + 1]) - left - 1.5);
+    const bar = svg("rect", { class: "live", x: left + 0.75, width, y: y(height), height: FLOOR - y(height) });
     const range = `${label(edges[i])} to ${label(edges[i + 1])}: ${percent(live.shares[i])}`;
     const title = svg("title");
     title.textContent = heldOut ? `${range} (held-out ${percent(heldOut.shares[i])})` : range;
@@ -39,18 +42,19 @@ export function histogram(live, heldOut) {
   });
   if (theirs.length) {
     const steps = theirs.map((height, i) => `V${y(height)}H${x(edges[i + 1])}`).join("");
-    const outline = `M${x(low)},${floor}${steps}V${floor}`;
+    const outline = `M${x(low)},${FLOOR}${steps}V${FLOOR}`;
     picture.append(svg("path", { class: "held-out-area", d: `${outline}Z` }));
     picture.append(svg("path", { class: "held-out", d: outline }));
   }
-  picture.append(svg("line", { class: "axis", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: floor, y2: floor }));
+  picture.append(svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: FLOOR, y2: FLOOR }));
+  const labels = element("div", { className: "tick-labels", "aria-hidden": "true" });
   for (const value of ticks(low, low + span)) {
-    picture.append(svg("line", { class: "axis", x1: x(value), x2: x(value), y1: floor, y2: floor + 4 }));
-    const text = svg("text", { x: x(value), y: HEIGHT - 6, class: "tick-label" });
-    text.textContent = label(value);
-    picture.append(text);
+    picture.append(svg("line", { class: "axis", x1: x(value), x2: x(value), y1: FLOOR, y2: HEIGHT }));
+    const text = element("span", { textContent: label(value) });
+    text.style.setProperty("--at", (x(value) / WIDTH).toFixed(4));
+    labels.append(text);
   }
-  return picture;
+  return [picture, labels];
 }
 
 /** The same numbers as a table. */

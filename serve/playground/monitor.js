@@ -126,11 +126,11 @@ function draw(root, model, isCurrent) {
   find(".warnings").replaceChildren(...model.warnings.map(warning));
   const { live, held_out: heldOut } = model;
   const picture = histogram(live, heldOut);
-  find(".chart").replaceChildren(picture ?? "No distribution is known yet.");
-  find("details").hidden = picture === null;
+  find(".chart").replaceChildren(...(picture.length ? picture : ["No distribution is known yet."]));
+  find("details").hidden = picture.length === 0;
   find(".key.live").hidden = !live;
   find(".key.held-out").hidden = !heldOut;
-  if (picture) find(".table").replaceChildren(table(live, heldOut));
+  if (picture.length) find(".table").replaceChildren(table(live, heldOut));
   const warned = new Set(model.warnings.map((each) => each.type));
   find(".figures").replaceChildren(
     figure("Mean", model.mean, signed, "of the live rewards"),

@@ -1,0 +1,529 @@
+"""The playground in a real headless Chromium, on the real service."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from browser import headless
+
+from reward_actor import RewardClient
+from reward_actor.schema import Info, MonitorReply
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Route
+
+PROMPT = "Name two fruits."
+COMPLETIONS = ["An apple and a pear.", "A hammer.\n\nAnd a\tsaw, 日本."]
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</textarea><script>alert(1)</script>",
+    "\"'><svg/onload=alert(1)>&lt;b&gt;",
+]
+
+
+@dataclass
+class Visit:
+    """A page and what went wrong on it: messages of the console, requests to elsewhere."""
+
+    page: Page
+    url: str
+    complaints: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def write(self, completions: list[str], prompt: str = PROMPT) -> None:
+        self.page.get_by_label("Text of turn 1").fill(prompt)
+        cards = self.page.locator(".card")
+        while cards.count() < len(completions):
+            self.page.get_by_role("button", name="Add a completion").click()
+        while cards.count() > len(completions):
+            cards.last.get_by_role("button", name="Remove").click()
+        for index, completion in enumerate(completions):
+            cards.nth(index).locator("textarea").fill(completion)
+
+    def score(self) -> dict[str, Any]:
+        """Press the button; what the service replied, once it is on the page."""
+        with self.page.expect_response("**/v1/score") as reply:
+            self.page.get_by_role("button", name="Score").click()
+        self.page.wait_for_selector("#cards[aria-busy=false]")
+        body: dict[str, Any] = reply.value.json()
+        return body
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_text_contents()
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    with headless() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chrome: Browser, service: str) -> Iterator[Callable[..., Visit]]:
+    """Opens the playground; a page that complained or asked elsewhere fails its test."""
+    made: list[Visit] = []
+
+    def open_(
+        *,
+        routes: dict[str, Callable[[Route], None]] | None = None,
+        ready: bool = True,
+        **options: Any,
+    ) -> Visit:
+        context = chrome.new_context(**options)
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        one = Visit(page, service)
+        page.on("console", lambda message: one.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: one.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: one.complaints.append(f"alert: {dialog.message}"))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(service) else one.foreign.append(request.url)
+            ),
+        )
+        for pattern, handler in (routes or {}).items():
+            page.route(pattern, handler)
+        page.goto(f"{service}/playground")
+        if ready:
+            page.wait_for_selector("#state[data-state=ready]")
+        made.append(one)
+        return one
+
+    yield open_
+    for one in made:
+        one.page.context.close()
+        assert one.foreign == []
+        assert one.complaints == []
+
+
+def no_load_errors(one: Visit) -> None:
+    """Chromium writes a line into the console for every status above 399, whoever handles it."""
+    one.complaints[:] = [text for text in one.complaints if "Failed to load resource" not in text]
+
+
+def test_the_page_and_its_files_come_with_a_strict_policy(service: str) -> None:
+    with httpx.Client(base_url=service) as http:
+        page = http.get("/playground")
+        names = re.findall(r'(?:src|href)="(playground/[^"]+)"', page.text)
+        replies = [page, *(http.get(f"/{name}") for name in names)]
+        for reply in replies:
+            assert reply.status_code == 200
+            policy = reply.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert reply.headers["x-content-type-options"] == "nosniff"
+        for path in ("routes.py", "..%2froutes.py", "%2e%2e/http.py", "nope.js"):
+            assert http.get(f"/playground/{path}").status_code == 404
+
+
+def test_rewards_and_ranks_are_those_of_the_api(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.write([*COMPLETIONS, "word " * 500, COMPLETIONS[0]])
+    one.score()
+    with RewardClient(one.url) as client:
+        expected = client.score(PROMPT, [*COMPLETIONS, "word " * 500, COMPLETIONS[0]])
+    cards = one.page.locator(".card")
+    shown = [card.locator(".reward").get_attribute("data-value") for card in cards.all()]
+    known = [reward for reward in expected.rewards if reward is not None]
+    for value, reward in zip(shown, expected.rewards, strict=True):
+        assert (float(value) if value else None) == pytest.approx(reward, abs=1e-5)
+    ranks = [
+        "not scored" if r is None else f"rank {1 + sum(other > r for other in known)}"
+        for r in expected.rewards
+    ]
+    assert one.texts(".rank") == ranks
+    assert ranks[0] == ranks[3]
+    assert f"{expected.num_tokens[0]} tokens" in one.texts(".numbers")[0]
+    assert one.texts(".sample-error")[2].startswith("too_long: ")
+    assert cards.nth(2).locator(".token").count() == 0
+
+
+def test_the_heat_map_has_one_cell_a_token_with_its_reward(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.write(COMPLETIONS)
+    [result] = one.score()["results"]
+    for index in range(len(COMPLETIONS)):
+        cells = one.page.locator(".card").nth(index).locator(".token")
+        found = cells.evaluate_all("cells => cells.map(c => [c.dataset.reward, c.dataset.part])")
+        assert [float(reward) for reward, _ in found] == result["token_rewards"][index]
+        num_prompt = result["num_prompt_tokens"][index]
+        parts = [part for _, part in found]
+        assert parts == ["prompt"] * num_prompt + ["completion"] * (len(found) - num_prompt)
+        assert float(found[-1][0]) == pytest.approx(result["rewards"][index], abs=1e-5)
+        assert "pooled" in (cells.last.get_attribute("class") or "")
+        text = "".join(cells.all_text_contents()[num_prompt:])
+        if index == 1:
+            assert text.startswith("A·hammer.⏎⏎And·a⇥saw,·")
+    low, high = one.texts("#scale-low, #scale-high")
+    largest = max(abs(reward) for row in result["token_rewards"] for reward in row)
+    assert (low, high) == (f"−{largest:.3f}", f"+{largest:.3f}")
+    one.page.get_by_label("Prompt tokens").uncheck()
+    assert one.page.locator(".token[data-part=prompt]:visible").count() == 0
+
+
+def test_what_is_served_and_how_long_it_took(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    info = Info.model_validate(httpx.get(f"{one.url}/info").json())
+    assert one.texts("#fact-model, #fact-dtype, #fact-path, #fact-replicas") == [
+        info.model,
+        info.dtype,
+        info.path,
+        str(info.num_replicas),
+    ]
+    version = one.page.locator("#fact-version")
+    assert version.text_content() == info.model_version.removeprefix("sha256:")[:8]
+    one.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    version.click()
+    assert one.page.evaluate("navigator.clipboard.readText()") == info.model_version
+    one.score()
+    latency = one.page.locator("#fact-latency")
+    assert re.fullmatch(r"[\d.]+ m?s queue [\d.]+ ms · score [\d.]+ ms", latency.inner_text())
+
+
+def test_the_keyboard_alone_is_enough(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    page = one.page
+    focused = "document.activeElement.getAttribute('aria-label') || document.activeElement.id"
+    order = []
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate(focused))
+    assert order[:2] == ["API", "Dark colours"] or order[1] == "Dark colours"
+    assert order[3:7] == ["tab-score", "add-turn", "Role of turn 1", "Text of turn 1"]
+    page.get_by_label("Completion 2", exact=True).focus()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".card.scored .token")
+    tokens = page.locator(".card").first.locator(".token")
+    # From the field, one Tab leads to the tokens: to the first of the completion.
+    page.get_by_label("Completion 1", exact=True).focus()
+    page.keyboard.press("Tab")
+    start = page.evaluate("document.activeElement.dataset.part")
+    at = int(tokens.evaluate_all("cells => cells.indexOf(document.activeElement)"))
+    assert start == "completion"
+    page.keyboard.press("ArrowRight")
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    reward = tokens.nth(at + 1).get_attribute("data-reward")
+    assert f"{abs(float(reward or 0)):.3f}" in label
+    assert f"token {at + 2} of {tokens.count()}, completion" in label
+    assert f"token {at + 2} of" in one.texts(".readout")[0]
+    page.keyboard.press("ArrowUp")
+    assert tokens.evaluate_all("cells => cells.indexOf(document.activeElement)") < at + 1
+    page.keyboard.press("End")
+    assert "pooled" in page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.locator("#tab-score").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#panel-monitor").is_visible()
+    assert page.evaluate("document.activeElement.id") == "tab-monitor"
+    page.keyboard.press("Home")
+    assert page.locator("#panel-score").is_visible()
+    assert not page.locator("#panel-monitor").is_visible()
+    no_load_errors(one)
+
+
+def test_hostile_text_stays_text(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.write(HOSTILE, prompt=HOSTILE[0])
+    before = one.page.locator("img, script, svg").count()
+    one.score()
+    assert one.page.locator("img, script, svg").count() == before
+    shown = [row.replace("·", " ") for row in one.texts(".tokens")]
+    for completion, row in zip(HOSTILE, shown, strict=True):
+        assert completion in row
+    assert one.page.locator(".token *").count() == 0
+
+
+def test_a_conversation_is_sent_as_messages(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    page = one.page
+    page.get_by_role("button", name="Add a turn").click()
+    page.get_by_label("Role of turn 1").select_option("system")
+    page.get_by_label("Role of turn 2").select_option("user")
+    page.get_by_label("Text of turn 1").fill("Be brief.")
+    page.get_by_label("Text of turn 2").fill(PROMPT)
+    [result] = one.score()["results"]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    completions = page.locator(".card textarea").evaluate_all("all => all.map(a => a.value)")
+    with RewardClient(one.url) as client:
+        assert result["rewards"] == pytest.approx(client.score(messages, completions).rewards)
+    page.get_by_label("Text of turn 2").fill("Another prompt.")
+    assert page.locator(".card.stale").count() == len(completions)
+    page.get_by_role("button", name="Remove turn 1").click()
+    assert page.locator(".turn").count() == 1
+
+
+def test_two_to_eight_completions(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.write(["a"] * 8)
+    assert one.page.get_by_role("button", name="Add a completion").is_disabled()
+    one.write(["a"] * 2)
+    assert one.page.get_by_role("button", name="Remove completion 1").is_disabled()
+
+
+def test_light_and_dark(visit: Callable[..., Visit]) -> None:
+    grounds = {}
+    for scheme in ("light", "dark"):
+        page = visit(color_scheme=scheme).page
+        ground = "getComputedStyle(document.body).backgroundColor"
+        grounds[scheme] = page.evaluate(ground)
+        page.get_by_role("button", name="Dark colours").click()
+        grounds[f"{scheme}, pressed"] = page.evaluate(ground)
+    assert grounds["light"] == grounds["dark, pressed"] != grounds["dark"]
+    assert grounds["dark"] == grounds["light, pressed"]
+
+
+def test_a_narrow_screen_has_nothing_to_scroll_sideways_and_nothing_jumps(
+    visit: Callable[..., Visit],
+) -> None:
+    one = visit(viewport={"width": 360, "height": 740})
+    shifts = one.page.evaluate(
+        "new Promise(done => { let sum = 0; new PerformanceObserver(list => {"
+        " for (const e of list.getEntries()) if (!e.hadRecentInput) sum += e.value; })"
+        ".observe({type: 'layout-shift', buffered: true}); setTimeout(() => done(sum), 300); })"
+    )
+    assert shifts < 0.01
+    one.write([*COMPLETIONS, "w" * 200])
+    one.score()
+    assert one.page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_a_token_is_asked_for_once_and_kept_in_memory_only(visit: Callable[..., Visit]) -> None:
+    """The service of these tests knows no tokens; the guard stands before it."""
+    sent: list[str | None] = []
+
+    def guard(route: Route) -> None:
+        sent.append(route.request.headers.get("authorization"))
+        if sent[-1] == "Bearer right":
+            route.continue_()
+        else:
+            error = {"type": "unauthenticated", "message": "no token", "retryable": False}
+            route.fulfill(status=401, json={"error": {**error, "index": None}})
+
+    one = visit(routes={"**/info": guard, "**/v1/score": guard}, ready=False)
+    page = one.page
+    field_ = page.get_by_label("Bearer token")
+    field_.fill("wrong")
+    page.keyboard.press("Enter")
+    page.get_by_text("did not accept that token").wait_for()
+    assert field_.input_value() == ""
+    field_.fill("right")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#state[data-state=ready]")
+    assert one.score()["results"]
+    assert sent[:3] == [None, "Bearer wrong", "Bearer right"]
+    assert set(sent[3:]) == {"Bearer right"}
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [
+        0,
+        0,
+        "",
+    ]
+    no_load_errors(one)
+
+
+@pytest.mark.parametrize(
+    ("status", "type_", "told"),
+    [
+        (422, "invalid_request", "refused this: too odd"),
+        (403, "forbidden", "does not allow it: too odd"),
+        (429, "overloaded", "more work than it takes"),
+        (503, "unavailable", "not ready"),
+        (0, "", "cannot be reached"),
+    ],
+)
+def test_errors_say_what_to_do(
+    visit: Callable[..., Visit], status: int, type_: str, told: str
+) -> None:
+    def refuse(route: Route) -> None:
+        if not status:
+            route.abort()
+            return
+        error = {"type": type_, "message": "too odd", "retryable": False, "index": None}
+        route.fulfill(status=status, json={"error": error})
+
+    one = visit(routes={"**/v1/score": refuse})
+    one.page.get_by_role("button", name="Score").click()
+    one.page.locator("#status.error", has_text=told).wait_for()
+    assert one.page.locator("#cards").get_attribute("aria-busy") == "false"
+    no_load_errors(one)
+
+
+def test_a_service_that_is_not_ready_is_waited_for(visit: Callable[..., Visit]) -> None:
+    asked: list[int] = []
+
+    def later(route: Route) -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            error = {"type": "unavailable", "message": "", "retryable": True, "index": None}
+            route.fulfill(status=503, json={"error": error})
+        else:
+            route.continue_()
+
+    one = visit(routes={"**/info": later}, ready=False)
+    one.page.wait_for_selector("#state[data-state=waiting]")
+    one.page.wait_for_selector("#state[data-state=ready]")
+    no_load_errors(one)
+
+
+def test_members_of_an_ensemble_are_named(visit: Callable[..., Visit]) -> None:
+    """The real replies, with the members that an ensemble would add."""
+
+    def named(route: Route) -> None:
+        info = route.fetch().json()
+        names = {"names": ["<b>one</b>", "two"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
+        route.fulfill(json={**info, "ensemble": {**names, "combine": "min", "k": 1.0}})
+
+    def with_members(route: Route) -> None:
+        reply = route.fetch().json()
+        for result in reply["results"]:
+            result["members"] = [[1.25, -0.5]] * len(result["rewards"])
+            result["spread"] = [0.875] * len(result["rewards"])
+        route.fulfill(json=reply)
+
+    one = visit(routes={"**/info": named, "**/v1/score": with_members})
+    one.score()
+    assert one.texts(".members")[0] == "<b>one</b> +1.250two −0.500"
+    assert "spread 0.875" in one.texts(".numbers")[0]
+
+
+def test_a_text_models_prompt_is_one_text(visit: Callable[..., Visit]) -> None:
+    def as_text(route: Route) -> None:
+        route.fulfill(json={**route.fetch().json(), "format": "text"})
+
+    one = visit(routes={"**/info": as_text})
+    one.page.wait_for_selector(".turns.plain")
+    assert not one.page.get_by_role("button", name="Add a turn").is_visible()
+    with one.page.expect_request("**/v1/score") as sent:
+        one.page.get_by_role("button", name="Score").click()
+    assert isinstance(sent.value.post_data_json["groups"][0]["prompt"], str)
+
+
+EDGES = [-2.0, -1.0, 0.0, 1.0, 2.0]
+DRIFTED = {
+    "model_version": "sha256:" + "a" * 64,
+    "num_rewards": 1234,
+    "mean": 1.1,
+    "std": 0.4,
+    "live": {"edges": EDGES, "shares": [0.0, 0.0, 0.4, 0.6]},
+    "held_out": {"edges": EDGES, "shares": [0.1, 0.4, 0.4, 0.1]},
+    "drift": 2.5,
+    "length_correlation": 0.7,
+    "share_at_extremes": 0.3,
+    "warnings": [
+        {"type": "drift", "message": "PSI 2.5 <b>"},
+        {"type": "length", "message": "correlation 0.7"},
+        {"type": "extremes", "message": "30 %"},
+    ],
+}
+UNKNOWN = {
+    **dict.fromkeys(
+        ("mean", "std", "live", "held_out", "drift", "length_correlation", "share_at_extremes")
+    ),
+    "model_version": "sha256:" + "b" * 64,
+    "num_rewards": 1,
+    "warnings": [],
+}
+
+
+def test_monitoring_shows_what_has_drifted_and_what_to_do(visit: Callable[..., Visit]) -> None:
+    replies = [{"models": [DRIFTED, UNKNOWN]}, {"models": [UNKNOWN]}]
+    for reply in replies:
+        MonitorReply.model_validate(reply)
+    asked: list[int] = []
+
+    def monitor(route: Route) -> None:
+        asked.append(1)
+        route.fulfill(json=replies[len(asked) > 1])
+
+    one = visit(routes={"**/v1/monitor": monitor})
+    page = one.page
+    page.get_by_role("tab", name="Monitoring").click()
+    first = page.locator(".monitored").first
+    first.wait_for()
+    assert first.locator("h3, .badge, .count").all_text_contents() == [
+        "aaaaaaaa",
+        "served now",
+        "1,234 rewards",
+    ]
+    assert first.locator("rect.live").count() == len(EDGES) - 1
+    assert first.locator("path.held-out").count() == 1
+    assert first.locator(".warnings li").count() == 3
+    assert "PSI 2.5 <b>" in first.locator(".warnings").inner_text()
+    assert "rayward eval" in first.locator(".warnings").inner_text()
+    figures = first.locator(".figures strong").all_text_contents()
+    assert figures == ["+1.100", "0.400", "2.500", "+0.700", "30.0 %"]
+    first.get_by_text("The same as a table").click()
+    assert "60.0 %" in first.locator("table").inner_text()
+    assert (
+        page.locator(".monitored").nth(1).locator(".figures strong").first.inner_text()
+        == "not known"
+    )
+    page.locator(".monitored", has_text="aaaaaaaa").wait_for(state="detached")
+    assert page.locator(".monitored .badge").all_text_contents() == ["served now"]
+    page.get_by_role("tab", name="Score").click()
+    before = len(asked)
+    page.wait_for_timeout(2300)
+    assert len(asked) <= before + 1, "a tab that nobody looks at asks for nothing"
+
+
+@pytest.mark.parametrize("reply", [404, 401, {"models": [{**UNKNOWN, "num_rewards": 0}]}])
+def test_monitoring_without_anything_to_show_says_so(
+    visit: Callable[..., Visit], reply: Any
+) -> None:
+    def monitor(route: Route) -> None:
+        if isinstance(reply, int):
+            route.fulfill(status=reply, json={"error": {"type": "not_found", "message": ""}})
+        else:
+            route.fulfill(json=reply)
+
+    one = visit(routes={"**/v1/monitor": monitor})
+    one.page.get_by_role("tab", name="Monitoring").click()
+    titles = {404: "No monitoring here", 401: "This service asks for a token"}
+    title = titles[reply] if isinstance(reply, int) else "No rewards yet"
+    one.page.get_by_role("heading", name=title).wait_for()
+    no_load_errors(one)
+
+
+def test_monitoring_of_this_service(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.score()
+    one.page.get_by_role("tab", name="Monitoring").click()
+    if httpx.get(f"{one.url}/v1/monitor").status_code == 404:
+        one.page.get_by_role("heading", name="No monitoring here").wait_for()
+        no_load_errors(one)
+        return
+    current = one.page.locator(".monitored").first
+    current.wait_for()
+    assert current.locator("h3").text_content() == one.page.locator("#fact-version").text_content()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit: Callable[..., Visit], scheme: str) -> None:
+    """axe-core's rules of WCAG 2.2 A and AA, contrast among them, on both tabs and the dialog."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    def monitor(route: Route) -> None:
+        route.fulfill(json={"models": [DRIFTED, UNKNOWN]})
+
+    # axe writes HTML of its own, which the page's policy forbids to everyone.
+    one = visit(routes={"**/v1/monitor": monitor}, color_scheme=scheme, bypass_csp=True)
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    options = {"runOnly": {"type": "tag", "values": tags}}
+
+    def check(where: str) -> None:
+        found = Axe().run(one.page, options=options)
+        assert found.violations_count == 0, f"{where}: {found.generate_report()}"
+
+    one.write([*COMPLETIONS, "word " * 500])
+    one.score()
+    one.page.locator(".token").last.focus()
+    check("results")
+    one.page.get_by_role("tab", name="Monitoring").click()
+    one.page.locator(".monitored").first.wait_for()
+    check("monitoring")
+    one.page.evaluate("document.getElementById('token-dialog').showModal()")
+    check("dialog")
