@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
-# Needed beforehand: Python 3.11 with its headers, a C++ compiler, make.
+# Needed beforehand: Python 3.11 with its headers, a C++ compiler, make; for the tests, Chromium.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -14,7 +14,11 @@ INSTALL := $(PIP) install --no-compile -c constraints.txt
 # Fails for templates that are no Python.
 COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 
-.PHONY: setup demo test test-long lint format clean
+# The tests of pages drive a real browser; CHROMIUM=... names another one.
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)))
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+.PHONY: setup browser demo test test-long lint format clean
 
 setup: $(VENV)/.ready
 
@@ -36,10 +40,18 @@ endif
 demo: setup
 	@$(BIN)/python examples/demo.py $(if $(KEEP),--keep)
 
-test: setup
+# Without apt-get or root the tests that need it fail, and say what to install.
+browser:
+ifeq ($(CHROMIUM),)
+	@echo "browser: installing chromium"
+	@-$(ROOT) apt-get update -qq && $(ROOT) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium fonts-liberation > /dev/null
+endif
+
+test: setup browser
 	@$(BIN)/python -m pytest -m "not long"
 
-test-long: setup
+test-long: setup browser
 	@$(BIN)/python -m pytest
 
 lint: setup

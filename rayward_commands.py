@@ -153,6 +153,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     url = start(config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address)
     print(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
+    print(f"try it   {url}/playground")
     print(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops", flush=True)
     stop = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start

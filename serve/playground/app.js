@@ -112,4 +112,6 @@ byId("form").addEventListener("keydown", (event) => {
 byId("show-prompt").addEventListener("change", (event) => {
   byId("cards").classList.toggle("without-prompt", !event.target.checked);
 });
+// All at once, so that nothing on the page moves.
+byId("main").hidden = false;
 refresh(onInfo);

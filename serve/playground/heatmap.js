@@ -82,18 +82,20 @@ function listen(list, cells, read) {
   const focused = () => cells.find((cell) => cell === document.activeElement) ?? null;
   list.onpointerover = (event) => read(event.target.closest(".token") ?? focused());
   list.onpointerleave = () => read(focused());
-  list.onfocusout = (event) => {
-    event.target.setAttribute("aria-selected", "false");
-    if (!list.contains(event.relatedTarget)) read(null);
+  const enter = ({ target: cell }) => {
+    for (const other of cells) if (other.tabIndex === 0) other.tabIndex = -1;
+    cell.tabIndex = 0;
+    cell.setAttribute("aria-selected", "true");
+    read(cell);
   };
-  list.onfocusin = (event) => {
-    for (const cell of cells) cell.tabIndex = cell === event.target ? 0 : -1;
-    event.target.setAttribute("aria-selected", "true");
-    read(event.target);
+  const leave = ({ target: cell }) => {
+    cell.setAttribute("aria-selected", "false");
+    read(null);
   };
+  for (const cell of cells) Object.assign(cell, { onfocus: enter, onblur: leave });
   list.onkeydown = (event) => {
     const at = cells.indexOf(document.activeElement);
-    const to = at < 0 ? null : target(event.key, cells, at);
+    const to = at < 0 ? null : cellAt(event.key, cells, at);
     if (!to) return;
     event.preventDefault();
     to.focus();
@@ -101,7 +103,7 @@ function listen(list, cells, read) {
 }
 
 /** The cell that a key leads to from the one at `at`; up and down go by what lies there. */
-function target(key, cells, at) {
+function cellAt(key, cells, at) {
   const shown = cells.filter((cell) => cell.offsetParent !== null);
   const index = shown.indexOf(cells[at]);
   if (key === "ArrowRight") return shown[index + 1];
