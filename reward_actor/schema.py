@@ -115,7 +115,7 @@ class SampleErrorReply(Wire):
 class GroupReply(Wire):
     """Index i of every list belongs to completion i; rewards are null where `errors` is set.
 
-    With token_rewards: one reward for each token (what the reward would be if the text ended there),
+    With token_rewards: a reward for each token (what the reward would be if the text ended there),
     what each token reads as, and how many of them are the prompt's.
 
     Of an ensemble, `members` are the rewards of each of its members, in the order in which `/info`
