@@ -10,7 +10,11 @@ _LONGEST_PAUSE_S = 10.0
 
 
 class RewardServiceError(Exception):
-    """A request that got no scores. `type` is a word of `reward_actor.schema.ErrorType`."""
+    """A request that got no scores. `type` is a word of `reward_actor.schema.ErrorType`.
+
+    index: of the group that is to blame, where the service names one. retry_after_s: when the
+    service asks to be asked again.
+    """
 
     def __init__(
         self,
@@ -33,13 +37,19 @@ class RewardServiceError(Exception):
         return (_rebuild, (self.type, self.message, self.__dict__))
 
 
+def backoff_s(num_failures: int) -> float:
+    """Seconds to wait after so many failures in a row: growing, and random, so that those who
+    failed together do not come back together."""
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(num_failures, 16))
+    return random.uniform(longest / 2, longest)
+
+
 def pause_s(error: RewardServiceError, attempt: int, deadline: float) -> float:
     """Seconds before attempt `attempt` + 1: growing, random, or as the service asks.
 
     Raises `error` when it must not be tried again, or not before `deadline` (of time.monotonic).
     """
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-    pause = error.retry_after_s or random.uniform(longest / 2, longest)
+    pause = error.retry_after_s or backoff_s(attempt)
     if not error.retryable or time.monotonic() + pause >= deadline:
         raise error
     return pause

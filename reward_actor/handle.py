@@ -11,33 +11,45 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError, pause_s
-from reward_actor.groups import Group, GroupScores, Prompt
+from reward_actor.groups import Group, GroupScores, Prompt, Whole
 
 DEFAULT_APP_NAME = "rayward"
 
 
 def _app_handle(app_name: str) -> Any:
     try:
-        return serve.get_app_handle(app_name)
+        handle = serve.get_app_handle(app_name)
     except RayServeException as error:
         raise ValueError(
             f"no Serve application {app_name!r} runs in this Ray cluster; start it with "
             f"`rayward serve MODEL --ray-address auto` ({error})"
         ) from error
+    # Ray shares this handle with everybody in the process, and under
+    # RAY_SERVE_THROUGHPUT_OPTIMIZED its router would need a loop that runs already: a driver has
+    # none. One in a thread of its own serves callers of every kind.
+    if handle.is_initialized and not handle._is_router_running_in_separate_loop():
+        handle = DeploymentHandle(handle.deployment_name, handle.app_name)
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
+    return handle
 
 
 def _as_service_error(error: Exception) -> RewardServiceError:
     """What a failed call means to its caller, in the words that the HTTP client uses."""
+    if isinstance(error, RayTaskError):  # the error and, beside it, a traceback of another process
+        error = error.cause
     if isinstance(error, RewardServiceError):
         return error
     if isinstance(error, TimeoutError):
         return RewardServiceError("deadline_exceeded", "no scores in time", retryable=True)
-    return RewardServiceError("unavailable", f"the ingress is gone: {error}", retryable=True)
+    what = type(error).__name__
+    return RewardServiceError("unavailable", f"the ingress is gone ({what})", retryable=True)
 
 
 _FAILURES = (RewardServiceError, TimeoutError, RayActorError, DeploymentUnavailableError)
@@ -54,17 +66,25 @@ class RewardHandle:
         self._handle = _app_handle(app_name)
         self._timeout_s = timeout_s
 
-    def score(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    def score(
+        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+    ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return self.score_groups([Group(prompt, completions)])[0]
+        return self.score_groups([Group(prompt, completions)], token_rewards)[0]
+
+    def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+        """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
+        return self.score(prompt, completions, token_rewards=True)
 
     def score_groups(
-        self, groups: Sequence[Group], token_rewards: bool = False
+        self, groups: Sequence[Group | Whole], token_rewards: bool = False
     ) -> list[GroupScores]:
+        """The scores of each group. Raises RewardServiceError."""
         scores = self._call(self._handle.score_groups, list(groups), token_rewards)
         return cast("list[GroupScores]", scores)
 
     def info(self) -> schema.Info:
+        """What is served, and every limit."""
         return cast("schema.Info", self._call(self._handle.info))
 
     def _call(self, method: Any, *arguments: Any) -> Any:
@@ -76,7 +96,8 @@ class RewardHandle:
                 return response.result(timeout_s=max(0.1, deadline - time.monotonic()))
             except _FAILURES as error:
                 response.cancel()
-                time.sleep(pause_s(_as_service_error(error), attempt, deadline))
+                failure = _as_service_error(error)
+            time.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
 
 
@@ -91,26 +112,46 @@ class AsyncRewardHandle:
         self._handle = _app_handle(target) if isinstance(target, str) else target
         self._timeout_s = timeout_s
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+    ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return (await self.score_groups([Group(prompt, completions)]))[0]
+        return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
+
+    async def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+        """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
+        return await self.score(prompt, completions, token_rewards=True)
 
     async def score_groups(
-        self, groups: Sequence[Group], token_rewards: bool = False
+        self, groups: Sequence[Group | Whole], token_rewards: bool = False
     ) -> list[GroupScores]:
+        """The scores of each group. Raises RewardServiceError."""
         scores = await self._call(self._handle.score_groups, list(groups), token_rewards)
         return cast("list[GroupScores]", scores)
 
     async def info(self) -> schema.Info:
+        """What is served, and every limit."""
         return cast("schema.Info", await self._call(self._handle.info))
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
         deadline = time.monotonic() + self._timeout_s
         attempt = 0
         while True:
+            response = method.remote(*arguments)
             try:
                 async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
-                    return await method.remote(*arguments)
+                    return await response
+            except asyncio.CancelledError:
+                _cancel(response)
+                raise
             except _FAILURES as error:
-                await asyncio.sleep(pause_s(_as_service_error(error), attempt, deadline))
+                _cancel(response)
+                failure = _as_service_error(error)
+            await asyncio.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
+
+
+def _cancel(response: Any) -> None:
+    """Nobody waits for it any more. What a plain actor has begun it ends."""
+    if isinstance(response, DeploymentResponse):
+        response.cancel()

@@ -66,20 +66,28 @@ class ChatMessage(Wire):
 
 class GroupRequest(Wire):
     """One prompt with its completions: text (`prompt`, `completions`) or token ids
-    (`prompt_ids`, `completion_ids`)."""
+    (`prompt_ids`, `completion_ids`); or whole sequences (`texts`) that their sender has put into
+    the model's chat template already."""
 
     prompt: str | list[ChatMessage] | None = None
     completions: list[str] | None = None
     prompt_ids: list[TokenId] | None = None
     completion_ids: list[list[TokenId]] | None = None
+    texts: list[str] | None = None
 
     @model_validator(mode="after")
-    def _text_or_ids(self) -> GroupRequest:
+    def _one_kind(self) -> GroupRequest:
         text = (self.prompt is not None, self.completions is not None)
         ids = (self.prompt_ids is not None, self.completion_ids is not None)
-        if (text, ids) not in (((True, True), (False, False)), ((False, False), (True, True))):
+        both, none = (True, True), (False, False)
+        if (text, ids, self.texts is not None) not in (
+            (both, none, False),
+            (none, both, False),
+            (none, none, True),
+        ):
             raise ValueError(
-                "give prompt and completions, or prompt_ids and completion_ids, not a mixture"
+                "give prompt and completions, or prompt_ids and completion_ids, or texts, not a "
+                "mixture"
             )
         return self
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from reward_actor import schema
-from reward_actor.groups import Group, GroupScores
+from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.registry import Registry
 from serve.config import ServeConfig
 from serve.http import build_api
@@ -40,7 +40,7 @@ class Ingress:
         return build_api(self._service, self._swapper)
 
     async def score_groups(
-        self, groups: Sequence[Group], token_rewards: bool = False
+        self, groups: Sequence[Group | Whole], token_rewards: bool = False
     ) -> list[GroupScores]:
         """Score groups before the deadline. Raises RewardServiceError."""
         return (await self._service.score(groups, token_rewards=token_rewards)).results

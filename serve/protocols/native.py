@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores
+from reward_actor.groups import Group, GroupScores, Whole
 from serve.http import json_body, json_reply, parse, service_of
 from serve.service import RewardService
 
@@ -66,7 +66,9 @@ def check_model(service: RewardService, name: str | None) -> None:
         )
 
 
-def to_group(request: schema.GroupRequest) -> Group:
+def to_group(request: schema.GroupRequest) -> Group | Whole:
+    if request.texts is not None:
+        return Whole(request.texts)
     if request.prompt_ids is not None:
         return Group(prompt_ids=request.prompt_ids, completion_ids=request.completion_ids or [])
     assert request.prompt is not None

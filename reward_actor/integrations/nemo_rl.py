@@ -1,0 +1,114 @@
+"""An environment for NeMo-RL.
+
+NeMo-RL starts environments as Ray actors; put these lines in a file of yours:
+
+    import ray
+    from reward_actor.integrations.nemo_rl import RewardEnvironment
+
+    RaywardEnvironment = ray.remote(RewardEnvironment)
+
+register it before the environments are made
+
+    from nemo_rl.environments.utils import register_env
+    register_env("rayward", "my_file.RaywardEnvironment")
+
+and name it in the configuration:
+
+    data: {default: {env_name: rayward}}
+    env:
+      rayward:
+        url: http://127.0.0.1:8000                # or several, with commas; or $RAYWARD_URL
+        prompt_key: messages                      # see below
+
+NeMo-RL's own data processors write the prompt into the message log with the policy's chat template
+around it, which must not be put into the reward model's template once more. Let your processor
+leave the prompt as it was, text or messages, in `extra_env_info`, and name its key as prompt_key.
+Without prompt_key the contents of the log are taken as the messages. A sample without a reward (too
+long, say) is an error, unless `error_reward` names the reward that it shall have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from reward_actor.groups import Message, Prompt
+from reward_actor.integrations.grouping import in_order, rewards_of, to_groups
+from reward_actor.integrations.scorers import client, url_or_variable
+
+
+class Step(NamedTuple):
+    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, terminateds (n,) bool."""
+
+    observations: list[dict[str, str]]
+    metadata: list[Any]
+    next_stop_strings: list[None]
+    rewards: Any
+    terminateds: Any
+    answers: list[str]
+
+
+class RewardEnvironment:
+    """One step for each conversation: the service's reward of its last message."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """config: url, prompt_key, error_reward; all optional. Raises ValueError."""
+        self._scorer = client(url_or_variable(config.get("url")))
+        self._prompt_key = config.get("prompt_key")
+        self._error_reward = config.get("error_reward")
+
+    def step(
+        self,
+        message_log_batch: Sequence[Sequence[Mapping[str, Any]]],
+        metadata: Sequence[Mapping[str, Any] | None],
+    ) -> Step:
+        """The rewards of n conversations that end with a completion. Raises RewardServiceError,
+        and ValueError where the metadata hold no prompt."""
+        import torch
+
+        prompts = [self._prompt(*both) for both in zip(message_log_batch, metadata, strict=True)]
+        completions = [str(log[-1]["content"]) for log in message_log_batch]
+        groups, places = to_groups(prompts, completions)
+        scores = self._scorer.score_groups(groups)
+        rewards = in_order(rewards_of(scores, self._error_reward), places)
+        n = len(completions)
+        return Step(
+            observations=[{"role": "environment", "content": ""} for _ in range(n)],
+            metadata=[None] * n,
+            next_stop_strings=[None] * n,
+            rewards=torch.tensor(rewards, dtype=torch.float32),
+            terminateds=torch.ones(n, dtype=torch.bool),
+            answers=completions,
+        )
+
+    def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, Any]]:
+        """The batch as it is, and figures of its rewards."""
+        rewards = batch.get("rewards")
+        if rewards is None or not len(rewards):
+            return batch, {}
+        return batch, {
+            "rayward/mean_reward": float(rewards.mean()),
+            "rayward/min_reward": float(rewards.min()),
+            "rayward/max_reward": float(rewards.max()),
+        }
+
+    def shutdown(self) -> None:
+        """Nothing to do: the service is not ours to end."""
+
+    def _prompt(
+        self, log: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any] | None
+    ) -> Prompt:
+        earlier: list[Message] = list(log[:-1])
+        if self._prompt_key is None:
+            return earlier
+        prompt = (metadata or {}).get(self._prompt_key)
+        if prompt is None:
+            raise ValueError(
+                f"extra_env_info has no {self._prompt_key!r}, which prompt_key names; let your "
+                "data processor put the prompt there"
+            )
+        if len(earlier) < 2:  # one turn
+            return prompt if isinstance(prompt, str) else list(prompt)
+        first: list[Message]
+        first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return [*first, *earlier[1:]]

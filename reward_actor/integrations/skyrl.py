@@ -1,0 +1,70 @@
+"""The step of a SkyRL environment.
+
+SkyRL wants environments derived from its own class; put these lines in a file of yours:
+
+    from skyrl_gym.envs.base_text_env import BaseTextEnv
+    from reward_actor.integrations.skyrl import RewardStep
+
+    class RewardEnv(RewardStep, BaseTextEnv):
+        pass
+
+register it inside the entry point's task
+
+    skyrl_gym.envs.register(id="rayward", entry_point="my_file:RewardEnv")
+
+and run with
+
+    export RAYWARD_URL=http://127.0.0.1:8000      # or several, with commas
+    ... environment.env_class=rayward
+
+The prompt is what `init` is given, the completion what the one `step` is given. A sample without a
+reward (too long, say) is an error, unless the environment's configuration or the data's extras name
+an `error_reward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_actor.groups import Message
+from reward_actor.integrations.grouping import rewards_of, to_groups
+from reward_actor.integrations.scorers import client, url_or_variable
+
+
+class RewardStep:
+    """`init` and `step` of a single-turn environment whose reward is the service's."""
+
+    def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:
+        """env_config, extras: may hold `url` and `error_reward`; extras win. Raises ValueError."""
+        super().__init__()
+        self._scorer = client(url_or_variable(_setting("url", env_config, extras)))
+        error_reward = _setting("error_reward", env_config, extras)
+        self._error_reward = None if error_reward is None else float(error_reward)
+        self._prompt: list[Message] = []
+        self._num_tokens = 0
+
+    def init(self, prompt: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
+        """Remember the prompt and hand it on."""
+        self._prompt = list(prompt)
+        return self._prompt, {}
+
+    def step(self, action: str) -> dict[str, Any]:
+        """The reward of the completion; the episode ends. Raises RewardServiceError."""
+        groups, _ = to_groups([self._prompt], [action])
+        scores = self._scorer.score_groups(groups)
+        [[reward]] = rewards_of(scores, self._error_reward)
+        self._num_tokens = scores[0].num_tokens[0]
+        metadata = {"model_version": scores[0].model_version}
+        return {"observations": [], "reward": reward, "done": True, "metadata": metadata}
+
+    def get_metrics(self) -> dict[str, Any]:
+        return {"reward_model_tokens": self._num_tokens}
+
+
+def _setting(name: str, env_config: Any, extras: Mapping[str, Any] | None) -> Any:
+    if extras is not None and extras.get(name) is not None:
+        return extras[name]
+    if isinstance(env_config, Mapping):
+        return env_config.get(name)
+    return getattr(env_config, name, None)

@@ -1,0 +1,72 @@
+"""A reward function for TRL's GRPO, RLOO and Online DPO trainers.
+
+    from trl import GRPOTrainer
+    from reward_actor.integrations.trl import reward_function
+
+    trainer = GRPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=reward_function("http://127.0.0.1:8000"),
+        train_dataset=dataset,  # with a column "prompt", of texts or of messages
+    )
+
+With an `AsyncRewardClient` (or `asynchronous=True`) TRL runs it beside its other reward functions.
+TRL calls it with the prompts repeated for each completion; equal prompts go out as one group, so
+that their tokens are computed once. A sample without a reward (too long, say) becomes None, which
+TRL leaves out of its group's advantages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+from reward_actor.client import AsyncRewardClient, RewardClient
+from reward_actor.groups import Prompt
+from reward_actor.integrations.grouping import Completion, in_order, to_groups
+from reward_actor.integrations.scorers import AsyncScorer, Scorer
+
+Rewards = list[float | None]
+
+
+def reward_function(
+    scorer: str | Scorer | AsyncScorer,
+    *,
+    name: str = "rayward",
+    asynchronous: bool = False,
+    timeout_s: float = 120.0,
+) -> Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]:
+    """f(prompts, completions, **columns) -> one reward, or None, for each completion.
+
+    scorer: an address (or several with commas), a client or a handle; an async one makes an async
+    function. name: what TRL logs it as. timeout_s: of a client that is made here. The function
+    raises RewardServiceError where the service is of no help, which ends the training.
+    """
+    if isinstance(scorer, str):
+        make = AsyncRewardClient if asynchronous else RewardClient
+        scorer = make(scorer, timeout_s=timeout_s)
+    elif asynchronous and not inspect.iscoroutinefunction(scorer.score_groups):
+        raise ValueError("asynchronous needs an AsyncRewardClient or an AsyncRewardHandle")
+    if inspect.iscoroutinefunction(scorer.score_groups):
+        waits = cast("AsyncScorer", scorer)
+
+        async def rewards_soon(
+            prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
+        ) -> Rewards:
+            groups, places = to_groups(prompts, completions)
+            scores = await waits.score_groups(groups)
+            return in_order([group.rewards for group in scores], places)
+
+        rewards_soon.__name__ = name
+        return rewards_soon
+    blocks = cast("Scorer", scorer)
+
+    def rewards(
+        prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
+    ) -> Rewards:
+        groups, places = to_groups(prompts, completions)
+        scores = blocks.score_groups(groups)
+        return in_order([group.rewards for group in scores], places)
+
+    rewards.__name__ = name
+    return rewards

@@ -1,0 +1,74 @@
+"""The custom reward function of verl.
+
+    export RAYWARD_URL=http://127.0.0.1:8000      # or several, with commas
+    python3 -m verl.trainer.main_ppo ... \\
+        reward.custom_reward_function.path=pkg://reward_actor.integrations.verl \\
+        reward.custom_reward_function.name=compute_score \\
+        +reward.custom_reward_function.reward_kwargs.prompt_key=question
+
+(`custom_reward_function.path=...` in older versions, which may want the path of this file.) verl
+gives a function the completion but not its prompt: prepare the data so that `extra_info` holds it,
+as text or messages without any template, and name its key as prompt_key ("prompt" otherwise).
+`compute_score_async` does the same in verl's event loop, where `compute_score` takes a thread.
+
+A sample without a reward (too long, say) is an error, which ends the training, unless
+`reward_kwargs.error_reward` names the reward that it shall have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reward_actor.groups import Group
+from reward_actor.integrations.grouping import rewards_of, to_groups
+from reward_actor.integrations.scorers import async_client, client, url_or_variable
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    prompt_key: str = "prompt",
+    url: str | None = None,
+    error_reward: float | None = None,
+    **ignored: Any,
+) -> dict[str, float]:
+    """{"score": the reward, "num_tokens"} of one completion. Raises RewardServiceError, and
+    ValueError where the prompt is missing."""
+    groups = _groups(solution_str, extra_info, prompt_key)
+    scores = client(url_or_variable(url)).score_groups(groups)
+    [[reward]] = rewards_of(scores, error_reward)
+    return {"score": reward, "num_tokens": scores[0].num_tokens[0]}
+
+
+async def compute_score_async(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    prompt_key: str = "prompt",
+    url: str | None = None,
+    error_reward: float | None = None,
+    **ignored: Any,
+) -> dict[str, float]:
+    """`compute_score`, awaited."""
+    groups = _groups(solution_str, extra_info, prompt_key)
+    scores = await async_client(url_or_variable(url)).score_groups(groups)
+    [[reward]] = rewards_of(scores, error_reward)
+    return {"score": reward, "num_tokens": scores[0].num_tokens[0]}
+
+
+def _groups(completion: str, extra_info: Mapping[str, Any] | None, prompt_key: str) -> list[Group]:
+    prompt = (extra_info or {}).get(prompt_key)
+    if prompt is None:
+        raise ValueError(
+            f"extra_info has no {prompt_key!r}: a reward model scores a completion of a prompt. "
+            "Put the prompt there when you prepare the data, or name its key as "
+            "reward_kwargs.prompt_key"
+        )
+    # A table's column of messages comes back as an array.
+    return to_groups([prompt if isinstance(prompt, str) else list(prompt)], [completion])[0]

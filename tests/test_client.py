@@ -1,0 +1,552 @@
+"""The clients over real HTTP: the right rewards, merged calls, typed errors, a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import ssl
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stub_service import Answer, Received, error, expected_rewards, stub
+
+from reward_actor import AsyncRewardClient, Group, RewardClient, RewardScorer, binary
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import Whole
+from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, take
+
+GROUPS: list[Group | Whole] = [
+    Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
+    Group([{"role": "user", "content": "Hi."}], ["Hello!"]),
+    Group(prompt_ids=[5, 6], completion_ids=[[7], [8, 9]]),
+    Whole(["An apple.", "A hammer, and more."]),
+]
+IDS = [Group(prompt_ids=[5, 6, 7], completion_ids=[[8], [9, 10], []])]
+
+
+@pytest.fixture(scope="module")
+def offline(export_dir: Path) -> RewardScorer:
+    return RewardScorer.from_pretrained(export_dir, "cpu")
+
+
+# ---- against the service
+
+
+def test_ids_text_and_whole_texts_give_the_offline_rewards(
+    service: str, offline: RewardScorer
+) -> None:
+    sequences = [ids for group in [*IDS, *GROUPS] for ids in offline.renderer.sequences(group)]
+    expected = offline.score_ids([ids for ids in sequences if isinstance(ids, list)])
+    with RewardClient(service) as client:
+        scores = [*client.score_groups(IDS), *client.score_groups(GROUPS)]
+        info = client.info()
+    rewards = [reward for group in scores for reward in group.rewards]
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    assert {group.model_version for group in scores} == {offline.model_version}
+    assert info.model_version == offline.model_version
+
+
+def test_token_rewards_come_with_their_tokens(service: str) -> None:
+    async def both() -> Any:
+        async with AsyncRewardClient(service) as client:
+            return await client.token_rewards("Hi.", ["Hello!", "What?"])
+
+    with RewardClient(service) as client:
+        for scores in (client.token_rewards("Hi.", ["Hello!", "What?"]), asyncio.run(both())):
+            assert "Hello!" in "".join(scores.tokens[0])
+            for row, tokens, reward in zip(
+                scores.token_rewards, scores.tokens, scores.rewards, strict=True
+            ):
+                assert len(row) == len(tokens)
+                assert row[-1] == pytest.approx(reward, abs=1e-6)
+        [of_ids] = client.score_groups(IDS, token_rewards=True)
+        assert [row and len(row) for row in of_ids.token_rewards or []] == [4, 5, 3]
+
+
+def test_a_thousand_calls_at_once_are_right(service: str, offline: RewardScorer) -> None:
+    groups = [Group(prompt_ids=[5], completion_ids=[[n % 300 + 6]]) for n in range(1000)]
+    expected = [group.rewards[0] for group in offline.score(groups)]
+
+    async def all_at_once() -> list[float | None]:
+        async with AsyncRewardClient(service) as client:
+            scores = await asyncio.gather(*(client.score_groups([group]) for group in groups))
+        return [score.rewards[0] for [score] in scores]
+
+    assert asyncio.run(all_at_once()) == pytest.approx(expected, abs=1e-5)
+    with RewardClient(service) as client, ThreadPoolExecutor(32) as threads:
+        scores = threads.map(lambda group: client.score_groups([group])[0], groups[:200])
+        assert [s.rewards[0] for s in scores] == pytest.approx(expected[:200], abs=1e-5)
+
+
+def test_a_sample_that_cannot_be_scored_is_an_error_of_its_own(service: str) -> None:
+    with RewardClient(service) as client:
+        scores = client.score("Hi.", ["fine", "word " * 500, "\ud800"])
+    assert [e and e.type for e in scores.errors] == [None, "too_long", "unrenderable"]
+
+
+# ---- what travels, and how it is merged
+
+
+def test_token_ids_travel_in_the_binary_body_and_text_as_json() -> None:
+    with stub() as server, RewardClient(server.url) as client:
+        for groups in (IDS, GROUPS, GROUPS[:1]):
+            rewards = [group.rewards for group in client.score_groups(groups)]
+            assert rewards == [expected_rewards(group) for group in groups]
+        assert client.score_groups([]) == []
+    media_types = [received.media_type for received in server.received]
+    assert media_types == [binary.MEDIA_TYPE, "application/json", "application/json"]
+
+
+def test_calls_made_together_travel_together() -> None:
+    with stub() as server:
+
+        async def together() -> None:
+            async with AsyncRewardClient(server.url) as client:
+                calls = [client.score("p", ["x" * n]) for n in range(100)]
+                scores = await asyncio.gather(*calls)
+            assert [score.rewards for score in scores] == [[float(n)] for n in range(100)]
+
+        asyncio.run(together())
+        assert server.num_samples == [100]
+
+
+def test_what_waits_goes_out_as_soon_as_a_request_is_done() -> None:
+    """No timer: the first call leaves at once, those that come meanwhile leave together."""
+    release = threading.Event()
+    first = threading.Event()
+
+    def hold(received: Received) -> None:
+        first.set()
+        release.wait(10)
+
+    with stub(hold) as server:
+
+        async def calls() -> None:
+            async with AsyncRewardClient(server.url, max_concurrency=1) as client:
+                early = asyncio.create_task(client.score("p", ["early"]))
+                await asyncio.to_thread(first.wait, 10)
+                late = []
+                for n in range(20):
+                    late.append(asyncio.create_task(client.score("p", ["x" * n])))
+                    await asyncio.sleep(0)
+                release.set()
+                await early
+                scores = await asyncio.gather(*late)
+            assert [score.rewards for score in scores] == [[float(n)] for n in range(20)]
+
+        asyncio.run(calls())
+        assert server.num_samples == [1, 20]
+
+
+def test_threads_are_merged_too() -> None:
+    with (
+        stub(lambda _: time.sleep(0.05)) as server,
+        RewardClient(server.url, max_concurrency=1) as client,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        scores = list(threads.map(lambda n: client.score("p", ["x" * n]), range(64)))
+    assert [score.rewards for score in scores] == [[float(n)] for n in range(64)]
+    assert sum(server.num_samples) == 64
+    assert len(server.received) < 20
+
+
+def test_calls_that_want_token_rewards_travel_apart() -> None:
+    with stub() as server:
+
+        async def mixed() -> None:
+            async with AsyncRewardClient(server.url) as client:
+                calls = [client.score("p", ["x"], token_rewards=n % 2 == 0) for n in range(10)]
+                scores = await asyncio.gather(*calls)
+            assert [s.token_rewards is not None for s in scores] == [True, False] * 5
+
+        asyncio.run(mixed())
+        assert sorted(r.token_rewards for r in server.received) == [False, True]
+        assert server.num_samples == [5, 5]
+
+
+def test_connections_are_kept() -> None:
+    with stub() as server, RewardClient(server.url) as client:
+        for _ in range(5):
+            client.score("p", ["x"])
+    assert len({received.connection for received in server.received}) == 1
+
+
+def refuse_bad(received: Received) -> Answer | None:
+    is_bad = any(isinstance(g, Group) and g.prompt == "bad" for g in received.groups)
+    return error("invalid_request") if is_bad else None
+
+
+def test_only_the_guilty_call_of_a_refused_request_gets_the_error() -> None:
+    with stub(refuse_bad) as server:
+
+        async def calls() -> list[Any]:
+            async with AsyncRewardClient(server.url) as client:
+                prompts = ["bad" if n in (3, 11) else "good" for n in range(20)]
+                calls = [client.score(prompt, ["x"]) for prompt in prompts]
+                # An id that no body can hold is refused here already.
+                calls.append(client.score_groups([Group(prompt_ids=[2**40], completion_ids=[[1]])]))
+                calls.append(client.score_groups(IDS))
+                return await asyncio.gather(*calls, return_exceptions=True)
+
+        results = asyncio.run(calls())
+    failed = {n: type(result) for n, result in enumerate(results) if isinstance(result, Exception)}
+    assert failed == {3: RewardServiceError, 11: RewardServiceError, 20: ValueError}
+    assert results[3] is not results[11]
+
+
+def test_an_error_names_the_group_of_the_call() -> None:
+    def refuse_last(received: Received) -> Answer | None:
+        is_last = any(isinstance(g, Group) and g.prompt == "last" for g in received.groups)
+        return error("invalid_request") if is_last else None
+
+    groups = [Group("p", ["x"] * 600), Group("p", ["x"] * 600), Group("last", ["x"])]
+    with (
+        stub(refuse_last) as server,
+        RewardClient(server.url) as client,
+        pytest.raises(RewardServiceError) as refused,
+    ):
+        client.score_groups(groups)
+    assert refused.value.index == 1  # the stub says 0, of a request that began with group 1
+
+
+def test_a_cancelled_call_leaves_the_others_alone() -> None:
+    started = threading.Event()
+
+    def slow(received: Received) -> None:
+        started.set()
+        time.sleep(0.3)
+
+    with stub(slow) as server:
+
+        async def calls() -> None:
+            async with AsyncRewardClient(server.url) as client:
+                tasks = [asyncio.create_task(client.score("p", ["x" * n])) for n in range(10)]
+                await asyncio.to_thread(started.wait, 10)
+                tasks[4].cancel()
+                scores = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(scores.pop(4), asyncio.CancelledError)
+            assert [s.rewards[0] for s in scores] == [n for n in range(10) if n != 4]
+
+        asyncio.run(calls())
+        assert server.num_samples == [10]
+
+
+def test_a_request_that_nobody_waits_for_is_given_up() -> None:
+    started = threading.Event()
+    release = threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    with stub(hold) as server:
+
+        async def call() -> None:
+            async with AsyncRewardClient(server.url) as client:
+                task = asyncio.create_task(client.score("p", ["x"]))
+                await asyncio.to_thread(started.wait, 10)
+                task.cancel()
+                while client._requests:
+                    await asyncio.sleep(0.01)
+
+        asyncio.run(asyncio.wait_for(call(), 5))
+        release.set()
+
+
+# ---- the pure parts
+
+sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_a_call_is_divided_in_order_and_within_the_bounds(sizes: list[int]) -> None:
+    groups = [Group("p", ["x"] * size) for size in sizes]
+    divided = divide(groups)
+    assert [group for some in divided for group in some] == groups
+    for some in divided:
+        assert len(some) == 1 or sum(map(len, some)) <= MAX_SAMPLES
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 800), st.booleans(), st.booleans()), max_size=12),
+    st.integers(0, 4),
+)
+def test_requests_hold_every_part_once_alike_and_within_the_bounds(
+    calls: list[tuple[int, bool, bool]], num_endpoints: int
+) -> None:
+    loop = asyncio.new_event_loop()
+    parts = [
+        Part(
+            [Group(prompt_ids=[1], completion_ids=[[2]] * n) if ids else Group("p", ["x"] * n)],
+            0,
+            token_rewards,
+            0.0,
+            loop.create_future(),
+        )
+        for n, ids, token_rewards in calls
+    ]
+    loop.close()
+    waiting = deque(parts)
+    sent = []
+    while waiting:
+        oldest = waiting[0]
+        taken = take(waiting, num_endpoints)
+        assert taken[0] is oldest
+        assert all(part.is_like(taken[0]) for part in taken)
+        assert len(taken) == 1 or sum(part.num_samples for part in taken) <= MAX_SAMPLES
+        assert len(taken) == 1 or sum(part.weight for part in taken) <= MAX_WEIGHT
+        sent += taken
+    assert sorted(map(id, sent)) == sorted(map(id, parts))
+
+
+# ---- errors, tokens, TLS
+
+
+@pytest.mark.parametrize(
+    ("type_", "status"),
+    [
+        ("unauthenticated", 401),
+        ("forbidden", 403),
+        ("not_found", 404),
+        ("body_too_large", 413),
+        ("invalid_request", 422),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_what_no_retry_mends_is_raised_at_once(type_: str, status: int, is_ours: bool) -> None:
+    page = error(type_) if is_ours else Answer(status, b"<html>canary</html>")
+    with stub(lambda _: page) as server, RewardClient(server.url) as client:
+        with pytest.raises(RewardServiceError) as refused:
+            client.score("p", ["x"])
+        assert len(server.received) == 1
+    assert (refused.value.type, refused.value.retryable) == (type_, False)
+    assert "canary" not in str(refused.value)
+    again = pickle.loads(pickle.dumps(refused.value))
+    assert (again.type, again.index) == (type_, refused.value.index)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>canary</html>", b'{"model": 1}', b'{"results": []}', b"RWR1\0"]
+)
+def test_a_reply_that_is_none_is_said_to_be_one(body: bytes) -> None:
+    with stub(lambda _: Answer(200, body)) as server, RewardClient(server.url) as client:
+        for call in (lambda: client.score("p", ["x"]), client.info):
+            with pytest.raises(RewardServiceError, match="is it a Rayward service") as strange:
+                call()
+            assert "canary" not in str(strange.value)
+
+
+SECRET = "secret-token-0123456789"
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_the_token_is_sent_and_never_shown(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {}
+    if by == "argument":
+        options["token"] = SECRET
+    else:
+        monkeypatch.setenv("RAYWARD_TOKEN", SECRET + "\n")  # as a file ends
+    with (
+        stub(lambda _: error("unauthenticated")) as server,
+        RewardClient(server.url, **options) as client,
+    ):
+        with pytest.raises(RewardServiceError) as refused:
+            client.score("a secret prompt", ["a secret completion"])
+        assert server.received[0].headers["authorization"] == f"Bearer {SECRET}"
+        shown = f"{refused.value!r} {refused.value} {client!r} {client._client!r}"
+    with (
+        RewardClient(server.url, timeout_s=0.5, **options) as client,
+        pytest.raises(RewardServiceError) as gone,
+    ):
+        client.score("a secret prompt", ["a secret completion"])
+    assert "secret" not in shown + repr(gone.value)
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "ünïcode", "\x00"])
+def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as refused:
+        RewardClient("http://127.0.0.1:1", token=token)
+    assert token not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ("localhost:8000", "http://"),
+        ("ftp://host", "http://"),
+        ("", "urls is empty"),
+        ([], "urls is empty"),
+        ("http://me:canary@host", "token="),
+    ],
+)
+def test_an_address_that_is_none_is_refused(urls: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        AsyncRewardClient(urls)
+    assert "canary" not in str(refused.value)
+
+
+def test_what_no_body_can_hold_is_refused_before_it_is_sent() -> None:
+    with stub() as server, RewardClient(server.url) as client:
+        for group in (
+            Group("p", ["x"], template_args={"thinking": True}),
+            Whole(ids=[[1]]),
+            Whole(["x"], max_tokens=3),
+        ):
+            with pytest.raises(ValueError, match=r"travel"):
+                client.score_groups([group])
+    assert server.received == []
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, key_pem = tmp_path / "cert.pem", tmp_path / "key.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_pem.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return pem, key_pem
+
+
+def test_https_trusts_the_authorities_that_it_is_given(certificate: tuple[Path, Path]) -> None:
+    pem, key = certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+    with stub(context=context) as server:
+        for verify in (str(pem), False, ssl.create_default_context(cafile=pem)):
+            with RewardClient(server.url, verify=verify) as client:
+                assert client.score("p", ["xyz"]).rewards == [3.0]
+        started = time.monotonic()
+        with RewardClient(server.url) as client, pytest.raises(RewardServiceError) as refused:
+            client.score("p", ["x"])
+        assert "certificate is not trusted" in refused.value.message
+        assert time.monotonic() - started < 5
+    with pytest.raises(ValueError, match="verify is"):
+        RewardClient("https://127.0.0.1", verify="/nowhere.pem")
+
+
+# ---- beginnings and ends
+
+
+def test_close_ends_what_is_under_way_with_an_error() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    with stub(hold) as server:
+        client = RewardClient(server.url, max_concurrency=1)
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
+            started.wait(10)
+            client.close()
+            for call in calls:
+                with pytest.raises(RewardServiceError, match="closed"):
+                    call.result(timeout=5)
+        release.set()
+        with pytest.raises(RewardServiceError, match="closed"):
+            client.score("p", ["x"])
+        client.close()
+
+
+def test_a_client_that_is_dropped_takes_its_thread_along() -> None:
+    with stub() as server:
+        before = threading.active_count()
+        RewardClient(server.url).score("p", ["x"])
+        deadline = time.monotonic() + 5
+        while any(t.name == "reward-client" for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert threading.active_count() <= before + 2  # the server's connections
+
+
+def test_an_async_client_lives_through_several_loops_but_not_in_two_at_once() -> None:
+    with stub() as server:
+        client = AsyncRewardClient(server.url)
+        for _ in range(2):
+            assert asyncio.run(client.score("p", ["xy"])).rewards == [2.0]
+
+        async def here() -> None:
+            await client.score("p", ["x"])
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, client.score("p", ["x"]))
+            await client.close()
+
+        asyncio.run(here())
+
+
+def test_a_client_works_in_a_process_that_is_forked_off() -> None:
+    with stub() as server, RewardClient(server.url) as client:
+        client.score("p", ["x"])
+        pid = os.fork()
+        if pid == 0:
+            is_right = client.score("p", ["xyz"]).rewards == [3.0]
+            os._exit(0 if is_right else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert client.score("p", ["xy"]).rewards == [2.0]
+
+
+def test_a_call_inside_a_running_loop_is_possible() -> None:
+    """In a notebook, say."""
+    with stub() as server, RewardClient(server.url) as client:
+
+        async def blocking() -> list[float | None]:
+            return client.score("p", ["xyz"]).rewards
+
+        assert asyncio.run(blocking()) == [3.0]
+
+
+def admin(received: Received) -> Answer:
+    if received.method == "GET":
+        return Answer(200, b'{"models": ["a", "b"], "current": "a"}')
+    assert received.body == b'{"model":"b"}'
+    reply = b'{"model": "b", "model_version": "v", "generation": 2, "num_replicas": 1}'
+    return Answer(200, reply)
+
+
+def test_models_are_listed_and_swapped() -> None:
+    with stub(admin) as server, RewardClient(server.url) as client:
+        assert client.models().models == ["a", "b"]
+        assert client.swap("b").generation == 2
+    client = RewardClient([server.url, "http://127.0.0.1:1"])
+    with pytest.raises(ValueError, match="2 addresses"):
+        client.swap("b")
+
+
+def test_a_service_without_a_registry_says_so(service: str) -> None:
+    with RewardClient(service) as client, pytest.raises(RewardServiceError) as refused:
+        client.models()
+    assert refused.value.type == "not_found"
+    assert "--registry" in refused.value.message
