@@ -20,7 +20,7 @@ from reward_actor import bodies, schema
 from reward_actor.endpoints import parse_urls
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Prompt, Whole
-from reward_actor.merging import Part, divide, take
+from reward_actor.merging import Part, divide, share, take
 from reward_actor.sender import Sender
 from reward_actor.transport import Verify, checked_token
 
@@ -192,8 +192,9 @@ class AsyncRewardClient:
 
     def _pump(self) -> None:
         self._pump_is_due = False
+        samples = share(self._waiting, self._sender.endpoints.num_ready(time.monotonic()))
         while self._waiting and len(self._requests) < self.max_concurrency:
-            parts = take(self._waiting, self._sender.endpoints.num_ready(time.monotonic()))
+            parts = take(self._waiting, samples)
             if not parts:
                 return
             request = asyncio.get_running_loop().create_task(self._deliver(parts))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,14 +67,18 @@ def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:
     return divided
 
 
-def take(waiting: deque[Part], num_endpoints: int) -> list[Part]:
+def share(waiting: Iterable[Part], num_endpoints: int) -> int:
+    """Samples of each request, so that every endpoint gets its share of what waits."""
+    num_waiting = sum(part.num_samples for part in waiting)
+    return min(MAX_SAMPLES, max(_LEAST_SHARE, -(-num_waiting // max(1, num_endpoints))))
+
+
+def take(waiting: deque[Part], samples: int) -> list[Part]:
     """Remove the next request's parts: the oldest, and of those like it as many as fit.
 
-    All endpoints get a share of what waits. Parts whose callers have gone are dropped.
+    samples: that fit; the oldest part always does. Parts whose callers have gone are dropped.
     """
-    num_waiting = sum(part.num_samples for part in waiting)
-    share = max(_LEAST_SHARE, -(-num_waiting // max(1, num_endpoints)))
-    samples, room = min(MAX_SAMPLES, share), MAX_WEIGHT
+    room = MAX_WEIGHT
     taken: list[Part] = []
     others: list[Part] = []
     while waiting:

@@ -1,7 +1,7 @@
 """A small real HTTP server with the service's protocol, which answers as a test tells it to.
 
 The reward of a completion is its length, of token ids their sum; a model would tell nothing more
-about a client. `python tests/stub_service.py PORT` runs one in a process that a test can kill.
+about a client. `python -m tests.stub_service PORT` runs one in a process that a test can kill.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from stub_service import Answer, Received, error, expected_rewards, stub
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardScorer, binary
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
-from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, take
+from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, share, take
 
 GROUPS: list[Group | Whole] = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
@@ -302,7 +302,7 @@ def test_requests_hold_every_part_once_alike_and_within_the_bounds(
     sent = []
     while waiting:
         oldest = waiting[0]
-        taken = take(waiting, num_endpoints)
+        taken = take(waiting, share(waiting, num_endpoints))
         assert taken[0] is oldest
         assert all(part.is_like(taken[0]) for part in taken)
         assert len(taken) == 1 or sum(part.num_samples for part in taken) <= MAX_SAMPLES

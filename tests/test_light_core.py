@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,15 @@ LIGHT = [
     "reward_actor.cache",
     "reward_actor.client",
     "reward_actor.contract",
+    "reward_actor.errors",
     "reward_actor.files",
     "reward_actor.groups",
+    "reward_actor.integrations",
+    "reward_actor.integrations.nemo_rl",
+    "reward_actor.integrations.openrlhf",
+    "reward_actor.integrations.skyrl",
+    "reward_actor.integrations.trl",
+    "reward_actor.integrations.verl",
     "reward_actor.readout",
     "reward_actor.registry",
     "reward_actor.schema",
@@ -33,7 +42,7 @@ LIGHT = [
     "trainer.options",
     "rayward",
 ]
-HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets")
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets", "trl")
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -76,3 +85,42 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "usage: rayward" in done.stdout
+
+
+TRAINER = """
+import importlib.util, json, sys
+from reward_actor import Group, RewardClient, RewardServiceError
+from reward_actor.integrations import nemo_rl, openrlhf, skyrl, trl, verl
+assert not any(importlib.util.find_spec(name) for name in ("torch", "ray", "transformers"))
+rewards = trl.reward_function(sys.argv[1])(["Hi."], ["Hello!"])
+with RewardClient(sys.argv[1]) as client:
+    rewards += client.score("Hi.", ["Hello!", "What?"]).rewards
+    [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
+print(json.dumps(rewards + scores.rewards))
+"""
+
+
+def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None:
+    """Into an environment of its own goes what `pip install .` brings, and nothing else."""
+    from reward_actor import Group, RewardClient
+
+    root = Path(__file__).parents[1]
+    constraints = str(root / "constraints.txt")
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    # Built from a copy: setuptools writes beside its sources.
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", str(root), str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "light")], check=True)
+    python = str(tmp_path / "light" / "bin" / "python")
+    install = [python, "-m", "pip", "install", *quiet, "-c", constraints, str(source)]
+    subprocess.run(install, check=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-c", TRAINER, service]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with RewardClient(service) as client:
+        expected = client.score("Hi.", ["Hello!", "Hello!", "What?"]).rewards
+        [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
+    assert json.loads(done.stdout) == pytest.approx(expected + scores.rewards, abs=1e-5)

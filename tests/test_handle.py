@@ -1,0 +1,182 @@
+"""Ray handles with the client's methods: from a driver, from a sync and from an async actor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from reward_actor import (
+    AsyncRewardHandle,
+    Group,
+    RewardHandle,
+    RewardScorer,
+    RewardServiceError,
+    Whole,
+)
+
+GROUPS: list[Group | Whole] = [
+    Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
+    Group(prompt_ids=[5, 6], completion_ids=[[7], [8, 9]]),
+    Whole(["An apple."]),
+]
+# What a process has that `rayward serve` did not start: the fast path, and no router of its own.
+FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+
+
+@pytest.fixture(scope="module")
+def rewards(export_dir: Path) -> list[float]:
+    scorer = RewardScorer.from_pretrained(export_dir, "cpu")
+    sequences = [ids for group in GROUPS for ids in scorer.renderer.sequences(group)]
+    return [float(r) for r in scorer.score_ids([ids for ids in sequences if isinstance(ids, list)])]
+
+
+def flat(scores: Any) -> list[float | None]:
+    return [reward for group in scores for reward in group.rewards]
+
+
+def test_a_driver_scores(service: str, rewards: list[float]) -> None:
+    handle = RewardHandle()
+    assert flat(handle.score_groups(GROUPS)) == pytest.approx(rewards, abs=1e-5)
+    scores = handle.token_rewards("Name two fruits.", ["An apple and a pear."])
+    assert flat([scores]) == pytest.approx(rewards[:1], abs=1e-5)
+    assert scores.token_rewards is not None
+    assert scores.tokens is not None
+    assert [len(row or []) for row in scores.tokens] == scores.num_tokens
+    assert handle.info().num_replicas == 2
+    with pytest.raises(RewardServiceError) as refused:
+        handle.score("Hi.", ["x"] * 501)
+    assert refused.value.type == "too_many_tokens"
+    assert "Traceback" not in str(refused.value)
+
+
+DRIVER = """
+import json, os
+import ray
+from reward_actor import Group, RewardHandle
+ray.init(os.environ["ADDRESS"], log_to_driver=False)
+handle = RewardHandle()
+print(json.dumps(handle.score("Name two fruits.", ["An apple and a pear.", "A hammer."]).rewards))
+"""
+
+
+@pytest.mark.parametrize("router", [None, "0"])
+def test_a_driver_on_the_fast_path_scores(
+    service: str, rewards: list[float], router: str | None
+) -> None:
+    environment = {**os.environ, **FAST, "RAY_AUTH_MODE": "token"}
+    environment["ADDRESS"] = ray.get_runtime_context().gcs_address
+    del environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"]
+    if router is not None:
+        environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = router
+    command = [sys.executable, "-c", DRIVER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got == pytest.approx(rewards[:2], abs=1e-5)
+
+
+def actor_classes() -> list[Any]:
+    """A sync one and an async one, made here so that they travel to workers by value."""
+    groups = GROUPS
+
+    class Blocking:
+        def __init__(self) -> None:
+            self._handle = RewardHandle()
+
+        def scores(self) -> Any:
+            return self._handle.score_groups(groups)
+
+    class Awaiting:
+        def __init__(self) -> None:
+            self._handle = AsyncRewardHandle()
+
+        async def scores(self) -> Any:
+            calls = [self._handle.score_groups(groups) for _ in range(20)]
+            first, *others = await asyncio.gather(*calls)
+            assert all(len(other) == len(first) for other in others)
+            tokens = await self._handle.token_rewards("Hi.", ["Hello!"])
+            assert tokens.token_rewards is not None
+            return first
+
+    return [Blocking, Awaiting]
+
+
+@pytest.mark.parametrize("environment", [{}, FAST], ids=["as served", "fast path"])
+def test_actors_of_both_kinds_score(
+    service: str, rewards: list[float], environment: dict[str, str]
+) -> None:
+    options = {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
+    actors = [ray.remote(**options)(kind).remote() for kind in actor_classes()]
+    for actor in actors:
+        scores = ray.get(actor.scores.remote(), timeout=120)
+        assert flat(scores) == pytest.approx(rewards, abs=1e-5)
+        ray.kill(actor)
+
+
+def test_a_call_that_takes_too_long_ends_in_time(service: str) -> None:
+    long = [Group(prompt_ids=[5] * 100, completion_ids=[[n] * 100]) for n in range(6, 300)]
+    with pytest.raises(RewardServiceError) as late:
+        RewardHandle(timeout_s=0.1).score_groups(long)
+    assert late.value.type == "deadline_exceeded"
+
+    async def awaited() -> None:
+        await AsyncRewardHandle(timeout_s=0.1).score_groups(long)
+
+    with pytest.raises(RewardServiceError) as late:
+        asyncio.run(awaited())
+    assert late.value.type == "deadline_exceeded"
+    assert RewardHandle().score("Hi.", ["Yes?"]).errors == [None]
+
+
+def test_a_cancelled_call_leaves_the_handle_usable(service: str, rewards: list[float]) -> None:
+    async def calls() -> Any:
+        handle = AsyncRewardHandle()
+        long = [Group(prompt_ids=[5] * 100, completion_ids=[[n] * 100]) for n in range(6, 300)]
+        task = asyncio.create_task(handle.score_groups(long))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await handle.score_groups(GROUPS)
+
+    assert flat(asyncio.run(calls())) == pytest.approx(rewards, abs=1e-5)
+
+
+def test_a_killed_ingress_costs_no_call(service: str, rewards: list[float]) -> None:
+    handle = RewardHandle()
+    [ingress] = [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if process.cmdline()[:1] == ["ray::ServeReplica:rayward:Ingress"]
+    ]
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
+        time.sleep(0.02)
+        os.kill(ingress, signal.SIGKILL)
+        calls += [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
+        for call in calls:
+            assert flat(call.result()) == pytest.approx(rewards, abs=1e-5)
+    deadline = time.monotonic() + 60
+    while not is_ready(service):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_ready(service: str) -> bool:
+    try:
+        return httpx.get(service + "/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
