@@ -456,6 +456,23 @@ def test_https_trusts_the_authorities_that_it_is_given(certificate: tuple[Path, 
         RewardClient("https://127.0.0.1", verify="/nowhere.pem")
 
 
+def test_the_environments_proxy_is_used_but_not_past_no_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stub(lambda _: error("forbidden")) as proxy, stub() as server:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with (
+            RewardClient("http://rewards.invalid") as client,
+            pytest.raises(RewardServiceError, match="forbidden"),
+        ):
+            client.score("p", ["x"])
+        assert proxy.received[0].path == "http://rewards.invalid/v1/score"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with RewardClient(server.url) as client:
+            assert client.score("p", ["xyz"]).rewards == [3.0]
+        assert len(proxy.received) == 1
+
+
 # ---- beginnings and ends
 
 
