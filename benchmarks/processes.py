@@ -76,15 +76,25 @@ class Server:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_until_ready(self, url: str, timeout_s: float) -> float:
-        """Seconds from its start to the first 200 from `url`. Raises ChildError."""
-        while not answers(url):
+    def wait_until_ready(self, port: int, path: str, timeout_s: float) -> float:
+        """Seconds from its start to the first 200 from this path. Raises ChildError."""
+        while not (self._listens(port) and answers(f"http://127.0.0.1:{port}{path}")):
             if self._process.poll() is not None:
                 raise ChildError(f"{self.name} ended with {self._process.returncode}{self._tail}")
             if time.monotonic() - self._started > timeout_s:
                 raise ChildError(f"{self.name} is not ready after {timeout_s:g} s{self._tail}")
             time.sleep(_POLL_S)
         return time.monotonic() - self._started
+
+    def _listens(self, port: int) -> bool:
+        """Whether it is one of its own processes that does: a port may be taken by others."""
+        sockets = listening_sockets(port)
+        for pid in self.pids if sockets else ():
+            with contextlib.suppress(OSError):
+                links = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+                if links & sockets:
+                    return True
+        return False
 
     def cpu_seconds(self) -> dict[str, float]:
         """CPU time of its living processes so far, added up by what they are called."""
@@ -127,6 +137,17 @@ def answers(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def listening_sockets(port: int) -> set[str]:
+    """The sockets that listen on a TCP port, IPv4, as /proc/PID/fd names them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = "0A"
+    return {
+        f"socket:[{row[9]}]"
+        for row in rows
+        if row[3] == listening and int(row[1].partition(":")[2], 16) == port
+    }
 
 
 def descendants(pid: int) -> set[int]:

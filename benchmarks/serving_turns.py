@@ -82,7 +82,7 @@ class Turns:
         environment = {**self.setting.environment(), **peer.environment, "PYTHONPATH": _path()}
         log = self.scratch / f"{peer.name}.log"
         with Server(peer.name, command, environment, log) as server:
-            ready_s = server.wait_until_ready(url + peer.ready_path, _READY_TIMEOUT_S)
+            ready_s = server.wait_until_ready(port, peer.ready_path, _READY_TIMEOUT_S)
             if turn.model == "full":
                 self._note("server start", peer.name, {"seconds": ready_s})
                 self._measure_full(peer, server, url)

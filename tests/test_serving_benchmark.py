@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,7 @@ def test_a_server_that_ends_early_shows_its_log(tmp_path: Path) -> None:
         "from benchmarks.processes import Server\n"
         "command = [sys.executable, '-c', 'raise SystemExit(\"no such model\")']\n"
         "with Server('some', command, {}, Path(sys.argv[1])) as server:\n"
-        "    server.wait_until_ready('http://127.0.0.1:1/', 20)\n"
+        "    server.wait_until_ready(1, '/', 20)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "log")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -225,6 +227,24 @@ def test_the_simulation_takes_its_rate_from_a_result(
     with pytest.raises(SystemExit):
         serving_simulation.main(["--results", str(path)])
     assert "--tokens-per-s" in capsys.readouterr().err
+
+
+def test_a_server_of_others_on_its_port_is_not_taken_for_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from benchmarks.processes import Server, answers\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(99)']\n"
+        "assert answers(f'http://127.0.0.1:{sys.argv[2]}/')\n"
+        "with Server('some', command, {}, Path(sys.argv[1])) as server:\n"
+        "    server.wait_until_ready(int(sys.argv[2]), '/', 1)\n"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever).start()
+        command = [sys.executable, "-c", code, str(tmp_path / "log"), str(other.server_port)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        other.shutdown()
+    assert "some is not ready after 1 s" in done.stderr
 
 
 @pytest.mark.long
