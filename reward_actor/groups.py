@@ -66,14 +66,16 @@ class Whole:
     """n whole sequences: text that its sender has templated already, or token ids.
 
     add_special_tokens: whether text gets what the tokenizer adds (a BOS, usually). Text that does
-    not end with EOS gets it where the contract asks for one. max_tokens: longer sequences are cut,
-    keeping the left or the right end; None: they are errors, as everywhere.
+    not end with EOS gets it where the contract asks for one; what a chat template writes after the
+    end of the last turn (a newline, say) is not scored, as everywhere. max_tokens: longer sequences
+    are cut, keeping the left or the right end, to this or to what the "model" takes; None: they are
+    errors, as everywhere.
     """
 
     texts: Sequence[str] = ()
     ids: Sequence[Sequence[int]] = ()
     add_special_tokens: bool = False
-    max_tokens: int | None = None
+    max_tokens: int | Literal["model"] | None = None
     keep: Literal["left", "right"] = "right"
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reward_actor.contract import ScoringContract, sha256_text
@@ -127,18 +128,48 @@ class Renderer:
                 prompt = []
         return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]
 
+    def is_templated(self, text: str) -> bool:
+        """Whether a text went through a chat template already: it holds special tokens."""
+        return self._is_chat and any(token in text for token in self._special_tokens)
+
     def _whole(self, whole: Whole) -> list[Rendered]:
-        rendered: list[Rendered] = [self._cut(list(ids), whole) for ids in whole.ids]
+        if whole.ids:
+            return [self._cut(list(ids), whole) for ids in whole.ids]
+        texts: list[str | SampleError] = []
         for text in whole.texts:
             try:
-                [ids] = self._encode_many([_unicode(text)], whole.add_special_tokens)
-                rendered.append(self._cut(self._ended(ids), whole))
+                texts.append(_unicode(self._without_rest(text)))
             except RenderError as error:
-                rendered.append(SampleError("unrenderable", str(error)))
-        return rendered
+                texts.append(SampleError("unrenderable", str(error)))
+        good = [text for text in texts if isinstance(text, str)]
+        encoded = iter(self._encode_many(good, whole.add_special_tokens))
+        return [
+            self._cut(self._ended(next(encoded)), whole) if isinstance(text, str) else text
+            for text in texts
+        ]
+
+    def _without_rest(self, text: str) -> str:
+        """Without what the template writes after the end of the last turn; see `_chat`."""
+        end = self.contract.turn_end
+        if not self._is_chat:
+            return text
+        if not end:
+            return text.rstrip()
+        rest = self._after_turn_end
+        return text.removesuffix(rest) if text.endswith(end + rest) else text
+
+    @cached_property
+    def _after_turn_end(self) -> str:
+        turns = [*_messages("x"), {"role": "assistant", "content": _SENTINEL}]
+        return self._apply_template(turns, generation=False).rpartition(self.contract.turn_end)[2]
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [str(token) for token in added if token.special]
 
     def _cut(self, ids: list[int], whole: Whole) -> Rendered:
-        n = whole.max_tokens
+        n = self.contract.max_length if whole.max_tokens == "model" else whole.max_tokens
         if n is not None and len(ids) > n:
             ids = ids[:n] if whole.keep == "left" else ids[len(ids) - n :]
         return self.checked(ids)
