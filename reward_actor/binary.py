@@ -52,8 +52,8 @@ _UINT, _INT, _FLOAT = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<f4")
 
 
 def encode_request(groups: Sequence[Group], token_rewards: bool = False) -> bytes:
-    """The body for groups of token ids. Raises ValueError for a group of text, or an id that an
-    int32 cannot hold."""
+    """The body for groups of token ids. Raises ValueError for a group of text, or an id that is
+    none (an integer of 0 to 2**31 - 1)."""
     ids: list[Sequence[int]] = []
     for group in groups:
         if group.prompt_ids is None:
@@ -68,11 +68,10 @@ def encode_request(groups: Sequence[Group], token_rewards: bool = False) -> byte
         *(len(group.prompt_ids or ()) for group in groups),
         *map(len, completions),
     ]
-    try:
-        flat = np.fromiter(chain.from_iterable(ids), _INT, count=sum(map(len, ids)))
-    except (OverflowError, TypeError) as error:
-        raise ValueError(f"token ids must be integers of 32 bits ({error})") from None
-    return _REQUEST + np.array(head, _UINT).tobytes() + flat.tobytes()
+    flat = np.array(list(chain.from_iterable(ids)))
+    if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= 2**31):
+        raise ValueError("token ids must be integers of 0 to 2**31 - 1")
+    return _REQUEST + np.array(head, _UINT).tobytes() + flat.astype(_INT).tobytes()
 
 
 def decode_request(body: bytes) -> tuple[list[Group], bool]:
@@ -146,8 +145,7 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
     flags, n, num_bytes = (int(x) for x in reader.take(_UINT, 3))
     if n != sum(sizes):
         raise ValueError(f"the reply has {n} rewards for {sum(sizes)} completions")
-    head: dict[str, Any] = json.loads(reader.take(np.dtype("u1"), num_bytes).tobytes())
-    errors = {int(i): SampleError(**error) for i, error in head.pop("errors").items()}
+    head, errors = _head(reader.take(np.dtype("u1"), num_bytes).tobytes())
     rewards, raw = (reader.take(_FLOAT, n).tolist() for _ in range(2))
     num_tokens = reader.take(_UINT, n).tolist()
     tokens: list[list[float]] | None = None
@@ -185,6 +183,17 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
             score = replace(score, members=known(members), spread=known(spread))
         scores.append(score)
     return head, scores
+
+
+def _head(text: bytes) -> tuple[dict[str, Any], dict[int, SampleError]]:
+    """The JSON of a reply, and the errors in it by index. Raises ValueError."""
+    try:
+        head: dict[str, Any] = json.loads(text)
+        errors = {int(i): SampleError(**error) for i, error in head.pop("errors").items()}
+        head["model_version"]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the reply's JSON is damaged ({type(error).__name__})") from None
+    return head, errors
 
 
 class _Reader:

@@ -15,6 +15,9 @@ import pytest
 from serve import fast_path
 
 if TYPE_CHECKING:
+    import httpx
+
+    from reward_actor import RewardScorer
     from reward_actor.render import Renderer
 
 # Rewards are compared bit for bit in places; thread counts must not change under a test.
@@ -206,3 +209,39 @@ def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
     )  # fmt: skip
     return make_export(base, root / "slow")
+
+
+@pytest.fixture(scope="session")
+def offline(export_dir: Path) -> RewardScorer:
+    """What the service must agree with."""
+    from reward_actor import RewardScorer
+
+    return RewardScorer.from_pretrained(export_dir, "cpu")
+
+
+@pytest.fixture(scope="session")
+def http(service: str) -> Iterator[httpx.Client]:
+    import httpx
+
+    with httpx.Client(base_url=service, timeout=60) as client:
+        yield client
+
+
+def templated(offline: RewardScorer, prompt: str, completion: str) -> str:
+    """A conversation as a client templates it by itself, with what follows the last turn's end."""
+    messages = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+    text = offline.renderer.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def reward(offline: RewardScorer, prompt: Any, completion: str) -> float:
+    """The reward of one completion, without a service."""
+    from reward_actor import Group
+
+    [found] = offline.score([Group(prompt, [completion])])[0].rewards
+    assert found is not None
+    return found
