@@ -109,7 +109,11 @@ class ScoreRequest(Wire):
                             "completions": ["An apple and a pear.", "A hammer."],
                         }
                     ]
-                }
+                },
+                {
+                    "groups": [{"prompt_ids": [5, 6, 7], "completion_ids": [[8], [9, 10]]}],
+                    "token_rewards": True,
+                },
             ]
         },
     )
@@ -255,6 +259,8 @@ class Info(Wire):
 
 class SwapRequest(Wire):
     """A model of the registry, by its name there."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "helpfulness-v2"}]})
 
     model: Annotated[str, Field(min_length=1, max_length=128)]
 

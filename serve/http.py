@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -13,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
@@ -36,7 +37,7 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     """The application of one ingress."""
     from serve import routes
     from serve.playground import routes as playground
-    from serve.protocols import native
+    from serve.protocols import kserve, llama_factory, openrlhf, shared, slime, tei, vllm
 
     api = FastAPI(
         title="Rayward",
@@ -45,8 +46,8 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     )
     api.state.service = service
     api.state.swapper = swapper
-    for router in (native.router, routes.router, playground.router):
-        api.include_router(router)
+    for module in (shared, openrlhf, vllm, tei, llama_factory, slime, kserve, routes, playground):
+        api.include_router(module.router)
     api.add_exception_handler(RewardServiceError, _service_error)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
@@ -70,33 +71,54 @@ def swapper_of(request: Request) -> Swapper:
 
 def parse(model: type[Body], body: bytes) -> Body:
     """A JSON body. Raises RequestValidationError."""
+    return check(model, load(body))
+
+
+def load(body: bytes) -> Any:
+    """The value of a JSON body, for a route that tells by its keys what it is. Raises
+    RequestValidationError."""
     try:
+        return from_json(body)
+    except ValueError as error:
+        message = f"Invalid JSON: {error}"
+    if b"\\u" in body:
+        # A lone surrogate is no reason to refuse the other samples.
         try:
-            return model.model_validate_json(body)
-        except ValidationError as error:
-            if error.errors(include_input=False)[0]["type"] != "json_invalid" or b"\\u" not in body:
-                raise
-            # A lone surrogate is no reason to refuse the other samples.
-            return model.model_validate(json.loads(body))
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            pass
+    raise RequestValidationError([{"loc": ("body",), "msg": message}])
+
+
+def check(model: type[Body], value: Any) -> Body:
+    """What `load` gave, as this model. Raises RequestValidationError."""
+    try:
+        return model.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-    except (ValueError, RecursionError) as error:
-        found = [{"loc": ("body",), "msg": f"Invalid JSON: {type(error).__name__}"}]
     raise RequestValidationError(found)
 
 
-def json_reply(value: Any) -> Response:
-    return Response(to_json(value), media_type="application/json")
+def json_reply(value: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(value), headers=headers, media_type="application/json")
 
 
-def json_body(*models: type[BaseModel], **others: Any) -> dict[str, Any]:
-    """`openapi_extra` of a route that parses its body itself: JSON of one of the models, or
-    another media type with its schema."""
+def json_body(*models: type[BaseModel], others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`openapi_extra` of a route that parses its body itself: JSON of one of the models, with their
+    examples, or other media types with their schemas."""
     refs = [{"$ref": _SCHEMAS.format(model=model.__name__)} for model in models]
+    examples: dict[str, Any] = {}
     for model in models:
         _DESCRIBED[model.__name__] = model
-    content = {"application/json": {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}
-    content.update({name.replace("_", "/", 1): value for name, value in others.items()})
+        extra = model.model_config.get("json_schema_extra")
+        assert isinstance(extra, dict), f"{model.__name__} has no examples"
+        found = cast("list[Any]", extra["examples"])
+        for index, example in enumerate(found):
+            name = f"{model.__name__} {index + 1}" if len(found) > 1 else model.__name__
+            examples[name] = {"value": example}
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
+    content.update(others or {})
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -171,6 +193,15 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """How the service answers an error of a request, which is one of those handled here."""
+    if isinstance(error, RewardServiceError):
+        return _service_error(request, error)
+    if isinstance(error, RequestValidationError):
+        return _invalid(request, error)
+    return _http_error(request, error)
 
 
 def _service_error(request: Request, error: Exception) -> Response:

@@ -72,6 +72,12 @@ class RewardService:
         self.fleet.watch()
         return await self.within_deadline(self._fresh_model(), _STATUS_TIMEOUT_S)
 
+    async def known_model(self) -> Model:
+        """What was served when the replicas were last asked. Raises RewardServiceError while none
+        has answered yet."""
+        self.fleet.watch()
+        return await self.within_deadline(self.fleet.model())
+
     async def info(self) -> schema.Info:
         """What is served, and every limit. Raises RewardServiceError while nothing is."""
         model = await self.model()

@@ -5,32 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
 from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
-from serve.http import json_body, json_reply, parse, service_of
+from serve.http import json_reply
 from serve.service import RewardService
-
-router = APIRouter()
-
-
-@router.post(
-    "/v1/score",
-    tags=["score"],
-    response_model=schema.ScoreReply,
-    responses=schema.ERROR_RESPONSES,
-    openapi_extra=json_body(schema.ScoreRequest),
-)
-async def score(request: Request) -> Response:
-    """Score the completions of one or more prompts."""
-    body = await request.body()
-    if request.headers.get("content-type") == binary.MEDIA_TYPE:
-        return await _score_binary(service_of(request), body)
-    return await score_json(service_of(request), parse(schema.ScoreRequest, body))
 
 
 async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:
@@ -47,7 +29,7 @@ async def score_json(service: RewardService, request: schema.ScoreRequest) -> Re
     )
 
 
-async def _score_binary(service: RewardService, body: bytes) -> Response:
+async def score_binary(service: RewardService, body: bytes) -> Response:
     try:
         groups, token_rewards = binary.decode_request(body)
     except ValueError as error:

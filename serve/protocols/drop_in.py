@@ -1,0 +1,120 @@
+"""What the protocols of others have in common: lenient requests, strict numbers.
+
+None of them has a place for the error of a single sample, so the first one that cannot be scored
+fails its request, with its index; nothing is ever substituted for a reward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
+
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import GroupScores
+from serve.http import json_reply
+from serve.protocols.native import check_model
+from serve.service import RewardService, Scored
+
+if TYPE_CHECKING:
+    from fastapi import Response
+
+VERSION_HEADER = "Rayward-Model-Version"
+"""The header with the model_version, which these replies have no field for."""
+
+
+class DropIn(BaseModel):
+    """A request in the words of another system: fields that are not known here are ignored."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+def shape_of(value: Any) -> str:
+    """What a field that takes several shapes holds: "text", or by its first element a list of
+    "texts", "ids", "rows" (lists) or "objects". For `pydantic.Discriminator`, which unlike a plain
+    union tries, and complains of, one shape only."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "rows"
+    if isinstance(first, dict | BaseModel):
+        return "objects"
+    return "ids" if isinstance(first, int) else "texts"
+
+
+def told_apart(body: Any, kinds: Mapping[str, Iterable[str]]) -> str:
+    """Which of the protocols on one path a body speaks, by the keys of each.
+
+    Raises RequestValidationError for a body with the keys of none or of several.
+    """
+    if not isinstance(body, dict):
+        raise RequestValidationError([{"loc": ("body",), "msg": "the body must be a JSON object"}])
+    found = [name for name, keys in kinds.items() if any(body.get(k) is not None for k in keys)]
+    if len(found) == 1:
+        return found[0]
+    words = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in kinds.items())
+    message = f"the body must have the fields of exactly one protocol of this path ({words})"
+    raise RequestValidationError([{"loc": ("body",), "msg": message}])
+
+
+def check_drop_in_model(service: RewardService, name: str | None) -> None:
+    """Raise RewardServiceError ("not_found") for another model than the service's.
+
+    Its directory is taken for its name, too: that is what vLLM and SGLang call a model by default.
+    """
+    if name != service.config.model:
+        check_model(service, name)
+
+
+def values(service: RewardService, scored: Scored) -> list[float]:
+    """One number a sample, in order: rewards, or raw scores where `drop_in_scores` says so.
+
+    Raises RewardServiceError, with its index, for the first sample that has none.
+    """
+    _check(scored)
+    raw = service.config.drop_in_scores == "raw_score"
+    found = [v for group in scored.results for v in (group.raw_scores if raw else group.rewards)]
+    return [value for value in found if value is not None]
+
+
+def token_values(service: RewardService, scored: Scored) -> list[list[float]]:
+    """One number for every token of every sample. Raises RewardServiceError as `values` does, and
+    where `drop_in_scores` asks for raw scores: tokens have rewards only."""
+    if service.config.drop_in_scores == "raw_score":
+        raise RewardServiceError(
+            "invalid_request",
+            "this service answers other systems with raw scores (drop_in_scores), which it has for "
+            "whole sequences only; POST /v1/score with token_rewards",
+        )
+    _check(scored)
+    return [row for group in scored.results for row in group.token_rewards or [] if row is not None]
+
+
+def _check(scored: Scored) -> None:
+    errors = [error for group in scored.results for error in group.errors]
+    for index, error in enumerate(errors):
+        if error is not None:
+            raise RewardServiceError(
+                "invalid_request", f"{error.type}: {error.message}", index=index
+            )
+
+
+def num_tokens(results: Iterable[GroupScores]) -> list[int]:
+    """The tokens of each sample."""
+    return [num for group in results for num in group.num_tokens]
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(-value)), for any value."""
+    if value >= 0:
+        return 1 / (1 + math.exp(-value))
+    return math.exp(value) / (1 + math.exp(value))
+
+
+def drop_in_reply(body: Any, scored: Scored) -> Response:
+    """JSON in the words of another system, with the model_version in a header."""
+    return json_reply(body, {VERSION_HEADER: scored.model_version})

@@ -1,0 +1,142 @@
+"""SGLang's reward models: /classify with `text`, /v1/score with `query` and `items`.
+
+As there, texts are whole, templated by their sender, and the tokenizer adds its special tokens; a
+query and an item are put together as they are. A model name that is not the service's is a 404;
+its directory is one, and "default", which SGLang's own clients send for whatever there is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from reward_actor import schema
+from reward_actor.groups import Whole
+from serve.protocols.drop_in import (
+    DropIn,
+    check_drop_in_model,
+    drop_in_reply,
+    num_tokens,
+    shape_of,
+    values,
+)
+from serve.protocols.vllm import Usage, usage
+from serve.service import RewardService
+
+if TYPE_CHECKING:
+    from fastapi import Response
+
+_TEMPLATED = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+
+
+class SglangClassifyRequest(DropIn):
+    """One text, which is answered by one object, or a list of them."""
+
+    text: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[str], Field(min_length=1), Tag("texts")],
+        Discriminator(shape_of),
+    ]
+    model: str | None = None
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": [_TEMPLATED + "Hello!<|im_end|>"]}]}
+    )
+
+
+class SglangScoreRequest(DropIn):
+    """Scores `query + item` for each item, or `item + query`; texts or token ids, not a mixture."""
+
+    query: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[schema.TokenId], Tag("ids")],
+        Discriminator(shape_of),
+    ]
+    items: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1), Tag("texts")]
+        | Annotated[list[list[schema.TokenId]], Tag("rows")],
+        Discriminator(shape_of),
+    ]
+    item_first: bool = False
+    apply_softmax: bool = False
+    model: str | None = None
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"query": _TEMPLATED, "items": ["Hello!<|im_end|>", "Go away.<|im_end|>"]},
+                {"query": [5, 6, 7], "items": [[8], [9, 10]]},
+            ]
+        }
+    )
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> SglangScoreRequest:
+        items = [self.items] if isinstance(self.items, str) else self.items
+        if isinstance(self.query, str) != isinstance(items[0], str):
+            raise ValueError("query and items must both be text, or both be token ids")
+        if self.apply_softmax:
+            raise ValueError("apply_softmax would make 1.0 of every reward: there is one an item")
+        return self
+
+
+class SglangClassifyItem(BaseModel):
+    embedding: list[float]
+    meta_info: dict[str, Any]
+
+
+class SglangScoreReply(BaseModel):
+    scores: list[list[float]]
+    model: str
+    usage: Usage
+    object: Literal["scoring"]
+
+
+def to_whole(request: SglangScoreRequest) -> Whole:
+    query: Any = request.query
+    items: Any = [request.items] if isinstance(request.items, str) else request.items
+    joined = [item + query if request.item_first else query + item for item in items]
+    if isinstance(query, str):
+        return Whole(joined, add_special_tokens=True)
+    return Whole(ids=joined)
+
+
+async def classify(service: RewardService, request: SglangClassifyRequest) -> Response:
+    """What `POST /classify` answers to SGLang's clients."""
+    _check_model(service, request.model)
+    single = isinstance(request.text, str)
+    texts = [request.text] if isinstance(request.text, str) else request.text
+    scored = await service.score([Whole(texts, add_special_tokens=True)])
+    numbers = zip(values(service, scored), num_tokens(scored.results), strict=True)
+    items = [
+        {
+            "embedding": [value],
+            "meta_info": {
+                "id": uuid4().hex,
+                "prompt_tokens": num,
+                "e2e_latency": scored.timings_ms["total"] / 1e3,
+                "weight_version": scored.model_version,
+            },
+        }
+        for value, num in numbers
+    ]
+    return drop_in_reply(items[0] if single else items, scored)
+
+
+async def score(service: RewardService, request: SglangScoreRequest) -> Response:
+    """What `POST /v1/score` answers to SGLang's clients."""
+    _check_model(service, request.model)
+    scored = await service.score([to_whole(request)])
+    body = {
+        "scores": [[value] for value in values(service, scored)],
+        "model": service.name,
+        "usage": usage(scored),
+        "object": "scoring",
+    }
+    return drop_in_reply(body, scored)
+
+
+def _check_model(service: RewardService, name: str | None) -> None:
+    if name != "default":
+        check_drop_in_model(service, name)
