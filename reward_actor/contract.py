@@ -21,6 +21,9 @@ FLOAT32_TOLERANCE = 1e-5
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# The minimum, the percentiles 1 to 99 and the maximum.
+NUM_QUANTILES = 101
+
 Combine = Literal["mean", "min", "mean_minus_std"]
 """How several rewards of one sample become one; `reward_actor.readout` has the formulas."""
 
@@ -64,6 +67,36 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """How the raw scores of held-out sequences are distributed: what live ones are compared with.
+
+    quantiles           101 raw scores: the minimum, the percentiles 1 to 99, the maximum.
+    length_correlation  Pearson's, of raw score and number of tokens; None: one of them is constant.
+    num_scores          of how many sequences.
+    """
+
+    quantiles: list[float]
+    length_correlation: float | None
+    num_scores: int
+
+    def __post_init__(self) -> None:
+        quantiles, correlation = self.quantiles, self.length_correlation
+        if len(quantiles) != NUM_QUANTILES or sorted(quantiles) != quantiles:
+            raise ContractError(
+                f"held_out.quantiles are {len(quantiles)} numbers; they must be {NUM_QUANTILES} "
+                "in ascending order"
+            )
+        if not all(map(math.isfinite, quantiles)):
+            raise ContractError("held_out.quantiles must be finite")
+        if correlation is not None and not abs(correlation) <= 1:
+            raise ContractError(
+                f"held_out.length_correlation is {correlation}; it must be from -1 to 1"
+            )
+        if self.num_scores < 1:
+            raise ContractError(f"held_out.num_scores is {self.num_scores}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class ScoringContract:
     """How text becomes token ids, which of them is pooled, and what the head's output means.
 
@@ -79,6 +112,7 @@ class ScoringContract:
     heads               names of the head's outputs; several are an ensemble in one network.
     combine, combine_k  how the rewards of several heads become one, and k of mean_minus_std.
     mean, std           reward = (raw score - mean) / std, for every head.
+    held_out            how the raw scores of held-out data are distributed, where it was measured.
     """
 
     format: Literal["chat", "text"]
@@ -102,6 +136,7 @@ class ScoringContract:
     mean: float = 0.0
     std: float = 1.0
     golden: Golden = field(default_factory=Golden)
+    held_out: HeldOut | None = None
     contract_version: int = 1
 
     def __post_init__(self) -> None:
@@ -134,7 +169,10 @@ class ScoringContract:
         return None if self.chat_template is None else sha256_text(self.chat_template)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
+        found = {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
+        if self.held_out is None:  # exports from before it existed keep their model_version
+            del found["held_out"]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ScoringContract:
@@ -144,12 +182,13 @@ class ScoringContract:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ContractError(f"unknown key in the scoring contract: {sorted(unknown)[0]!r}")
-        golden = values.pop("golden", {})
+        golden, held_out = values.pop("golden", {}), values.pop("held_out", None)
         try:
             samples = [GoldenSample(**sample) for sample in golden.get("samples", [])]
             contract = cls(
                 **values,
                 golden=Golden(samples, golden.get("raw_scores", {}), golden.get("tolerance", {})),
+                held_out=None if held_out is None else HeldOut(**held_out),
             )
         except TypeError as error:
             raise ContractError(f"the scoring contract is not complete: {error}") from error

@@ -151,8 +151,9 @@ def shared_contract(
     """The contract to render under, so that one stream of ids serves every member.
 
     The first member's, with the smallest `max_length` and `vocab_size` of all, and without golden
-    samples: those are each member's own. That of a single model comes back as it is. Raises
-    ValueError naming the member and the field in which it renders otherwise than the first.
+    samples and held-out scores: those are each member's own. That of a single model comes back as
+    it is. Raises ValueError naming the member and the field in which it renders otherwise than the
+    first.
     """
     if len(contracts) == 1:
         return contracts[0]
@@ -172,6 +173,7 @@ def shared_contract(
         max_length=min(contract.max_length for contract in contracts),
         vocab_size=min(contract.vocab_size for contract in contracts),
         golden=Golden(),
+        held_out=None,
     )
 
 

@@ -14,6 +14,7 @@ from reward_actor.contract import (
     ContractError,
     Golden,
     GoldenSample,
+    HeldOut,
     ScoringContract,
     check_scores,
     model_version,
@@ -42,6 +43,17 @@ contracts = st.builds(
         ),
         raw_scores=st.dictionaries(st.sampled_from(["float32"]), st.lists(finite, max_size=3)),
         tolerance=st.just({"float32": 1e-5}),
+    ),
+    held_out=st.none()
+    | st.builds(
+        HeldOut,
+        quantiles=st.builds(
+            lambda first, step: [first + step * n for n in range(101)],
+            st.floats(-1e3, 1e3),
+            st.floats(0, 10),
+        ),
+        length_correlation=st.none() | st.floats(-1, 1),
+        num_scores=st.integers(1, 10_000),
     ),
 )
 EXAMPLE = ScoringContract(
@@ -87,6 +99,45 @@ def test_the_version_names_weights_and_dtype() -> None:
         for dtype in ("float32", "bfloat16")
     }
     assert len(versions) == 4
+
+
+def test_a_contract_without_held_out_scores_says_nothing_of_them() -> None:
+    """So an export from before they were measured keeps its model_version."""
+    assert "held_out" not in EXAMPLE.to_json()
+
+
+QUANTILES = [float(n) for n in range(101)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        ((QUANTILES[1:], None, 9), "100 numbers"),
+        ((QUANTILES[::-1], None, 9), "ascending"),
+        ((QUANTILES[1:] + [float("inf")], None, 9), "finite"),
+        ((QUANTILES[1:] + [float("nan")], None, 9), "finite"),
+        ((QUANTILES, 1.5, 9), "length_correlation is 1.5"),
+        ((QUANTILES, float("nan"), 9), "length_correlation is nan"),
+        ((QUANTILES, None, 0), "num_scores is 0"),
+    ],
+)
+def test_a_distribution_that_is_none_is_refused(
+    held_out: tuple[list[float], float | None, int], message: str
+) -> None:
+    quantiles, correlation, num_scores = held_out
+    given = {
+        "quantiles": quantiles,
+        "length_correlation": correlation,
+        "num_scores": num_scores,
+    }
+    with pytest.raises(ContractError, match=message):
+        ScoringContract.from_json(EXAMPLE.to_json() | {"held_out": given})
+
+
+@pytest.mark.parametrize("held_out", [{"quantiles": QUANTILES}, QUANTILES, "none"])
+def test_an_incomplete_distribution_is_refused(held_out: object) -> None:
+    with pytest.raises(ContractError, match="not complete"):
+        ScoringContract.from_json(EXAMPLE.to_json() | {"held_out": held_out})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reward_actor import Group, RewardScorer
 from reward_actor.checkpoint import CheckpointError, write_manifest
-from reward_actor.contract import ContractError, ScoringContract
+from reward_actor.contract import ContractError, HeldOut, ScoringContract
 from reward_actor.convert import convert
 from reward_actor.probe import synthetic_groups
 
@@ -157,6 +157,16 @@ def test_the_version_is_that_of_the_members_and_the_rule(seeds: list[Path]) -> N
     assert all(version.startswith("sha256:") for version in versions)
     assert version(seeds, combine="min") == versions[1]
     assert RewardScorer(loaded[:1]).model_version == loaded[0].version
+
+
+def test_held_out_scores_of_a_member_are_not_those_of_the_ensemble(seeds: list[Path]) -> None:
+    held_out = HeldOut([float(n) for n in range(101)], 0.1, 500)
+    members = [
+        replace(member, contract=replace(member.contract, held_out=held_out))
+        for member in RewardScorer.from_pretrained(seeds, "cpu").members
+    ]
+    assert RewardScorer(members[:1]).contract.held_out == held_out
+    assert RewardScorer(members).contract.held_out is None
 
 
 @pytest.mark.parametrize("attention", ["auto", "padded"])

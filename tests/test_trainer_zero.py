@@ -138,6 +138,14 @@ def test_every_export_scores_as_its_training_did(runs: dict[str, Path]):
         bound = scorer.contract.golden.tolerance[dtype]
         for key in ("reward_margin", "min_reward", "mean_reward", "max_reward"):
             assert getattr(result, key) == pytest.approx(trained[f"heldout_{key}"], abs=bound), name
+        raw_scores = scorer.raw_scores(sequences_of(heldout))[:, 0]
+        found = scorer.contract.held_out
+        assert found is not None
+        assert found.num_scores == heldout.num_sequences
+        expected = np.quantile(raw_scores, np.linspace(0, 1, 101))
+        np.testing.assert_allclose(
+            found.quantiles, expected, atol=bound * max(1, abs(expected[-1]))
+        )
 
 
 def test_the_stages_export_the_same_rewards(runs: dict[str, Path]):

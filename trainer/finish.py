@@ -16,6 +16,7 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import checkpoint
+from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.files import replace_text
 from trainer import adapters, zero
 from trainer.card import model_card
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from reward_actor.contract import ScoringContract
     from trainer.config import TrainConfig
     from trainer.step import Trainer
 
@@ -53,6 +53,7 @@ def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]
     scores = trainer.score(heldout) if len(heldout) else np.zeros(0, np.float32)
     metrics = measure(heldout, scores, attributes)
     raw_scores = folded(scores, attributes)
+    contract = replace(contract, held_out=held_out(raw_scores, heldout.lengths))
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)
     found = {f"heldout_{key}": value for key, value in metrics.items()}
@@ -75,6 +76,20 @@ def normalised(contract: ScoringContract, rewards: NDArray[np.float32]) -> Scori
     wide = rewards.astype(np.float64)
     std = float(wide.std()) if len(wide) > 1 else 0.0
     return replace(contract, mean=float(wide.mean()), std=std) if std > 0 else contract
+
+
+def held_out(raw_scores: NDArray[np.float32], num_tokens: NDArray[np.int64]) -> HeldOut | None:
+    """How these raw scores (S,) of sequences with so many tokens are distributed.
+
+    None where that cannot be said: there are none, or one is not finite.
+    """
+    if not len(raw_scores) or not np.isfinite(raw_scores).all():
+        return None
+    wide = raw_scores.astype(np.float64)
+    quantiles = np.sort(np.quantile(wide, np.linspace(0.0, 1.0, NUM_QUANTILES)))
+    varies = wide.std() > 0 and num_tokens.std() > 0
+    correlation = float(np.corrcoef(wide, num_tokens)[0, 1]) if varies else None
+    return HeldOut(quantiles.tolist(), correlation, len(wide))
 
 
 def _files(
