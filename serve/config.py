@@ -96,6 +96,27 @@ class ServeConfig(BaseModel):
     body_limit_bytes: Positive = Field(64 * 2**20, description="size of one request's body")
     request_timeout_s: PositiveSeconds = Field(120.0, description="deadline of one request")
     swap_timeout_s: PositiveSeconds = Field(600.0, description="deadline of one hot swap")
+    access_log: bool = Field(
+        False, description="write a line of JSON for every request, without its text"
+    )
+    monitor_half_life: Positive = Field(
+        20_000, description="rewards after which one counts half in the live distribution"
+    )
+    monitor_min_rewards: Positive = Field(
+        500, description="rewards of a model before it is warned about"
+    )
+    monitor_max_drift: float = Field(
+        0.25, gt=0, description="population stability index above which drift is warned about"
+    )
+    monitor_max_length_correlation: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="of reward and tokens; above it (and the held-out's): a warning",
+    )
+    monitor_max_extremes: float = Field(
+        0.10, gt=0, le=1, description="share of rewards where 2 % of held-out ones are; above: same"
+    )
     trust_remote_code: bool = Field(False, description="run Python code found in the model")
 
     @model_validator(mode="after")

@@ -114,8 +114,8 @@ QUANTILES = [float(n) for n in range(101)]
     [
         ((QUANTILES[1:], None, 9), "100 numbers"),
         ((QUANTILES[::-1], None, 9), "ascending"),
-        ((QUANTILES[1:] + [float("inf")], None, 9), "finite"),
-        ((QUANTILES[1:] + [float("nan")], None, 9), "finite"),
+        (([*QUANTILES[1:], float("inf")], None, 9), "finite"),
+        (([*QUANTILES[1:], float("nan")], None, 9), "finite"),
         ((QUANTILES, 1.5, 9), "length_correlation is 1.5"),
         ((QUANTILES, float("nan"), 9), "length_correlation is nan"),
         ((QUANTILES, None, 0), "num_scores is 0"),
