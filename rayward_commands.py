@@ -150,10 +150,12 @@ def serve(arguments: argparse.Namespace) -> int:
     import ray
 
     from serve.app import start
+    from serve.metrics import targets
 
     url = start(config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address)
     print(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
     print(f"try it   {url}/playground")
+    print(f"metrics  http://{targets()[0]}/metrics")
     print(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops", flush=True)
     stop = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start

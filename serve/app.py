@@ -20,6 +20,7 @@ from reward_actor.settings import validate
 from serve.config import ServeConfig
 from serve.deployment import RewardModelReplica
 from serve.ingress import Ingress
+from serve.metrics import publish_targets
 from serve.pointer import forget
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def start(
             f"(serve.delete({APP_NAME!r})), or use another cluster"
         )
     forget(APP_NAME)
+    publish_targets()
     try:
         serve.run(build(config, use_gpu), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -83,11 +83,18 @@ class Batcher:
     """Merges the jobs of many callers into batches. Use from one event loop."""
 
     def __init__(
-        self, *, max_batch_tokens: int, max_queued_tokens: int, target_batch_s: float = 0.5
+        self,
+        *,
+        max_batch_tokens: int,
+        max_queued_tokens: int,
+        target_batch_s: float = 0.5,
+        on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
+        """on_batch: called with the tokens of every batch and the seconds that it took."""
         self.max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._target_batch_s = target_batch_s
+        self._on_batch = on_batch
         self._jobs: deque[_Job] = deque()
         self._arrived = asyncio.Event()  # something waits
         self._full = asyncio.Event()  # as much waits as one batch may hold
@@ -176,6 +183,8 @@ class Batcher:
                     job.done.set_exception(error)
             return
         seconds = time.monotonic() - started
+        if self._on_batch is not None:
+            self._on_batch(batch.num_tokens, seconds)
         self._measure(batch.num_tokens * batch.jobs[0].work.share_computed, seconds)
         start = 0
         for job in batch.jobs:

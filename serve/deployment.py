@@ -11,6 +11,7 @@ from importlib.metadata import version
 import numpy as np
 from ray import serve
 
+from serve import metrics
 from serve.batcher import Batcher, QueueFull
 from serve.config import ServeConfig
 from serve.held import Held, HeldModels, Scorer
@@ -80,7 +81,9 @@ class RewardModelReplica:
             max_batch_tokens=self._models.current.scorer.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
             target_batch_s=config.target_batch_s,
+            on_batch=self._scored_batch,
         )
+        self._recorder = metrics.Recorder()
         self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
         self._waiting: dict[str, tuple[float, int]] = {}
         self._fault: str | None = None
@@ -159,6 +162,10 @@ class RewardModelReplica:
             "tokens_per_s": self._batcher.tokens_per_s,
         }
 
+    def _scored_batch(self, num_tokens: int, seconds: float) -> None:
+        self._recorder.observe(metrics.BATCH_TOKENS, num_tokens)
+        self._recorder.observe(metrics.BATCH_SECONDS, seconds)
+
     def check_health(self) -> None:
         """Ray Serve replaces a replica that raises here."""
         if self._fault is not None:
@@ -192,6 +199,9 @@ class RewardModelReplica:
         """Follow a swap that this replica was not asked about, because it was starting then."""
         while True:
             await asyncio.sleep(_RECONCILE_S)
+            queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
+            self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._replica)
+            self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._replica)
             self._models.retire()
             pointer = await asyncio.to_thread(Pointer.get, self._app_name)
             if pointer is None or pointer.generation <= self._models.generation:

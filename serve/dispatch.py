@@ -58,12 +58,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Raw scores (n, K) and, if asked for, n arrays (tokens, K); seconds waited and scored."""
+    """Raw scores (n, K) and, if asked for, n arrays (tokens, K); seconds waited and scored, and the
+    tokens that were computed for them."""
 
     raw_scores: Scores
     token_scores: list[Scores] | None
     queue_s: float
     score_s: float
+    num_tokens: int
 
 
 def distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
@@ -282,7 +284,9 @@ class Dispatcher:
                 tokens = None if reply.token_scores is None else reply.token_scores[start:end]
                 queue_s = max(0.0, now - part.submitted - reply.score_s)
                 raw = reply.raw_scores[start:end]
-                part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s))
+                part.done.set_result(
+                    Dispatched(raw, tokens, queue_s, reply.score_s, part.cut.num_tokens)
+                )
             start = end
 
     async def _reply(

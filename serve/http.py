@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.schema import error_reply
+from serve.logs import ERROR_HEADER, RequestLog
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,6 +55,8 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_exception_handler(Exception, _our_bug)
     api.add_middleware(BodyLimit, limit=service.config.body_limit_bytes)
     api.add_middleware(OwnRequests, name=os.environ.get("RAYWARD_SERVICE"))
+    # The last is the outermost: it tells of what the others refuse, too.
+    api.add_middleware(RequestLog, on_answer=service.observer.answered)
     _describe(api)
     return api
 
@@ -240,7 +243,7 @@ def _reply(
     type_: Any, message: str, *, index: int | None = None, retry_after_s: float | None = None
 ) -> Response:
     status, body = error_reply(type_, message, index=index)
-    headers = {}
+    headers = {ERROR_HEADER.decode(): type_}
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     # ASCII only: a message may name a key of the request that is not valid Unicode.

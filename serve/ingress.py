@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from reward_actor import schema
+from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.registry import Registry
 from serve.config import ServeConfig
@@ -28,7 +29,9 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, reward_model: DeploymentHandle[Any]) -> None:
         context = serve.get_replica_context()
-        self._service = RewardService(config, reward_model, context.replica_id.unique_id)
+        self._service = RewardService(
+            config, reward_model, context.app_name, context.replica_id.unique_id
+        )
         self._swapper = Swapper(
             self._service.fleet,
             context.app_name,
@@ -43,7 +46,11 @@ class Ingress:
         self, groups: Sequence[Group | Whole], token_rewards: bool = False
     ) -> list[GroupScores]:
         """Score groups before the deadline. Raises RewardServiceError."""
-        return (await self._service.score(groups, token_rewards=token_rewards)).results
+        try:
+            return (await self._service.score(groups, token_rewards=token_rewards)).results
+        except RewardServiceError as error:
+            self._service.observer.refused(error.type)  # those over HTTP are counted there
+            raise
 
     async def info(self) -> schema.Info:
         """What is served. Raises RewardServiceError while no replica is ready."""

@@ -6,7 +6,6 @@ keeps its own and all of them together answer for the service. NumPy only.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,8 @@ class Histogram:
         """The weights in bins that are as wide or wider, and hold all of this."""
         steps = exponent - self.exponent
         index = (np.arange(self.first, self.first + len(self.weights)) >> steps) - first
-        return np.bincount(index, self.weights, minlength=num_bins)
+        weights: Floats = np.bincount(index, self.weights, minlength=num_bins).astype(np.float64)
+        return weights
 
     def span(self, exponent: int) -> tuple[int, int]:
         """The first and the last bin of width 2**exponent that this reaches into."""
@@ -213,18 +213,14 @@ class LiveRewards:
         found = self.products / math.sqrt(self.squares * self.token_squares)
         return max(-1.0, min(1.0, found))
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LiveRewards:
-        return cls(**{**data, "histogram": Histogram(**data["histogram"])})
+def dump(live: dict[str, LiveRewards]) -> dict[str, Any]:
+    """Live rewards by model version, as ingresses tell them to each other in JSON."""
+    return {version: asdict(found) for version, found in live.items()}
 
 
-def dump(live: dict[str, LiveRewards]) -> bytes:
-    """Live rewards by model version, as ingresses tell them to each other."""
-    return json.dumps({version: found.to_json() for version, found in live.items()}).encode()
-
-
-def load(data: bytes) -> dict[str, LiveRewards]:
-    return {key: LiveRewards.from_json(value) for key, value in json.loads(data).items()}
+def load(data: dict[str, Any]) -> dict[str, LiveRewards]:
+    return {
+        version: LiveRewards(**{**found, "histogram": Histogram(**found["histogram"])})
+        for version, found in data.items()
+    }

@@ -1,4 +1,4 @@
-"""Reward monitoring: live rewards beside the held-out ones, and when they look like hacking. No Ray.
+"""Live rewards beside the held-out ones, and when they look like reward hacking. No Ray.
 
 A policy that learns to please the reward model rather than to do its task shows it here first: its
 rewards leave the distribution that the model was measured on (drift), pile up where hardly any

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-_NAMESPACE = "rayward"
+NAMESPACE = "rayward"
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Pointer:
         """Remember this one; False when another swap has taken its generation already."""
         key = f"{app_name}:swap:{self.generation}"
         value = json.dumps(asdict(self))
-        existed = _internal_kv_put(key, value, overwrite=False, namespace=_NAMESPACE)
+        existed = _internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE)
         if existed:
             return False
-        _internal_kv_put(f"{app_name}:model", value, namespace=_NAMESPACE)
+        _internal_kv_put(f"{app_name}:model", value, namespace=NAMESPACE)
         return True
 
     @classmethod
     def get(cls, app_name: str) -> Pointer | None:
-        found = _internal_kv_get(f"{app_name}:model", namespace=_NAMESPACE)
+        found = _internal_kv_get(f"{app_name}:model", namespace=NAMESPACE)
         return None if found is None else cls(**json.loads(found))
 
 
 def forget(app_name: str) -> None:
     """Begin anew: a service that is started serves the model that it is given."""
-    _internal_kv_del(f"{app_name}:", del_by_prefix=True, namespace=_NAMESPACE)
+    _internal_kv_del(f"{app_name}:", del_by_prefix=True, namespace=NAMESPACE)

@@ -27,6 +27,14 @@ async def info(request: Request) -> schema.Info:
     return await service_of(request).info()
 
 
+@router.get("/v1/monitor", tags=["service"])
+async def monitor(request: Request) -> schema.MonitorReply:
+    """The live rewards beside the held-out ones, by model version."""
+    service = service_of(request)
+    await service.model()
+    return service.observer.monitor()
+
+
 @router.get("/health", tags=["service"])
 async def health() -> schema.Status:
     """The ingress is alive."""
@@ -61,4 +69,11 @@ async def registry(request: Request) -> schema.RegistryReply:
 async def swap(request: Request) -> schema.SwapReply:
     """Serve another model of the registry from now on, without a pause."""
     asked = parse(schema.SwapRequest, await request.body())
-    return await swapper_of(request).swap(asked.model)
+    observer = service_of(request).observer
+    try:
+        reply = await swapper_of(request).swap(asked.model)
+    except RewardServiceError as error:
+        observer.swapped(error.type)
+        raise
+    observer.swapped("done")
+    return reply

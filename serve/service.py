@@ -17,6 +17,7 @@ from reward_actor.groups import Group, GroupScores, Rendered, SampleError, Whole
 from serve.config import ServeConfig
 from serve.dispatch import Dispatched, Dispatcher, OtherVersion
 from serve.fleet import Fleet, Model
+from serve.observer import Observer
 from serve.wire import Description
 
 if TYPE_CHECKING:
@@ -32,17 +33,21 @@ _INLINE_CHARACTERS = 4096
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a request's groups, all by one model; timings in milliseconds."""
+    """The scores of a request's groups, all by one model; timings in milliseconds, and the tokens
+    that were computed, shared prefixes once."""
 
     results: list[GroupScores]
     model_version: str
     timings_ms: dict[str, float]
+    computed_tokens: int
 
 
 class RewardService:
     """One ingress's side of the service. Use from one event loop."""
 
-    def __init__(self, config: ServeConfig, handle: DeploymentHandle[Any], sender: str) -> None:
+    def __init__(
+        self, config: ServeConfig, handle: DeploymentHandle[Any], app_name: str, sender: str
+    ) -> None:
         self.config = config
         self.name = config.name or Path(config.model).resolve().name
         self.fleet = Fleet(
@@ -57,6 +62,9 @@ class RewardService:
             max_queue_s=config.max_queue_s,
             target_batch_s=config.target_batch_s,
         )
+        self.observer = Observer(
+            config, app_name, sender, queued_tokens=lambda: self.dispatcher.queued_tokens
+        )
 
     async def score(
         self, groups: Sequence[Group | Whole], *, token_rewards: bool = False
@@ -65,17 +73,18 @@ class RewardService:
         started = time.perf_counter()
         scored = await self.within_deadline(self._score(groups, token_rewards))
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
+        self.observer.scored(scored)
         return scored
 
     async def model(self) -> Model:
         """What is served now. Raises RewardServiceError while no replica answers."""
-        self.fleet.watch()
+        self._watch()
         return await self.within_deadline(self._fresh_model(), _STATUS_TIMEOUT_S)
 
     async def known_model(self) -> Model:
         """What was served when the replicas were last asked. Raises RewardServiceError while none
         has answered yet."""
-        self.fleet.watch()
+        self._watch()
         return await self.within_deadline(self.fleet.model())
 
     async def info(self) -> schema.Info:
@@ -102,6 +111,7 @@ class RewardService:
             },
             versions=description.versions,
             ensemble=schema.Info.ensemble_of(description.readout),
+            warnings=self.observer.warnings(),
         )
 
     async def within_deadline(
@@ -127,7 +137,7 @@ class RewardService:
             await asyncio.sleep(0.1)
 
     async def _score(self, groups: Sequence[Group | Whole], token_rewards: bool) -> Scored:
-        self.fleet.watch()
+        self._watch()
         num_samples = sum(len(group) for group in groups)
         if num_samples > self.config.max_request_samples:
             raise RewardServiceError(
@@ -155,7 +165,7 @@ class RewardService:
                 "score": 1e3 * max((part.score_s for part in parts), default=0.0),
             }
             results = _assemble(groups, rendered, parts, model, token_rewards)
-            return Scored(results, model.version, timings)
+            return Scored(results, model.version, timings, sum(p.num_tokens for p in parts))
 
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
         num_tokens = sum(len(ids) for group in groups for ids in group)
@@ -166,7 +176,12 @@ class RewardService:
                 f"{self.config.max_request_tokens}. Send fewer groups at a time.",
             )
 
+    def _watch(self) -> None:
+        self.fleet.watch()
+        self.observer.watch()
+
     def _replicas_are(self, descriptions: list[Description]) -> None:
+        self.observer.replicas_are(descriptions)
         self.dispatcher.num_replicas = len(descriptions)
         if descriptions:
             self.dispatcher.max_batch_tokens = min(d.max_batch_tokens for d in descriptions)

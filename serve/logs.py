@@ -1,0 +1,138 @@
+"""Every HTTP request in a line of JSON and in the metrics, under the id that its client gave it.
+
+A line holds who asked for what (an id, a route's template), how it went and how much it was; never
+a word or a token id of what was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reward_actor.schema import HTTP_STATUS
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_ID_HEADER = b"x-request-id"
+_SANE_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
+# Put on a refusal by `serve.http`, as one status may have several types.
+ERROR_HEADER = b"x-rayward-error"
+# What nginx calls a request whose client hung up before it was answered.
+_HUNG_UP = 499
+_MAX_FILE_BYTES = 100 * 2**20
+_NUM_FILES = 5
+
+_TYPES = {status: type_ for type_, status in reversed(HTTP_STATUS.items())}
+
+
+@dataclass
+class Answered:
+    """One HTTP request, once it is over; what was scored for it, if anything was."""
+
+    request_id: str
+    route: str = "other"
+    status: int = 500
+    error_type: str | None = None
+    seconds: float = 0.0
+    num_samples: int = 0
+    num_tokens: int = 0
+    model_version: str | None = None
+
+
+CURRENT: ContextVar[Answered | None] = ContextVar("CURRENT", default=None)
+"""The HTTP request that this task answers."""
+
+
+class RequestLog:
+    """Gives every request an id, and tells `on_answer` how it ended. The outermost middleware.
+
+    Ray Serve gives a request without an id one, and sends either back. Where it passes on an id
+    that is not sane (its HAProxy drops those), one of ours stands beside it in the answer.
+    """
+
+    def __init__(self, app: ASGIApp, on_answer: Callable[[Answered], None]) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(_ID_HEADER, b"")
+        is_sane = _SANE_ID.fullmatch(given) is not None
+        answered = Answered(given.decode() if is_sane else uuid.uuid4().hex)
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answered.status = message["status"]
+                answered.error_type = _error_type(message)
+                if not is_sane:
+                    made = (_ID_HEADER, answered.request_id.encode())
+                    message["headers"] = [*message["headers"], made]
+            await send(message)
+
+        started = time.perf_counter()
+        token = CURRENT.set(answered)
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            answered.status = _HUNG_UP
+            raise
+        finally:
+            CURRENT.reset(token)
+            answered.seconds = time.perf_counter() - started
+            # The router leaves there which of its routes it was.
+            answered.route = getattr(scope.get("route"), "path", "other")
+            self._on_answer(answered)
+
+
+def _error_type(message: Message) -> str | None:
+    if message["status"] < 400:
+        return None
+    told = dict(message["headers"]).get(ERROR_HEADER)
+    return _TYPES.get(message["status"], "invalid_request") if told is None else told.decode()
+
+
+def json_line(answered: Answered) -> str:
+    line: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "request_id": answered.request_id,
+        "route": answered.route,
+        "status": answered.status,
+        "ms": round(1e3 * answered.seconds, 3),
+        "samples": answered.num_samples,
+        "tokens": answered.num_tokens,
+        "model_version": answered.model_version,
+    }
+    if answered.error_type is not None:
+        line["error"] = answered.error_type
+    return json.dumps(line)
+
+
+class LogFile:
+    """Lines of JSON in a file that is begun anew before it grows too large."""
+
+    def __init__(self, file: Path, *, every_request: bool) -> None:
+        """every_request: not only those that failed by our own fault (a status of 500 and more)."""
+        self._every_request = every_request
+        handler = RotatingFileHandler(
+            file, maxBytes=_MAX_FILE_BYTES, backupCount=_NUM_FILES, delay=True
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        self._logger = logging.Logger("rayward.requests")
+        self._logger.addHandler(handler)
+
+    def write(self, answered: Answered) -> None:
+        if self._every_request or answered.status >= 500:
+            self._logger.info(json_line(answered))
