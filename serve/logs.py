@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,19 +29,22 @@ ERROR_HEADER = b"x-rayward-error"
 # What nginx calls a request whose client hung up before it was answered.
 _HUNG_UP = 499
 _MAX_FILE_BYTES = 100 * 2**20
-_NUM_FILES = 5
 
 _TYPES = {status: type_ for type_, status in reversed(HTTP_STATUS.items())}
 
 
 @dataclass
 class Answered:
-    """One HTTP request, once it is over; what was scored for it, if anything was."""
+    """One HTTP request, once it is over; what was scored for it, if anything was.
+
+    Until its response starts it is as if it failed: what an exception is answered with is sent
+    outside of all middleware.
+    """
 
     request_id: str
     route: str = "other"
     status: int = 500
-    error_type: str | None = None
+    error_type: str | None = "internal"
     seconds: float = 0.0
     num_samples: int = 0
     num_tokens: int = 0
@@ -87,7 +88,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, noted)
         except asyncio.CancelledError:
-            answered.status = _HUNG_UP
+            answered.status, answered.error_type = _HUNG_UP, None
             raise
         finally:
             CURRENT.reset(token)
@@ -121,18 +122,31 @@ def json_line(answered: Answered) -> str:
 
 
 class LogFile:
-    """Lines of JSON in a file that is begun anew before it grows too large."""
+    """Lines of JSON in a file, which is begun anew before it grows too large; one is kept.
+
+    A line costs a request nothing but itself: `flush` writes them, and a failure of our own (a
+    status of 500 and more) does so at once.
+    """
 
     def __init__(self, file: Path, *, every_request: bool) -> None:
-        """every_request: not only those that failed by our own fault (a status of 500 and more)."""
+        """every_request: not only those that failed by our own fault."""
+        self._file = file
         self._every_request = every_request
-        handler = RotatingFileHandler(
-            file, maxBytes=_MAX_FILE_BYTES, backupCount=_NUM_FILES, delay=True
-        )
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        self._logger = logging.Logger("rayward.requests")
-        self._logger.addHandler(handler)
+        self._lines: list[str] = []
 
-    def write(self, answered: Answered) -> None:
-        if self._every_request or answered.status >= 500:
-            self._logger.info(json_line(answered))
+    def add(self, answered: Answered) -> None:
+        is_ours = answered.status >= 500
+        if self._every_request or is_ours:
+            self._lines.append(json_line(answered) + "\n")
+        if is_ours:
+            self.flush()
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        if not lines:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+            size = file.tell()
+        if size > _MAX_FILE_BYTES:
+            self._file.replace(self._file.with_suffix(".old.jsonl"))

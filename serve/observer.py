@@ -106,7 +106,7 @@ class Observer:
         self._recorder.count(metrics.REQUESTS, 1, answered.route, str(answered.status))
         if answered.error_type is not None:
             self.refused(answered.error_type)
-        self._log.write(answered)
+        self._log.add(answered)
 
     def refused(self, type_: str) -> None:
         self._recorder.count(metrics.REJECTIONS, 1, type_)
@@ -132,6 +132,7 @@ class Observer:
                 if not self._is_alone:
                     self._others = await asyncio.to_thread(self._exchange, self._monitor.live())
                 self._tell()
+                await asyncio.to_thread(self._log.flush)
             except Exception as error:  # whatever it is must not end the telling for good
                 logger.warning("metrics could not be told: %s", type(error).__name__)
             await asyncio.sleep(_TICK_S)
