@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -81,10 +82,8 @@ async def get(app: FastAPI, path: str, request_id: bytes | None = None) -> list[
 def answered(path: str, request_id: bytes | None = None) -> tuple[Answered, dict[bytes, bytes]]:
     seen: list[Answered] = []
     sent: list[Any] = []
-    try:
+    with contextlib.suppress(Failed):  # Starlette answers and raises it again, to be logged
         sent = asyncio.run(get(api(seen), path, request_id))
-    except Failed:  # Starlette answers and raises it again, for the server's log
-        pass
     [one] = seen
     return one, dict(sent[0]["headers"]) if sent else {}
 
