@@ -95,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
     _add_serve_settings(sub)
 
+    sub = command("token", run.token, "make a token for callers of the service")
+    sub.add_argument("name", metavar="NAME", help="who will use it")
+    sub.add_argument("--file", required=True, help="token file of `rayward serve`; made if missing")
+    sub.add_argument("--scopes", default="score", help="score, admin or score,admin [%(default)s]")
+    sub.add_argument(
+        "--replace", action="store_true", help="end the tokens that NAME has so far at once"
+    )
+
     sub = command("score", run.score, "score a file of prompts and completions")
     sub.add_argument("model", metavar="MODEL|URL")
     sub.add_argument("input", metavar="INPUT", help=".jsonl rows of prompt and completions")

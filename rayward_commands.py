@@ -172,6 +172,16 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def token(arguments: argparse.Namespace) -> int:
+    from serve.auth import add_token
+
+    scopes = [scope.strip() for scope in arguments.scopes.split(",")]
+    made = add_token(Path(arguments.file), arguments.name, scopes, replace=arguments.replace)
+    print(made)
+    print(f"scopes {', '.join(scopes)}; {arguments.file} holds its digest only", file=sys.stderr)
+    return 0
+
+
 def score(arguments: argparse.Namespace) -> int:
     from reward_actor.files import group_of, read_rows, scored_row, write_rows
 

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
 
+# Ray's name for the setting; it holds on every system. 0: a node's address is 127.0.0.1.
+_REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LISTENER_TIMEOUT_S = 5.0
 _FREE_TIMEOUT_S = 10.0
 
@@ -28,7 +31,8 @@ def connect(
 ) -> None:
     """Join the cluster at `address` (or $RAY_ADDRESS), or start a private one on this machine.
 
-    A private cluster asks for Ray's token on every port of its own and ends with this process. Its
+    A private cluster listens on 127.0.0.1 only (where $RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER does not
+    say otherwise), asks for Ray's token on its ports and ends with this process. Its
     logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
     compute, and two real cores would otherwise be too few for Ray's bookkeeping. `log_to_driver`
     prints what actors print. Does nothing when this process is connected already. Raises
@@ -36,6 +40,7 @@ def connect(
     """
     if ray.is_initialized():
         return
+    take_loopback_as_it_is()
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         # Ray looks for its token by itself only when it finds the cluster by itself. A cluster of
@@ -55,6 +60,9 @@ def connect(
     # its token on for a cluster that it starts here, unless RAY_AUTH_MODE says otherwise, and warns
     # that it did; that it is on is what we want.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    os.environ.setdefault(_REACHABLE, "0")
+    if os.environ[_REACHABLE] == "0":
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its engines' own ports
     ray.init(
         address="local",  # Ray would otherwise join a cluster that happens to run on this machine
         num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
@@ -69,6 +77,16 @@ def connect(
         found = ray.cluster_resources().get("GPU", 0)
         ray.shutdown()
         raise ValueError(_too_small({"GPU": num_gpus_needed}, {"GPU": found}))
+
+
+def take_loopback_as_it_is() -> None:
+    """Let this process join a cluster that listens on 127.0.0.1 only.
+
+    On Linux, Ray replaces 127.0.0.1 by the address of this machine in the network, and would look
+    for the cluster there.
+    """
+    if _REACHABLE not in os.environ:
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _require_listener(address: str) -> None:

@@ -16,6 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from reward_actor import schema
+from reward_actor.cluster import take_loopback_as_it_is
 from reward_actor.errors import RewardServiceError, pause_s
 from reward_actor.groups import Group, GroupScores, Prompt, Whole
 
@@ -23,6 +24,7 @@ DEFAULT_APP_NAME = "rayward"
 
 
 def _app_handle(app_name: str) -> Any:
+    take_loopback_as_it_is()
     try:
         handle = serve.get_app_handle(app_name)
     except RayServeException as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +19,8 @@ from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.handle import DEFAULT_APP_NAME
 from reward_actor.registry import Registry
 from reward_actor.settings import validate
+from serve import fast_path
+from serve.auth import Tokens, require_guard
 from serve.config import ServeConfig
 from serve.deployment import RewardModelReplica
 from serve.ingress import Ingress
@@ -39,9 +43,15 @@ def app(args: dict[str, Any]) -> Application:
     """The application for `serve run serve.app:app model=DIR [key=value ...]`.
 
     Raises ValueError for an unknown key, a directory without a trained reward model, a file that
-    differs from its digest, or a contract that cannot be read: before anything is started.
+    differs from its digest, a contract that cannot be read, or a token file that cannot be used:
+    before anything is started.
     """
     config = resolve(validate(ServeConfig, args, "serve"))
+    if config.tls_cert is not None:
+        raise ValueError(
+            "tls_cert and tls_key are for `rayward serve`; here Ray Serve's own configuration "
+            "opens the port: set ssl_certfile and ssl_keyfile of its http_options, without HAProxy"
+        )
     return build(config, _uses_gpu(config))
 
 
@@ -56,7 +66,18 @@ def resolve(config: ServeConfig) -> ServeConfig:
         check_manifest(member)
     name = config.name or directory.name
     registry = None if config.registry is None else str(Registry(config.registry).root)
-    return config.model_copy(update={"model": str(directory), "name": name, "registry": registry})
+    files = {
+        setting: str(Path(file).expanduser().absolute())
+        for setting in ("token_file", "tls_cert", "tls_key")
+        if (file := getattr(config, setting)) is not None
+    }
+    if "token_file" in files:
+        Tokens(files["token_file"])
+    if "tls_cert" in files:
+        _check_certificate(files["tls_cert"], files["tls_key"])
+    return config.model_copy(
+        update={"model": str(directory), "name": name, "registry": registry, **files}
+    )
 
 
 def build(config: ServeConfig, use_gpu: bool) -> Application:
@@ -117,11 +138,24 @@ def start(
     """Start the service and return its URL once it is ready.
 
     Joins the cluster at `ray_address` or $RAY_ADDRESS, or starts a private one. Raises ValueError
-    for a port in use, a cluster that is too small or serves already, or a model that does not
-    reproduce its golden samples.
+    for a port in use, an address that others can reach without tokens, a cluster that is too small
+    or serves already, or a model that does not reproduce its golden samples.
     """
     config = resolve(config)
+    require_guard(host, config)
     _require_free(host, port)
+    is_private = not (ray.is_initialized() or ray_address or os.environ.get("RAY_ADDRESS"))
+    if config.tls_cert is not None and not is_private:
+        raise ValueError(
+            "tls_cert is for a service with a Ray cluster of its own; in another's cluster let a "
+            "proxy speak TLS in front of the service (docs/clusters.md)"
+        )
+    http_options = {"host": host, "port": port, "request_timeout_s": None}
+    if is_private and fast_path.front(host, port, config.tls_cert, config.tls_key):
+        # HAProxy alone faces the network; what it leads to stays on this machine.
+        http_options["host"] = "127.0.0.1"
+    elif config.tls_cert is not None:
+        http_options |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
     num_replicas = config.max_replicas or config.num_replicas
     cpus = num_replicas * config.cpus_per_replica + config.num_ingress * _INGRESS_CPUS
     # A vLLM engine or two of rollout actors should find room beside the service.
@@ -133,9 +167,8 @@ def start(
     at_least = max(1, config.min_replicas or 0) if config.is_autoscaled else config.num_replicas
     bundles = [{name: amount for name, amount in bundle.items() if amount}] * at_least
     require_resources([*bundles, *[{"CPU": _INGRESS_CPUS}] * config.num_ingress])
-    http_options = {"host": host, "port": port, "request_timeout_s": None}
     serve.start(logging_config=_QUIET, http_options=http_options)
-    _require_own_address(host, port)
+    _require_own_address(str(http_options["host"]), port)
     if APP_NAME in serve.status().applications:
         raise ValueError(
             f"this Ray cluster serves an application {APP_NAME!r} already; end it first "
@@ -150,7 +183,7 @@ def start(
         serve.delete(APP_NAME)
         raise ValueError(f"the model could not be served: {_last_error(message)}") from error
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}"
+    return f"{'http' if config.tls_cert is None else 'https'}://{shown}:{port}"
 
 
 def _uses_gpu(config: ServeConfig) -> bool:
@@ -188,6 +221,17 @@ def _last_error(message: str) -> str:
     """The last line of a traceback that names an exception, without its class."""
     lines = [line for line in message.splitlines() if re.match(r"\S*(Error|Exception): ", line)]
     return lines[-1].partition(": ")[2] if lines else message
+
+
+def _check_certificate(cert: str, key: str) -> None:
+    """Raise ValueError unless these are a certificate chain in PEM and its key."""
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(
+            f"tls_cert {cert} and tls_key {key} cannot be used together ({error.strerror}); they "
+            "are the certificate chain and its private key, both in PEM, without a password"
+        ) from error
 
 
 def _require_free(host: str, port: int) -> None:

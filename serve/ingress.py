@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.registry import Registry
+from serve.auth import require_guard
 from serve.config import ServeConfig
 from serve.http import build_api
 from serve.service import RewardService
@@ -28,6 +30,9 @@ class Ingress:
     """Checks limits, renders and tokenises; one `RewardService` behind every route and handle."""
 
     def __init__(self, config: ServeConfig, reward_model: DeploymentHandle[Any]) -> None:
+        # Where Serve listens is not decided here: `serve run` and `serve deploy` do that, too.
+        client: Any = _get_global_client()
+        require_guard(client.http_config.host, config)
         context = serve.get_replica_context()
         self._service = RewardService(
             config, reward_model, context.app_name, context.replica_id.unique_id

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.schema import HTTP_STATUS
+from serve.replies import ERROR_HEADER
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ID_HEADER = b"x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
-# Put on a refusal by `serve.http`, as one status may have several types.
-ERROR_HEADER = b"x-rayward-error"
 # What nginx calls a request whose client hung up before it was answered.
 _HUNG_UP = 499
 _MAX_FILE_BYTES = 100 * 2**20
@@ -37,8 +36,7 @@ _TYPES = {status: type_ for type_, status in reversed(HTTP_STATUS.items())}
 class Answered:
     """One HTTP request, once it is over; what was scored for it, if anything was.
 
-    Until its response starts it is as if it failed: what an exception is answered with is sent
-    outside of all middleware.
+    Until its response starts it is as if it failed.
     """
 
     request_id: str
@@ -101,7 +99,7 @@ class RequestLog:
 def _error_type(message: Message) -> str | None:
     if message["status"] < 400:
         return None
-    told = dict(message["headers"]).get(ERROR_HEADER)
+    told = dict(message["headers"]).get(ERROR_HEADER.encode())
     return _TYPES.get(message["status"], "invalid_request") if told is None else told.decode()
 
 

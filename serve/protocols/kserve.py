@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
-from serve.http import error_response, json_body, parse, service_of
+from serve.http import answer_error, json_body, parse, service_of
 from serve.protocols import kserve_tensors as tensors
 from serve.protocols.drop_in import VERSION_HEADER, DropIn, values
 from serve.protocols.kserve_tensors import InputTensor
@@ -46,7 +46,7 @@ class InKserveWords(APIRoute):
             try:
                 return await handle(request)
             except (RewardServiceError, RequestValidationError, HTTPException) as error:
-                response = error_response(request, error)
+                response = answer_error(request, error)
                 detail = json.loads(bytes(response.body))["error"]
                 body = json.dumps({"error": detail.pop("message"), **detail})
                 retry_after = response.headers.get("Retry-After")
