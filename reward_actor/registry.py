@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Registry:
         place = self.root / name
         if (place / "export").is_dir():
             place = place / "export"
-        found = place.resolve()
+        found = Path(os.path.realpath(place))  # unlike resolve(), no fault for a link in a circle
         is_model = any((found / file).is_file() for file in ("config.json", "ensemble.json"))
         if not found.is_relative_to(self.root) or not is_model:
             raise ValueError("the registry has no model of that name")

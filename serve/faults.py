@@ -10,6 +10,8 @@ import logging
 import traceback
 from typing import TYPE_CHECKING
 
+from starlette.requests import ClientDisconnect
+
 from serve.replies import error_response
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Faults:
 
         try:
             await self._app(scope, receive, noted)
+        except ClientDisconnect:  # before its body was here: there is nobody to answer
+            return
         except Exception as error:  # what it says goes nowhere, whatever it is
             logger.error("a request failed by a fault of the service: %s", described(error))
             if has_started:
