@@ -20,6 +20,9 @@ from pathlib import Path
 _PORTS = 100
 """Ports of a service's ingresses on one machine."""
 
+# The path of a socket has 97 characters at most for HAProxy; Ray adds a node's id (56) and a name.
+_LONGEST_FOLDER = 97 - len("/admin.sock") - 57
+
 _WRAPPER = Path(__file__).with_name("haproxy-loopback.sh")
 
 
@@ -69,7 +72,7 @@ def enable() -> bool:
         return os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     if "ray.serve" in sys.modules:
         return False
-    folder = Path(tempfile.mkdtemp(prefix="rayward-"))
+    folder = _new_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     found = settings(folder)
     os.environ.update(found or {})
@@ -93,6 +96,15 @@ def front(host: str, port: int, tls_cert: str | None, tls_key: str | None) -> bo
         listen += f" ssl crt {chain} ssl-min-ver TLSv1.2 alpn http/1.1"
     os.environ["RAYWARD_LISTEN"] = listen
     return True
+
+
+def _new_folder() -> Path:
+    """For HAProxy's files, for this user alone."""
+    folder = Path(tempfile.mkdtemp(prefix="rayward-"))
+    if len(str(folder)) > _LONGEST_FOLDER:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="rayward-", dir="/tmp"))
+    return folder
 
 
 def _haproxy() -> str | None:

@@ -95,8 +95,8 @@ def secured_service(export: Path, directory: Path, *options: str) -> Iterator[Se
     admin = add_token(token_file, "operator", ["admin"])
     registry = directory / "registry"
     shutil.copytree(export, registry / "first")
-    # Ray makes sockets in there, whose names must be short.
-    temporary = Path("/tmp") / f"rw-{os.getpid()}"
+    # Ray and HAProxy make sockets in there, and a socket's path must be short.
+    temporary = Path(f"/tmp/r{os.getpid() % 10**5}")
     temporary.mkdir()
     command = [sys.executable, "-m", "rayward", "serve", str(export), "--port", str(free_port())]
     command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
