@@ -48,8 +48,16 @@ def test_anything_at_all_gets_an_answer(text: bytes, limit: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"[" * 10**6, b"[" * 10**6 + b"]" * 10**6, b'{"a":' * 10**5, b'["\\"[' * 10**5]
-    + [b"[]" * 10**6, b'"' * 10**6, b'"\\' * 10**6 + b"[" * 100, b"[[]" * 10**5],
+    [
+        b"[" * 10**6,
+        b"[" * 10**6 + b"]" * 10**6,
+        b'{"a":' * 10**5,
+        b'["\\"[' * 10**5,
+        b"[]" * 10**6,
+        b'"' * 10**6,
+        b'"\\' * 10**6 + b"[" * 100,
+        b"[[]" * 10**5,
+    ],
     ids=range(8),
 )
 def test_the_worst_texts_are_looked_through_in_no_time(text: bytes) -> None:
@@ -68,7 +76,9 @@ def test_a_deep_body_is_refused_by_its_limit() -> None:
     assert "max_nesting" not in fits.text
     # Of a body with binary tensors only the JSON before them counts.
     head = {"Inference-Header-Content-Length": "2"}
-    assert "max_nesting" not in ask(api, "POST", "/v1/score", content=b"{}" + deep, headers=head).text
+    assert (
+        "max_nesting" not in ask(api, "POST", "/v1/score", content=b"{}" + deep, headers=head).text
+    )
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip"])

@@ -236,9 +236,7 @@ def kill_a_replica_under(secured: Secured, client: httpx.Client) -> None:
     def post() -> None:
         replies.append(client.post("/v1/score", json={"groups": [long] * 3}).status_code)
 
-    [victim, *_] = [
-        p for p in secured.processes() if "RewardModel" in "".join(p.cmdline()[:1])
-    ]
+    [victim, *_] = [p for p in secured.processes() if "RewardModel" in "".join(p.cmdline()[:1])]
     thread = threading.Thread(target=post)
     thread.start()
     time.sleep(0.1)
