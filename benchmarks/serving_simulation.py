@@ -187,7 +187,7 @@ async def _load(
     fleet: SimulatedFleet, num_clients: int, requests: Sequence[Request], window: Window
 ) -> dict[str, Any]:
     config = ServeConfig.model_validate({"model": "simulated", "name": "simulated"})
-    service = RewardService(config, cast("Any", fleet), "simulated")
+    service = RewardService(config, cast("Any", fleet), "simulated", "simulated")
     api = build_api(service, Swapper(service.fleet, "simulated", None, config.swap_timeout_s))
     await service.model()  # knows its replicas from now on
     records: list[Record] = []

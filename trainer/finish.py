@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from reward_actor import checkpoint
 from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.files import replace_text
+from reward_actor.tokenizer import load_tokenizer
 from trainer import adapters, zero
 from trainer.card import model_card
 from trainer.metrics import folded, measure
@@ -101,7 +102,7 @@ def _files(
 ) -> dict[str, Path]:
     """The files about the model that go into its export: card, plots and report."""
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    tokenizer = checkpoint.load_tokenizer(Path(config.model.directory))
+    tokenizer = load_tokenizer(Path(config.model.directory))
     names: list[str] = []
     try:
         names = write_report(
@@ -138,7 +139,7 @@ def _export(
         network_config,
         network,
         adapters.exported(weights, config),
-        checkpoint.load_tokenizer(Path(config.model.directory)),
+        load_tokenizer(Path(config.model.directory)),
         contract,
         files={
             "resolved_config.json": config.model_dump_json(indent=2) + "\n",
