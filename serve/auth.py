@@ -57,9 +57,9 @@ RULES: dict[str, Rule] = {
     "/info": "score",
     "/v1/models": "score",
     "/v1/monitor": "score",
-    "/v2/models/reward_model": "score",
-    "/v2/models/reward_model/config": "score",
-    "/v2/models/reward_model/ready": "score",
+    "/v2/models/{name}": "score",
+    "/v2/models/{name}/config": "score",
+    "/v2/models/{name}/ready": "score",
     # What scores.
     "/v1/score": "score",
     "/get_reward": "score",
@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {
     "/predict": "score",
     "/v1/score/evaluation": "score",
     "/reward/slime": "score",
-    "/v2/models/reward_model/infer": "score",
+    "/v2/models/{name}/infer": "score",
     # What changes the service.
     "/v1/admin/models": "admin",
 }

@@ -64,7 +64,7 @@ def test_score_of_texts_and_of_ids(http: httpx.Client, offline: RewardScorer) ->
         ("/classify", {"text": ["Hi."], "model": "other"}, 404, "'reward-model'"),
         ("/v1/score", {"query": "Hi."}, 422, "items"),
         ("/v1/score", {"query": "Hi.", "items": []}, 422, "at least 1 item"),
-        ("/classify", {"text": ["Hi.", 7]}, 422, "text.texts.1: Input should be a valid string"),
+        ("/classify", {"text": ["Hi.", 7]}, 422, "text.1: Input should be a valid string"),
         ("/v1/score", {"query": "Hi.", "items": [[5]]}, 422, "both be"),
         ("/v1/score", {"query": [5], "items": ["Hi."]}, 422, "both be"),
         ("/v1/score", {"query": [5], "items": [[6]], "apply_softmax": True}, 422, "1.0"),
