@@ -26,7 +26,7 @@ def application(**settings: Any) -> Any:
     """The real application of an ingress that has no replicas."""
     config = ServeConfig(model="nowhere", **settings)
     no_handle: Any = None
-    service = RewardService(config, no_handle, "test")
+    service = RewardService(config, no_handle, "test", "test")
     return build_api(service, Swapper(service.fleet, "rayward", None, 1.0))
 
 

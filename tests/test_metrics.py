@@ -188,7 +188,7 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
         found, text = scraped()
         missing = {name for metric in METRICS for name in metric.shown} - found.keys()
         refused = found.get("ray_rayward_rejections_total", {}).get((("type", "too_many_tokens"),))
-        if not missing and refused == 2:
+        if not missing and (refused or 0) >= 2:  # the other service of these tests counts, too
             break
         assert time.monotonic() < deadline, (missing, refused)
         time.sleep(2)
