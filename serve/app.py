@@ -59,9 +59,11 @@ def resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths and a name, its model checked. Raises ValueError."""
     from reward_actor.checkpoint import check_manifest, load_contract
     from reward_actor.ensemble import model_directories
+    from reward_actor.layouts import recognise
 
     directory = Path(config.model).expanduser().resolve()
     for member in model_directories(directory):
+        recognise(member).require_trust(config.trust_remote_code)
         load_contract(member, trust_remote_code=config.trust_remote_code)
         check_manifest(member)
     name = config.name or directory.name
