@@ -74,7 +74,7 @@ class ServeConfig(BaseModel):
         None, description="directory of models by name, for hot swaps; none: no swaps"
     )
     token_file: str | None = Field(
-        None, description="JSON file of bearer tokens and their scopes; none: no authentication"
+        None, description="bearer tokens (see `rayward token`), read again when it changes"
     )
     allow_unauthenticated: bool = Field(
         False, description="serve other addresses than loopback without a token file"

@@ -87,8 +87,10 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def secured_service(export: Path, directory: Path, *options: str) -> Iterator[Secured]:
-    """Started by its command, with all its temporary files below `directory`."""
+def secured_service(
+    export: Path, directory: Path, *options: str, **environment: str
+) -> Iterator[Secured]:
+    """Started by its command; what it writes lies in a temporary folder of its own."""
     cert, key = self_signed(directory)
     token_file = directory / "tokens.json"
     score = add_token(token_file, "trainer", ["score"])
@@ -110,7 +112,11 @@ def secured_service(export: Path, directory: Path, *options: str) -> Iterator[Se
         if not name.startswith(("RAY_", "RAYWARD_")) and name != "VLLM_HOST_IP"
     }
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=inherited | own
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=inherited | own | environment,
     )
     try:
         assert process.stdout is not None

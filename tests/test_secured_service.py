@@ -21,11 +21,18 @@ import httpx
 import psutil
 import pytest
 from secured import Secured, secured_service
+from test_no_pickle import with_pickled_weights
 from traversal import NAMES
 
 from serve.auth import RULES, add_token
 
 CANARY = "canary7f3a"
+# All that a replica's own port answers to; the first of them unpickles what it gets.
+ASGI_METHODS = [
+    f"HandleRequest{rejection}{streaming}"
+    for rejection in ("", "WithRejection")
+    for streaming in ("", "Streaming")
+]
 GROUP = {"prompt": "Name two fruits.", "completions": ["An apple and a pear.", "A hammer."]}
 
 
@@ -110,11 +117,11 @@ def test_every_socket_is_on_loopback_but_the_replicas_own(secured: Secured) -> N
     assert all("ray::ServeReplica" in name for _, name in open_to_others)
     assert len(open_to_others) == len(secured.replica_pids()) == 3
     for port, _ in open_to_others:
-        for method in ("UnaryRequest", "HandleRequestWithRejection", "Anything"):
+        for method in ASGI_METHODS:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                call = channel.unary_unary(f"/ray.serve.ASGIService/{method}")
+                call = channel.unary_stream(f"/ray.serve.ASGIService/{method}")
                 with pytest.raises(grpc.RpcError) as refused:
-                    call(b"", timeout=30)
+                    list(call(b"", timeout=30))
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
     names = " ".join(name for _, _, name in listening(secured))
     for part in ("haproxy", "gcs_server", "raylet", "ProxyActor", "DashboardAgent"):
@@ -163,6 +170,19 @@ def test_two_hundred_traversal_names_are_refused(secured: Secured, operator: htt
     assert operator.get("/ready").json()["model_version"] == model_version
     assert operator.get("/v1/admin/models").json()["current"] is None
     assert secured.replica_pids() == pids
+
+
+def test_a_pickle_in_the_registry_is_not_swapped_in(
+    secured: Secured, operator: httpx.Client, export_dir: Path, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    with_pickled_weights(export_dir, secured.registry / "pickled", mark)
+    assert "pickled" in operator.get("/v1/admin/models").json()["models"]
+    refused = operator.post("/v1/admin/models", json={"model": "pickled"})
+    assert refused.status_code == 409
+    assert "pickle" in refused.json()["error"]["message"]
+    assert str(secured.registry) not in refused.text
+    assert not mark.exists()
 
 
 def test_pages_of_other_origins_get_nothing_to_read(secured: Secured) -> None:
@@ -244,3 +264,28 @@ def kill_a_replica_under(secured: Secured, client: httpx.Client) -> None:
     thread.join()
     assert replies == [200]
     time.sleep(3)  # Ray writes about it
+
+
+@pytest.mark.long
+def test_one_port_faces_the_network_where_the_service_does(
+    export_dir: Path, tmp_path: Path
+) -> None:
+    with secured_service(export_dir, tmp_path, "--host", "0.0.0.0") as open_service:
+        port = httpx.URL(open_service.url).port
+        others = {
+            (port, "haproxy" in name)
+            for ip, port, name in listening(open_service)
+            if ip != "127.0.0.1" and "ray::ServeReplica" not in name
+        }
+        assert others == {(port, True)}
+
+
+@pytest.mark.long
+def test_tls_without_haproxy(export_dir: Path, tmp_path: Path) -> None:
+    """Ray Serve's own proxy reads the certificate then."""
+    with (
+        secured_service(export_dir, tmp_path, RAY_SERVE_ENABLE_HA_PROXY="0") as plain,
+        plain.client(plain.score) as client,
+    ):
+        assert client.post("/v1/score", json={"groups": [GROUP]}).status_code == 200
+        assert not [name for _, _, name in listening(plain) if "haproxy" in name]
