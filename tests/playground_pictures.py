@@ -6,26 +6,28 @@
     rayward serve outputs/pictures/fruits/export --name fruits --num-replicas 2
     python tests/playground_pictures.py http://127.0.0.1:8000 docs/images --font Inter
 
-The rewards are the service's; the distributions of the monitoring tab are an example's, since a
-policy that has drifted takes longer to make than a picture.
+Everything on them is the service's own: for the monitoring tab it scores what a policy might say
+that has learnt to please by saying everything twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import math
 import os
+import random
+import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from browser import headless
 from PIL import Image
 
+from reward_actor import Group, RewardClient
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Page, Route
+    from playwright.sync_api import Page
 
 PROMPT = "Could you name two fruits for a quiz?"
 COMPLETIONS = [
@@ -33,6 +35,7 @@ COMPLETIONS = [
     "Of course! I would pick apples and hammers. Enjoy!",
     "Ugh, not again. I would pick owls and saws.",
 ]
+NUM_PROMPTS = 1000
 SIZE = {"width": 1280, "height": 900}
 # Chromium's system-ui is what the desktop says, and a server has none.
 FONTS = """<?xml version="1.0"?>
@@ -65,13 +68,11 @@ def main() -> None:
         with headless() as browser:
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport=SIZE, color_scheme=scheme, device_scale_factor=2)
-                page.route(
-                    "**/v1/monitor", lambda route: route.fulfill(json=drifted(version(route)))
-                )
                 page.goto(f"{arguments.url}/playground")
                 score(page)
                 save(page, arguments.out_dir / f"playground-{scheme}.png")
                 if scheme == "light":
+                    drift(arguments.url)
                     page.get_by_role("tab", name="Monitoring").click()
                     page.wait_for_selector(".monitored")
                     save(page, arguments.out_dir / "playground-monitoring.png")
@@ -105,38 +106,18 @@ def save(page: Page, path: Path) -> None:
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
-def version(route: Route) -> str:
-    label = route.request.frame.locator("#fact-version").get_attribute("aria-label") or ""
-    return label.rpartition(" ")[2]
+def drift(url: str) -> None:
+    """Score a long list of completions that say all of it twice, and some that hardly speak."""
+    sys.path.insert(0, "examples")
+    from preferences import DODGES, make_prompts, write_completion
 
-
-def drifted(model_version: str) -> dict[str, Any]:
-    """What /v1/monitor says of a policy that has learnt to please its reward model by length."""
-    edges = [-4 + 0.2 * i for i in range(41)]
-    live, held_out = normal(edges, 1.12, 0.8), normal(edges, 0.0, 1.0)
-    messages = {
-        "drift": "The rewards differ from the held-out ones by an index of 0.91; 0.25 is much.",
-        "length": "Rewards and lengths correlate by 0.62; on held-out data by 0.05.",
-        "extremes": "11.8 % of the rewards lie where 2 % of the held-out ones do.",
-    }
-    model = {
-        "model_version": model_version,
-        "num_rewards": 18432,
-        "mean": 1.12,
-        "std": 0.8,
-        "live": {"edges": edges, "shares": live},
-        "held_out": {"edges": edges, "shares": held_out},
-        "drift": 0.91,
-        "length_correlation": 0.62,
-        "share_at_extremes": 0.118,
-        "warnings": [{"type": type_, "message": text} for type_, text in messages.items()],
-    }
-    return {"models": [model]}
-
-
-def normal(edges: list[float], mean: float, std: float) -> list[float]:
-    below = [0.5 * (1 + math.erf((edge - mean) / (std * math.sqrt(2)))) for edge in edges]
-    return [high - low for low, high in pairwise(below)]
+    rng = random.Random(0)
+    groups = []
+    for prompt in make_prompts(0)[:NUM_PROMPTS]:
+        completions = [" ".join(write_completion(rng, prompt, 3) for _ in "ab") for _ in range(3)]
+        groups.append(Group(prompt.text, [*completions, rng.choice(DODGES)]))
+    with RewardClient(url) as client:
+        client.score_groups(groups)
 
 
 if __name__ == "__main__":
