@@ -21,7 +21,7 @@ if not __package__:  # started as a file: the checkout is not importable yet
 from benchmarks import machine, serving_report
 from benchmarks.channel import ChildError
 from benchmarks.load import positive, positive_float, seconds
-from benchmarks.processes import adopt_orphans
+from benchmarks.processes import adopt_orphans, end_on_sigterm
 from benchmarks.report import asked, write
 from benchmarks.rounds import TOLERANCES, Setting
 from benchmarks.serving_peers import NAMES, Peer, choose, make_peers, parse_sizes
@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not order:
         parser.error(f"--peers {args.peers}: none of them takes {', '.join(wanted)}")
     adopt_orphans()
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as scratch:
         try:
             turns = make_turns(args, setting, wanted, order, Path(scratch))

@@ -273,7 +273,8 @@ def test_a_tiny_run_of_every_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_an_interrupted_run_leaves_no_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_server(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/serving.py", "--shape", "tiny", "--peers"]
     command += ["one_at_a_time", "--workload", "singles", "--num-groups", "8"]
     command += ["--output", str(tmp_path / "serving.json")]
@@ -288,7 +289,7 @@ def test_an_interrupted_run_leaves_no_server(tmp_path: Path) -> None:
             time.sleep(0.2)
         time.sleep(1)
         [server] = _children(process.pid)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.wait(60)
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
