@@ -45,6 +45,20 @@ class LoadedModel:
     path: Path
 
 
+@dataclass(frozen=True)
+class Opened:
+    """All of a reward model's directory but its network, checked; dtype is the one in effect."""
+
+    layout: Layout
+    tokenizer: PreTrainedTokenizerFast
+    contract: ScoringContract
+    dtype: str
+
+    def version(self) -> str:
+        """The model_version, whatever runs the network. Reads all weights."""
+        return model_version(self.layout.digests(), self.contract, self.dtype)
+
+
 def load_contract(path: Path, *, trust_remote_code: bool = False) -> ScoringContract:
     """The directory's contract, or one inferred from its tokenizer with a warning."""
     contract = ScoringContract.load(path)
@@ -95,10 +109,33 @@ def load(
 ) -> LoadedModel:
     """Load a reward model for scoring: evaluation mode, no gradients.
 
-    Any layout of `reward_actor.layouts`. Raises CheckpointError for a missing directory, a causal
-    model without a trained head, pickled weights, code of the model's own without
-    `trust_remote_code`, weights that do not fit the network or that differ from the manifest;
-    ContractError for a damaged contract.
+    Any layout of `reward_actor.layouts`. Raises CheckpointError and ContractError as
+    `open_directory` does, and CheckpointError for weights that do not fit the network.
+    """
+    opened = open_directory(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    layout, directory = opened.layout, opened.layout.directory
+    network = load_network(
+        layout, getattr(torch, opened.dtype), trust_remote_code=trust_remote_code
+    )
+    try:
+        model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    if not (directory / CONTRACT_FILE).exists():
+        _check_pooling(model, directory)
+    return LoadedModel(
+        opened.version(), model, opened.tokenizer, opened.contract, opened.dtype, directory
+    )
+
+
+def open_directory(
+    path: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> Opened:
+    """What a reward model is, before any engine loads its network.
+
+    Raises CheckpointError for a missing directory, a causal model without a trained head, pickled
+    weights, code of the model's own without `trust_remote_code`, a head that the contract does not
+    name, and files that differ from the manifest; ContractError for a damaged contract.
     """
     layout = recognise(path)
     layout.require_trust(trust_remote_code)
@@ -114,15 +151,7 @@ def load(
     dtype = contract.dtype if dtype == "auto" else dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
-    network = load_network(layout, getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    try:
-        model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
-    if not (directory / CONTRACT_FILE).exists():
-        _check_pooling(model, directory)
-    version = model_version(layout.digests(), contract, dtype)
-    return LoadedModel(version, model, tokenizer, contract, dtype, directory)
+    return Opened(layout, tokenizer, contract, dtype)
 
 
 def _check_pooling(model: RewardModel, directory: Path) -> None:

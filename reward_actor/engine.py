@@ -63,9 +63,10 @@ class Engine:
         model: RewardModel,
         attention: Attention = "auto",
         max_batch_tokens: int | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         """max_batch_tokens: rows in one forward pass (padded tokens on the padded path); None:
-        chosen from free memory.
+        chosen from the memory that is free of this process's share of the device's.
 
         Raises ValueError for an unknown `attention`, for "forest" where it is not exact, and
         UnscorableModel for a network that is not exact even when it is padded.
@@ -75,7 +76,7 @@ class Engine:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1")
         self.model = model
-        self.max_batch_tokens = max_batch_tokens or default_budget(model)
+        self.max_batch_tokens = max_batch_tokens or default_budget(model, memory_share)
         self._classes = LengthClasses(model.network.config)
         self._lock = _LOCKS.setdefault(model, threading.Lock())
         with self._lock:

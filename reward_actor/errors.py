@@ -59,3 +59,7 @@ def _rebuild(type: str, message: str, state: dict[str, object]) -> RewardService
     error = RewardServiceError(type, message)
     error.__dict__.update(state)
     return error
+
+
+class EngineDied(RuntimeError):
+    """The processes that a scorer runs its model in have ended; this scorer can score no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,8 @@ from reward_actor.readout import Readout
 from reward_actor.render import Renderer
 
 if TYPE_CHECKING:
-    from reward_actor.checkpoint import LoadedModel
-    from reward_actor.engine import Engine
+    from numpy.typing import NDArray
+
     from reward_actor.scorer import RewardScorer
 
 # Written for this purpose, so that no export carries a line of anybody's data. Lengths differ, so
@@ -54,16 +55,21 @@ def golden_samples(renderer: Renderer) -> list[GoldenSample]:
     return fitting
 
 
-def replay(loaded: LoadedModel, engine: Engine) -> None:
-    """Score the contract's golden samples, if it has any, through the engine of this very model.
+def replay(
+    renderer: Renderer,
+    dtype: str,
+    raw_scores: Callable[[list[list[int]]], NDArray[np.float32]],
+    path: str,
+) -> None:
+    """Score the contract's golden samples, if it has any, by what scores for this very model.
 
-    Raises ContractError at the first mismatch.
+    raw_scores: n sequences -> (n, K); `path` names it, for the message. Raises ContractError at the
+    first mismatch.
     """
-    contract = loaded.contract
+    contract = renderer.contract
     samples = contract.golden.samples
     if not samples:
         return
-    renderer = Renderer(loaded.tokenizer, contract)
     for index, sample in enumerate(samples):
         ids = renderer.render(sample.prompt, sample.completion)
         if ids != sample.input_ids:
@@ -72,9 +78,9 @@ def replay(loaded: LoadedModel, engine: Engine) -> None:
                 f"({len(ids)} against {len(sample.input_ids)}): the tokenizer or the chat template "
                 "is not the one that the model was trained with"
             )
-    scores = engine.raw_scores([sample.input_ids for sample in samples])
+    scores = raw_scores([sample.input_ids for sample in samples])
     combined = Readout.of(contract).read(scores).raw_scores
-    check_scores(contract, loaded.dtype, combined.tolist(), f"the {engine.path} path")
+    check_scores(contract, dtype, combined.tolist(), path)
 
 
 def _load(directory: Path, device: str, dtype: str) -> RewardScorer:

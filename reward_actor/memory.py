@@ -15,15 +15,49 @@ _LARGEST_BUDGET = {"cpu": 16_384, "cuda": 65_536}
 LEAST_BUDGET = 256
 _CGROUP = "/sys/fs/cgroup"
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.5}
+# What a process takes of a GPU beside PyTorch's tensors: CUDA's context, kernels, workspaces.
+_CONTEXT_BYTES = 768 * 2**20
 
 
-def default_budget(model: RewardModel) -> int:
-    """Tokens in one forward pass, such that its activations take a share of the free memory."""
+def default_budget(model: RewardModel, memory_share: float = 1.0) -> int:
+    """Tokens in one forward pass, such that its activations take a part of the free memory.
+
+    memory_share: of the device's memory, what is this process's; others may be about to take the
+    rest, so that it does not count however free it is.
+    """
     device = model.device
     kind = "cuda" if device.type == "cuda" else "cpu"
-    free = free_device_memory(device) if kind == "cuda" else free_host_memory()
+    if kind == "cuda":
+        allowed = allowed_bytes(torch.cuda.mem_get_info(device)[1], memory_share)
+        free = min(free_device_memory(device), allowed - torch.cuda.memory_allocated(device))
+    else:
+        free = free_host_memory()
     fitting = int(free * _SHARE_OF_FREE_MEMORY[kind] / bytes_per_token(model))
     return max(LEAST_BUDGET, min(_LARGEST_BUDGET[kind], fitting))
+
+
+def allowed_bytes(total: int, memory_share: float) -> int:
+    """Of a GPU's `total` bytes those that PyTorch may fill in a process with this share of it.
+
+    Raises ValueError for a share that leaves nothing.
+    """
+    if memory_share >= 1.0:
+        return total
+    allowed = int(total * memory_share) - _CONTEXT_BYTES
+    if allowed <= 0:
+        raise ValueError(
+            f"a share of {memory_share:g} of a GPU with {total / 2**30:.1f} GiB leaves no room for "
+            "a model; use a larger gpus_per_replica"
+        )
+    return allowed
+
+
+def limit_to_share(device: torch.device, memory_share: float) -> None:
+    """Let PyTorch run out of memory here before it takes what belongs to another process."""
+    if device.type == "cuda" and memory_share < 1.0:
+        total = torch.cuda.mem_get_info(device)[1]
+        fraction = allowed_bytes(total, memory_share) / total
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 def bytes_per_token(model: RewardModel) -> int:

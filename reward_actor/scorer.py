@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from reward_actor.cache import RewardCache
-from reward_actor.checkpoint import LoadedModel, load
+from reward_actor.checkpoint import LoadedModel, load, resolve_device
 from reward_actor.contract import Combine
 from reward_actor.engine import Attention, Engine, Plan
 from reward_actor.ensemble import Ensemble, ensemble_readout, ensemble_version, shared_contract
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
+from reward_actor.memory import limit_to_share
 from reward_actor.readout import Reading
 from reward_actor.render import Renderer
 
@@ -50,9 +52,10 @@ class RewardScorer:
         attention: Attention = "auto",
         max_batch_tokens: int | None = None,
         cache_size: int = CACHE_SIZE,
+        memory_share: float = 1.0,
     ) -> None:
         """combine, k: the rule for several models; a single one has its contract's. cache_size:
-        sequences whose raw scores are kept, 0 for none.
+        sequences whose raw scores are kept, 0 for none. memory_share: as for `Engine`.
 
         Raises ValueError as `Engine` does, and for members that do not render alike.
         """
@@ -65,7 +68,8 @@ class RewardScorer:
         self.model_version = ensemble_version(self.members, combine, k)
         self.renderer = Renderer(tokenizers[0], self.contract)
         self.engines = tuple(
-            Engine(member.model, attention, max_batch_tokens) for member in self.members
+            Engine(member.model, attention, max_batch_tokens, memory_share)
+            for member in self.members
         )
         self.cache = RewardCache(cache_size) if cache_size else None
 
@@ -82,6 +86,7 @@ class RewardScorer:
         combine: Combine | None = None,
         k: float | None = None,
         cache_size: int = CACHE_SIZE,
+        memory_share: float = 1.0,
     ) -> RewardScorer:
         """Load a reward model, find its fastest exact path and replay its golden samples.
 
@@ -90,11 +95,13 @@ class RewardScorer:
         "mean_minus_std") and `k`; device: "auto" (CUDA where there is one), "cpu", "cuda:0", ...;
         dtype: "auto" (each contract's), "float32", "bfloat16", "float16"; attention: "auto",
         "forest" (shared prefixes once) or "padded"; max_batch_tokens: rows in one forward pass,
-        chosen from free memory when not given; cache_size: sequences whose raw scores are kept.
+        chosen from free memory when not given; cache_size: sequences whose raw scores are kept;
+        memory_share: of a GPU's memory, what this process may take.
         Raises CheckpointError or ContractError (both ValueError), and ValueError for members that
         do not render alike.
         """
         places, rule, rule_k = _what(path, combine, k)
+        limit_to_share(torch.device(resolve_device(device)), memory_share)
         scorer = cls(
             [
                 load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -105,12 +112,14 @@ class RewardScorer:
             attention=attention,
             max_batch_tokens=max_batch_tokens,
             cache_size=cache_size,
+            memory_share=memory_share,
         )
         if check_golden:
             from reward_actor.golden import replay
 
             for member, engine in zip(scorer.members, scorer.engines, strict=True):
-                replay(member, engine)
+                renderer = Renderer(member.tokenizer, member.contract)
+                replay(renderer, member.dtype, engine.raw_scores, f"the {engine.path} path")
         return scorer
 
     @property
@@ -206,6 +215,13 @@ class RewardScorer:
     def _planned(self, plans: list[Plan] | None) -> Iterable[tuple[Engine, Plan | None]]:
         given: Sequence[Plan | None] = plans or [None] * len(self.engines)
         return zip(self.engines, given, strict=True)
+
+    def check(self) -> None:
+        """Nothing: it scores as long as this process lives. An engine of its own processes may
+        raise EngineDied here."""
+
+    def close(self) -> None:
+        """Nothing: its memory is free when nobody refers to it."""
 
     def last_scores(self, token_scores: Sequence[Scores]) -> Scores:
         """n arrays (tokens, K) -> (n, K): the scores of the sequences that they end."""

@@ -35,6 +35,8 @@ APP_NAME = DEFAULT_APP_NAME
 # Of a CPU: an ingress mostly waits; more of them are asked for when rendering is what limits.
 _INGRESS_CPUS = 0.25
 
+_HEALTH_CHECK_PERIOD_S = 2.0
+
 # A line for every request would cost more than a small model's scoring.
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -66,6 +68,10 @@ def resolve(config: ServeConfig) -> ServeConfig:
         recognise(member).require_trust(config.trust_remote_code)
         load_contract(member, trust_remote_code=config.trust_remote_code)
         check_manifest(member)
+    if config.engine == "vllm":
+        from reward_actor.vllm_scorer import check_supported
+
+        check_supported(directory)
     name = config.name or directory.name
     registry = None if config.registry is None else str(Registry(config.registry).root)
     files = {
@@ -90,20 +96,13 @@ def build(config: ServeConfig, use_gpu: bool) -> Application:
         "logging_config": _QUIET,
         # A model that fails its golden samples fails them again: say so instead of trying on.
         "max_constructor_retry_count": 1,
+        # Three failures in a row replace a replica.
+        "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
     }
     if config.is_autoscaled:
         options["autoscaling_config"] = _autoscaling(config)
     else:
         options["num_replicas"] = config.num_replicas
-    if config.tensor_parallel > 1:
-        # The engine starts a worker for each GPU inside the replica's own placement group.
-        resources = options["ray_actor_options"]
-        options["ray_actor_options"] = {"num_cpus": resources["num_cpus"]}
-        bundle = {"GPU": 1.0} if use_gpu else {}
-        options["placement_group_bundles"] = [{"CPU": resources["num_cpus"], **bundle}] + [
-            {"CPU": 0.1, **bundle}
-        ] * (config.tensor_parallel - 1)
-        options["placement_group_strategy"] = "STRICT_PACK"
     model = replica.options(**options).bind(config)
     ingress = front.options(
         num_replicas=config.num_ingress,
@@ -164,7 +163,7 @@ def start(
     connect(cpus + 4, address=ray_address, log_to_driver=False)
     use_gpu = _uses_gpu(config)
     resources = _replica_resources(config, use_gpu)
-    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"] * config.tensor_parallel}
+    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
     # A service that scales by itself needs room for what it begins with.
     at_least = max(1, config.min_replicas or 0) if config.is_autoscaled else config.num_replicas
     bundles = [{name: amount for name, amount in bundle.items() if amount}] * at_least
@@ -200,10 +199,10 @@ def _uses_gpu(config: ServeConfig) -> bool:
 
 
 def _replica_resources(config: ServeConfig, use_gpu: bool) -> dict[str, float]:
-    return {
-        "num_cpus": config.cpus_per_replica,
-        "num_gpus": config.gpus_per_replica if use_gpu else 0,
-    }
+    """Of one replica: with tensor_parallel it owns all of its GPUs, and its engine starts a process
+    for each; so they lie on one node, and nothing of it is elsewhere when it dies."""
+    gpus = config.tensor_parallel if config.tensor_parallel > 1 else config.gpus_per_replica
+    return {"num_cpus": config.cpus_per_replica, "num_gpus": gpus if use_gpu else 0}
 
 
 def _require_own_address(host: str, port: int) -> None:

@@ -44,11 +44,19 @@ class ServeConfig(BaseModel):
     num_ingress: Positive = Field(1, description="ingress replicas: HTTP, rendering, tokenising")
     device: str = Field("auto", description="auto, cpu, or cuda")
     dtype: str = Field("auto", description="auto (the contract's), float32, bfloat16 or float16")
-    tensor_parallel: Positive = Field(1, description="GPUs that share one model (engine vllm)")
-    gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory that the vllm engine takes"
+    tensor_parallel: Positive = Field(
+        1, description="GPUs that share one model: a replica has as many (engine vllm)"
     )
-    gpus_per_replica: float = Field(1.0, ge=0, description="GPU share of a replica, on a GPU")
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a replica's part of a GPU that its vllm engine takes; with a "
+        "registry half of that, so that a hot swap finds room beside it",
+    )
+    gpus_per_replica: float = Field(
+        1.0, ge=0, description="GPU share of a replica, and of that GPU's memory, on a GPU"
+    )
     cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that a replica asks for")
     threads_per_replica: int = Field(
         0, ge=0, description="CPU threads of a replica; 0: this machine's cores over num_replicas"
@@ -141,11 +149,34 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 "tensor_parallel needs engine 'vllm'; ours keeps a model on one device"
             )
+        if self.tensor_parallel > 1 and self.gpus_per_replica != 1:
+            raise ValueError("gpus_per_replica is for a model on one GPU, without tensor_parallel")
+        return self
+
+    @model_validator(mode="after")
+    def gpus_are_shared_or_whole(self) -> ServeConfig:
+        if self.gpus_per_replica > 1:
+            raise ValueError(
+                "gpus_per_replica is a share of one GPU, at most 1; for several use engine 'vllm' "
+                "and tensor_parallel"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def vllm_has_its_own(self) -> ServeConfig:
+        if self.engine == "vllm" and (self.cache_size or self.attention != "auto"):
+            raise ValueError("cache_size and attention are for engine 'forest'; vllm has its own")
         return self
 
     @property
     def is_autoscaled(self) -> bool:
         return self.max_replicas is not None
+
+    @property
+    def engine_memory_share(self) -> float:
+        """Of a whole GPU's memory: what one vllm engine takes, so that all of them fit."""
+        num_engines = 2 if self.registry is not None else 1
+        return self.gpu_memory_utilization * (self.gpus_per_replica or 1.0) / num_engines
 
     def limits(self) -> dict[str, float]:
         """Every limit that a caller can run into, for `/info`."""

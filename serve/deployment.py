@@ -11,6 +11,7 @@ from importlib.metadata import version
 import numpy as np
 from ray import serve
 
+from reward_actor.errors import EngineDied
 from serve import metrics
 from serve.batcher import Batcher, QueueFull
 from serve.config import ServeConfig
@@ -24,6 +25,8 @@ logger = logging.getLogger("ray.serve")
 _RETIRE_AFTER_S = 30.0
 # How often a replica looks whether a swap went past it.
 _RECONCILE_S = 5.0
+# What a message waits before it goes out again, once the model's processes have died here.
+_LOST_PAUSE_S = 0.5
 # An ingress that has not written for so long has nothing waiting.
 _WAITING_S = 5.0
 
@@ -40,7 +43,8 @@ def load_scorer(config: ServeConfig, directory: str) -> Scorer:
             directory,
             dtype=config.dtype,
             tensor_parallel=config.tensor_parallel,
-            gpu_memory_utilization=config.gpu_memory_utilization,
+            gpu_memory_utilization=config.engine_memory_share,
+            max_batch_tokens=config.max_batch_tokens or None,
             trust_remote_code=config.trust_remote_code,
         )
         return scorer
@@ -54,6 +58,7 @@ def load_scorer(config: ServeConfig, directory: str) -> Scorer:
         max_batch_tokens=config.max_batch_tokens or None,
         trust_remote_code=config.trust_remote_code,
         cache_size=config.cache_size,
+        memory_share=config.gpus_per_replica or 1.0,
     )
 
 
@@ -85,6 +90,10 @@ class RewardModelReplica:
         )
         self._recorder = metrics.Recorder()
         self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
+        if config.engine == "vllm":
+            import vllm  # its distribution has another name on a CPU
+
+            self._versions["vllm"] = vllm.__version__
         self._waiting: dict[str, tuple[float, int]] = {}
         self._fault: str | None = None
         self._reconciler: asyncio.Task[None] | None = None
@@ -110,6 +119,9 @@ class RewardModelReplica:
         except MemoryError as error:
             logger.error("out of memory while scoring: %s", error)
             return ReplicaReply("failed", generation, reason="the device ran out of memory")
+        except EngineDied as error:
+            logger.error("the model is gone: %s", error)
+            return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
         except RuntimeError as error:
             logger.error("scoring failed: %s", error)
             if "CUDA error" in str(error):  # the process has lost its device for good
@@ -151,7 +163,7 @@ class RewardModelReplica:
         return done
 
     async def discard_candidate(self) -> None:
-        self._models.discard_candidate()
+        await asyncio.to_thread(self._models.discard_candidate)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Ray Serve hands to the scaling policy: queued work, and how fast it goes."""
@@ -170,6 +182,7 @@ class RewardModelReplica:
         """Ray Serve replaces a replica that raises here."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
+        self._models.current.scorer.check()
 
     def _describe(self, held: Held) -> Description:
         scorer = held.scorer
@@ -202,7 +215,7 @@ class RewardModelReplica:
             queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
             self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._replica)
             self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._replica)
-            self._models.retire()
+            await asyncio.to_thread(self._models.retire)
             pointer = await asyncio.to_thread(Pointer.get, self._app_name)
             if pointer is None or pointer.generation <= self._models.generation:
                 continue

@@ -309,5 +309,5 @@ class Dispatcher:
                 raise RewardServiceError("internal", reply.reason)
             if reply.status == "other_version" and reply.generation > like.generation:
                 raise OtherVersion
-            # It has not followed a swap yet, or others fill its queue.
+            # It has not followed a swap yet, others fill its queue, or it is about to go.
             await asyncio.sleep(max(_PAUSE_S, reply.retry_after_s))

@@ -7,6 +7,7 @@ What was current before stays for requests that were rendered for it, until it i
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Scorer(Protocol):
     def plan(self, sequences: Sequences) -> Any: ...
     def raw_scores(self, sequences: Sequences, plan: Any = None) -> Scores: ...
     def token_scores(self, sequences: Sequences, plan: Any = None) -> list[Scores]: ...
+    def check(self) -> None:
+        """Raises EngineDied if it can score no more."""
+
+    def close(self) -> None:
+        """Give back what it holds; it scores no more."""
 
 
 class RawScores:
@@ -97,7 +103,7 @@ def _stamp(directory: str) -> Stamp:
     return frozenset((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """One model, immutable: a batch takes it once and nothing changes it meanwhile.
 
@@ -135,7 +141,11 @@ class Held:
 
 
 class HeldModels:
-    """The current model with its generation, a candidate, and what is not retired yet."""
+    """The current model with its generation, a candidate, and what is not retired yet.
+
+    What is let go is closed. All but `find` and `activate` take turns, and as long as a model takes
+    to load or to close.
+    """
 
     def __init__(
         self,
@@ -152,6 +162,7 @@ class HeldModels:
         self._candidate: Held | None = None
         self._previous: Held | None = None
         self._previous_until = 0.0
+        self._turn = threading.Lock()
 
     def find(self, version: str) -> Held | None:
         """The model of this version, if it is held."""
@@ -166,13 +177,16 @@ class HeldModels:
         There are never more than two: the model before the current one has to go first. Raises
         ValueError.
         """
-        for held in (self.current, self._previous):
-            if held is not None and held.directory == directory and held.stamp == _stamp(directory):
-                self._candidate = held
-                return held
-        self._candidate = self._previous = None
-        self._candidate = Held.load(directory, self._load)
-        return self._candidate
+        with self._turn:
+            self._drop_candidate()
+            stamp = _stamp(directory)
+            for held in (self.current, self._previous):
+                if held is not None and (held.directory, held.stamp) == (directory, stamp):
+                    self._candidate = held
+                    return held
+            self._drop_previous()
+            self._candidate = Held.load(directory, self._load)
+            return self._candidate
 
     def activate(self, version: str, generation: int) -> bool:
         """Make the candidate current; False if it is another than this one."""
@@ -187,9 +201,21 @@ class HeldModels:
         return True
 
     def discard_candidate(self) -> None:
-        self._candidate = None
+        with self._turn:
+            self._drop_candidate()
 
     def retire(self) -> None:
         """Let the model before go, if its time is over."""
-        if self._previous is not None and time.monotonic() > self._previous_until:
-            self._previous = None
+        with self._turn:
+            if time.monotonic() > self._previous_until and self._previous is not self._candidate:
+                self._drop_previous()
+
+    def _drop_candidate(self) -> None:
+        candidate, self._candidate = self._candidate, None
+        if candidate is not None and candidate not in (self.current, self._previous):
+            candidate.scorer.close()
+
+    def _drop_previous(self) -> None:
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            previous.scorer.close()

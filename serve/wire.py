@@ -55,12 +55,13 @@ class ReplicaReply:
     "other_version": this replica does not hold the model that the ids were rendered for.
     "overloaded": its queue is full; `retry_after_s` is when there should be room.
     "failed": the model could not be run; `reason` says why.
+    "lost": this replica can score no more and is about to be replaced.
     generation: of the model that the replica takes for the current one; it grows with every swap.
     num_tokens, score_s, batch_tokens: of the batch that the sequences were part of: tokens scored,
     seconds and tokens computed.
     """
 
-    status: Literal["ok", "other_version", "overloaded", "failed"]
+    status: Literal["ok", "other_version", "overloaded", "failed", "lost"]
     generation: int
     raw_scores: NDArray[np.float32] | None = None
     token_scores: list[NDArray[np.float32]] | None = None

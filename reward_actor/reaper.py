@@ -1,0 +1,70 @@
+"""Ends the processes that a process has started when it ends itself, however that happens.
+
+Whoever is killed cannot end its children, and a vLLM engine core that lost its parent waits for
+ever, with its share of a GPU's memory. So a small process beside it reads a pipe whose other end
+nobody else holds; when that closes, it kills what has inherited a variable of the environment.
+Reads /proc, so on Linux only. Standard library only: it runs as a script, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VARIABLE = "RAYWARD_REAPED_BY"
+_KILL_TIMEOUT_S = 10.0
+
+
+class Reaper:
+    """Processes that are started with `environment` end with this process, or with `close`."""
+
+    def __init__(self) -> None:
+        mark = secrets.token_hex(16)
+        # setproctitle would otherwise write over what /proc tells of a process's environment.
+        self.environment = {VARIABLE: mark, "SPT_NOENV": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, mark],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a signal to our group must not end it before us
+        )
+
+    def close(self) -> None:
+        """Kill what is left, and wait until nothing is."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(2 * _KILL_TIMEOUT_S)
+
+
+def _kill(mark: str) -> int:
+    """Kill every process that carries the mark; how many there were."""
+    entry = f"{VARIABLE}={mark}".encode()
+    num_found = 0
+    for place in Path("/proc").iterdir():
+        if not place.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            process = os.pidfd_open(int(place.name))  # before it is read, so that it is the same
+            try:
+                if entry in (place / "environ").read_bytes().split(b"\0"):
+                    num_found += 1
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            finally:
+                os.close(process)
+    return num_found
+
+
+def main() -> None:
+    sys.stdin.buffer.read()
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while _kill(sys.argv[1]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
