@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -38,13 +39,13 @@ class Reaper:
         """Kill what is left, and wait until nothing is."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(2 * _KILL_TIMEOUT_S)
+        self._process.wait()
 
 
-def _kill(mark: str) -> int:
-    """Kill every process that carries the mark; how many there were."""
+def _kill(mark: str) -> bool:
+    """Kill every process that carries the mark, and wait for its end; whether there was one."""
     entry = f"{VARIABLE}={mark}".encode()
-    num_found = 0
+    was_one = False
     for place in Path("/proc").iterdir():
         if not place.name.isdigit():
             continue
@@ -52,18 +53,19 @@ def _kill(mark: str) -> int:
             process = os.pidfd_open(int(place.name))  # before it is read, so that it is the same
             try:
                 if entry in (place / "environ").read_bytes().split(b"\0"):
-                    num_found += 1
+                    was_one = True
                     signal.pidfd_send_signal(process, signal.SIGKILL)
+                    select.select([process], [], [], _KILL_TIMEOUT_S)
             finally:
                 os.close(process)
-    return num_found
+    return was_one
 
 
 def main() -> None:
     sys.stdin.buffer.read()
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while _kill(sys.argv[1]) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        pass  # the killed may have started others meanwhile
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ Task = Literal["classify", "token_classify"]
 
 # On a CPU: vLLM would take gpu_memory_utilization of the machine's memory.
 _CPU_CACHE_BYTES = 2**30
+# Longer than its workers take to give back what they share; what is there then is killed.
+_SHUTDOWN_S = 15.0
 # The environment belongs to the whole process.
 _STARTING = threading.Lock()
 
@@ -84,7 +86,10 @@ class VllmEngine:
         }
         try:
             with _STARTING, _environment(environment):
+                before = multiprocessing.active_children()
                 self._engine = self._wait(_start(arguments, gpu_memory_utilization))
+                now = multiprocessing.active_children()
+            self._processes = [process for process in now if process not in before]
         except (RuntimeError, ValueError, TimeoutError) as error:
             self._end()
             raise ValueError(_why(directory, error)) from error
@@ -125,6 +130,8 @@ class VllmEngine:
                 self._is_closed = True
                 self._wait(self._shut_down())
                 self._end()
+                for process in self._processes:
+                    process.join()
 
     async def _pooled(self, sequences: Sequence[list[int]], task: Task) -> list[Scores]:
         found = await asyncio.gather(
@@ -150,12 +157,11 @@ class VllmEngine:
         return scores
 
     async def _shut_down(self) -> None:
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=_SHUTDOWN_S)
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._reaper.close()
-        multiprocessing.active_children()  # takes notice of those that have ended
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

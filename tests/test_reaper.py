@@ -1,0 +1,76 @@
+"""The reaper: what a process started does not outlive it, even when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from reward_actor.reaper import Reaper
+
+# As an engine core does: a child of another session that ignores requests to end, with one of its
+# own, under a title that covers what /proc shows of the environment.
+CHILD = """
+import signal, subprocess, sys, time
+import setproctitle
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 2:
+    command = [sys.executable, __file__, sys.argv[1], "grandchild"]
+    subprocess.Popen(command, start_new_session=True)
+setproctitle.setproctitle(sys.argv[1] + "x" * 200)
+time.sleep(600)
+"""
+STARTER = """
+import os, subprocess, sys, time
+
+from reward_actor.reaper import Reaper
+
+reaper = Reaper()
+environment = {**os.environ, **reaper.environment}
+subprocess.Popen([sys.executable, *sys.argv[1:]], env=environment, start_new_session=True)
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def called(title: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def wait_for(count: int, title: str) -> None:
+    deadline = time.monotonic() + 20
+    while len(called(title)) != count:
+        assert time.monotonic() < deadline, called(title)
+        time.sleep(0.05)
+
+
+def test_children_end_with_a_killed_process_and_with_close(tmp_path: Path) -> None:
+    child, title = tmp_path / "child.py", f"reaped-{os.getpid()}-"
+    child.write_text(CHILD)
+    arguments = [str(child), title]
+    reaper = Reaper()
+    ours = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **reaper.environment})
+    command = [sys.executable, "-c", STARTER, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == b"started\n"
+        wait_for(4, title)
+        starter.send_signal(signal.SIGKILL)
+        wait_for(2, title)  # its own are gone; ours carry another mark
+    assert ours.poll() is None
+    reaper.close()
+    assert called(title) == []
+    assert ours.wait(5) == -signal.SIGKILL
