@@ -19,6 +19,7 @@ from reward_actor import RewardScorer
 from reward_actor.checkpoint import export
 from reward_actor.render import contract_for
 from reward_actor.tokenizer import load_tokenizer
+from reward_actor.vllm_scorer import VllmScorer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
@@ -34,6 +35,9 @@ TOLERANCE = {"gemma2": 5e-4}
 # vLLM 0.32 has BLOOM for generation only: its loader puts "transformer." before every name, the
 # head's too, so that no BLOOM sequence classifier loads, whoever saved it.
 WITHOUT_POOLING = ("bloom",)
+
+# What engine vllm says of the two.
+REFUSED = {"gemma2": "golden sample", "bloom": "engine could not start"}
 
 # An engine belongs in a process of its own: vLLM spawns, and keeps its memory to the end.
 ENGINE = """
@@ -111,3 +115,26 @@ def test_vllm_gives_the_same_raw_scores_of(family: str, base_model: Path, tmp_pa
     difference = largest_difference(directory, tmp_path)
     print(f"{family}: largest difference {difference:.2g}")
     assert difference < TOLERANCE.get(family, 1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_vllm_holds_to_the_contract_of(
+    family: str, base_model: Path, tmp_path: Path
+) -> None:
+    """Served to 1e-5, with the prefix cache and for every token; or refused when it is loaded."""
+    directory = export_family(family, base_model, tmp_path / "export")
+    if family in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[family]):
+            VllmScorer.from_pretrained(directory)
+        return
+    ours = RewardScorer.from_pretrained(directory, "cpu", cache_size=0)
+    theirs = VllmScorer.from_pretrained(directory)
+    rows = [row for row in ROWS for _ in range(3)]
+    try:
+        scores, tokens = theirs.raw_scores(rows), theirs.token_scores(rows)
+    finally:
+        theirs.close()
+    assert ours.raw_scores(rows) == pytest.approx(scores, rel=1e-5, abs=1e-5)
+    for row, right in zip(tokens, ours.token_scores(rows), strict=True):
+        assert row == pytest.approx(right, rel=1e-5, abs=1e-5)
