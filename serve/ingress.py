@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
+# Serve pickles the class where it is decorated: what it uses must stand above it.
+def _log_file(sender: str) -> Path:
+    """Beside the logs of Ray Serve, where Ray's own tools look for them."""
+    from ray._private.worker import _global_node as node
+
+    assert node is not None, "an ingress runs in a cluster"
+    return Path(node.get_logs_dir_path()) / "serve" / f"rayward_requests_{sender}.jsonl"
+
+
 # What bounds the requests of an ingress is its own limit, which answers 429 and says until when.
 @serve.deployment(name="Ingress", max_ongoing_requests=100_000)
 @serve.ingress()
@@ -35,7 +45,11 @@ class Ingress:
         require_guard(client.http_config.host, config)
         context = serve.get_replica_context()
         self._service = RewardService(
-            config, reward_model, context.app_name, context.replica_id.unique_id
+            config,
+            reward_model,
+            context.app_name,
+            context.replica_id.unique_id,
+            _log_file(context.replica_id.unique_id),
         )
         self._swapper = Swapper(
             self._service.fleet,

@@ -126,13 +126,15 @@ class LogFile:
     status of 500 and more) does so at once.
     """
 
-    def __init__(self, file: Path, *, every_request: bool) -> None:
-        """every_request: not only those that failed by our own fault."""
+    def __init__(self, file: Path | None, *, every_request: bool) -> None:
+        """file: none for no lines; every_request: not only those that failed by our own fault."""
         self._file = file
         self._every_request = every_request
         self._lines: list[str] = []
 
     def add(self, answered: Answered) -> None:
+        if self._file is None:
+            return
         is_ours = answered.status >= 500
         if self._every_request or is_ours:
             self._lines.append(json_line(answered) + "\n")
@@ -141,7 +143,7 @@ class LogFile:
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
-        if not lines:
+        if not lines or self._file is None:
             return
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(lines)

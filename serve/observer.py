@@ -48,7 +48,12 @@ class Observer:
     """Use from one event loop. `watch` begins; until then nothing is told."""
 
     def __init__(
-        self, config: ServeConfig, app_name: str, sender: str, queued_tokens: Callable[[], int]
+        self,
+        config: ServeConfig,
+        app_name: str,
+        sender: str,
+        log_file: Path | None,
+        queued_tokens: Callable[[], int],
     ) -> None:
         self._prefix = f"{app_name}:live:"
         self._sender = sender
@@ -56,7 +61,7 @@ class Observer:
         self._queued_tokens = queued_tokens
         self._recorder = metrics.Recorder()
         self._monitor = Monitor(config)
-        self._log = LogFile(_log_file(sender), every_request=config.access_log)
+        self._log = LogFile(log_file, every_request=config.access_log)
         self._others: list[dict[str, LiveRewards]] = []
         self._num_replicas = 0
         self._task: asyncio.Task[None] | None = None
@@ -178,11 +183,3 @@ class Observer:
             elif age > _GONE_S:
                 _internal_kv_del(key, namespace=NAMESPACE)
         return found
-
-
-def _log_file(sender: str) -> Path:
-    """Beside the logs of Ray Serve, where Ray's own tools look for them."""
-    from ray._private.worker import _global_node as node
-
-    assert node is not None, "an ingress runs in a cluster"
-    return Path(node.get_logs_dir_path()) / "serve" / f"rayward_requests_{sender}.jsonl"

@@ -46,8 +46,14 @@ class RewardService:
     """One ingress's side of the service. Use from one event loop."""
 
     def __init__(
-        self, config: ServeConfig, handle: DeploymentHandle[Any], app_name: str, sender: str
+        self,
+        config: ServeConfig,
+        handle: DeploymentHandle[Any],
+        app_name: str,
+        sender: str,
+        log_file: Path | None = None,
     ) -> None:
+        """log_file: where lines about requests go; none for none."""
         self.config = config
         self.name = config.name or Path(config.model).resolve().name
         self.fleet = Fleet(
@@ -63,7 +69,7 @@ class RewardService:
             target_batch_s=config.target_batch_s,
         )
         self.observer = Observer(
-            config, app_name, sender, queued_tokens=lambda: self.dispatcher.queued_tokens
+            config, app_name, sender, log_file, queued_tokens=lambda: self.dispatcher.queued_tokens
         )
 
     async def score(

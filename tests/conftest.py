@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from serve import fast_path
@@ -26,6 +27,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports Ray Serve: the tests run what `rayward serve` runs.
 fast_path.enable()
+
+# Machines are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 CORPUS = [
     "Name two fruits that grow on trees. An apple and a pear.",
