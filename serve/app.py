@@ -168,7 +168,10 @@ def start(
     at_least = max(1, config.min_replicas or 0) if config.is_autoscaled else config.num_replicas
     bundles = [{name: amount for name, amount in bundle.items() if amount}] * at_least
     require_resources([*bundles, *[{"CPU": _INGRESS_CPUS}] * config.num_ingress])
-    serve.start(logging_config=_QUIET, http_options=http_options)
+    try:
+        serve.start(logging_config=_QUIET, http_options=http_options)
+    except RuntimeError as error:
+        raise ValueError(f"Ray Serve did not start: {_last_error(str(error))}") from error
     _require_own_address(str(http_options["host"]), port)
     if APP_NAME in serve.status().applications:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -31,7 +32,7 @@ def settings(folder: Path) -> dict[str, str] | None:
     binary = _haproxy()
     if binary is None:
         return None
-    metrics_port, stats_port, fallback_port, grpc_port = _free_ports(4)
+    metrics_port, stats_port, fallback_port, grpc_port = free_ports(4)
     # Below what systems hand out by themselves, and beside Ray's own 30000 to 31000.
     first_port = 20_000 + _PORTS * secrets.randbelow(10_000 // _PORTS)
     return {
@@ -115,12 +116,13 @@ def _haproxy() -> str | None:
     return str(get_haproxy_binary())
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+def free_ports(count: int) -> list[int]:
+    """Ports that are free on 127.0.0.1, and will be in a minute: not of those that the system gives
+    to whoever asks for any port, as all of Ray's processes do."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            if port not in found and probe.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+    return found

@@ -175,10 +175,13 @@ def _describe(api: FastAPI, *, is_guarded: bool) -> None:
             if is_guarded:
                 bearer = {"type": "http", "scheme": "bearer"}
                 document["components"]["securitySchemes"] = {"bearer": bearer}
-                for path, operations in document["paths"].items():
-                    if rule_of(path) != "public":
-                        for operation in operations.values():
-                            operation["security"] = [{"bearer": []}]
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    # By its guard or its limits, each in the shape that its protocol gives errors.
+                    refused = {"description": "Refused; the body says why"}
+                    operation["responses"].setdefault("4XX", refused)
+                    if is_guarded and rule_of(path) != "public":
+                        operation["security"] = [{"bearer": []}]
             api.openapi_schema = document
         return api.openapi_schema
 

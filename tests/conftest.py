@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -156,9 +155,7 @@ def export_dir(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return fast_path.free_ports(1)[0]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,7 @@ def secured_service(
     registry = directory / "registry"
     shutil.copytree(export, registry / "first")
     # Ray and HAProxy make sockets in there, and a socket's path must be short.
-    temporary = Path(f"/tmp/r{os.getpid() % 10**5}")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     command = [sys.executable, "-m", "rayward", "serve", str(export), "--port", str(free_port())]
     command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
     command += ["--num-replicas", "2", "--token-file", str(token_file), "--registry", str(registry)]
