@@ -121,7 +121,7 @@ def free_ports(count: int) -> list[int]:
     to whoever asks for any port, as all of Ray's processes do."""
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 30_000)
+        port = random.randrange(10_000, 20_000)
         with socket.socket() as probe:
             if port not in found and probe.connect_ex(("127.0.0.1", port)):
                 found.append(port)

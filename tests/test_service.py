@@ -133,7 +133,7 @@ IDS = {"prompt_ids": [1], "completion_ids": [[2]]}
         ("[]", 422, "invalid_request", "object"),
         ({"groups": [{"prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
         ({"groups": [{**IDS, "prompt": "a"}]}, 422, "invalid_request", "not a mixture"),
-        ({"groups": [IDS, {**IDS, "colour": 1}]}, 422, "invalid_request", "known are"),
+        ({"groups": [IDS, {**IDS, "colour": 1}]}, 422, "invalid_request", "not known"),
         ({"groups": [{**IDS, "prompt_ids": [-1]}]}, 422, "invalid_request", "greater than"),
         ({"groups": [{**IDS, "prompt_ids": [2**31]}]}, 422, "invalid_request", "less than"),
         ({"groups": [IDS], "model": "other"}, 404, "not_found", "no model of that name"),
