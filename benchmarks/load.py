@@ -6,9 +6,9 @@
 BODIES holds one request a line, {"path", "content_type", "body" (base64), "num_tokens"}; they are
 sent in order, and from the beginning again when there are no more. Closed loop: every connection
 sends the next request when its last one is answered. Open loop (--rate): Poisson arrivals, whoever
-is late; a latency counts from the time at which the request was due. What begins in the window
-after the warm-up is measured, and the load goes on until the last of it is answered. A request
-counts for throughput by the share of its time that lies within the window. Replies are not read
+is late; a latency counts from the time at which the request was due. Latencies are of what begins in
+the window after the warm-up; the load goes on until all that began before its end is answered. A
+request counts for throughput by the share of its time that lies within the window. Replies are not read
 beyond their status: whoever asks for the load checks them apart from it. Loopback only.
 """
 
@@ -148,13 +148,13 @@ class Load:
         self._num_tokens = [request.num_tokens for request in requests]
         self._slots = asyncio.Semaphore(plan.connections)
         self._idle: list[Connection] = []
-        self._num_measured = 0  # on their way now, begun within the window
+        self._num_counted = 0  # on their way now, begun before the window's end
         self.num_sent = 0
         self.records: list[Record] = []
         self.begin = self.end = 0.0
 
     async def run(self) -> None:
-        """Returns when everything that began within the window is answered or timed out."""
+        """Returns when all that began before the window's end is answered or timed out."""
         plan = self._plan
         self.begin = time.monotonic() + plan.warm_up_s
         self.end = self.begin + plan.duration_s
@@ -164,7 +164,7 @@ class Load:
             askers = [self._arrivals(plan.rate)]
         tasks = [asyncio.create_task(asker) for asker in askers]
         await asyncio.wait(tasks, timeout=self.end - time.monotonic())
-        while self._num_measured:
+        while self._num_counted:
             await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
@@ -195,15 +195,15 @@ class Load:
     async def _one(self, due: float) -> int:
         index = self.num_sent % len(self._payloads)
         self.num_sent += 1
-        is_measured = self.begin <= due < self.end
-        self._num_measured += is_measured
+        is_counted = due < self.end
+        self._num_counted += is_counted
         try:
             async with self._slots:
                 status = await self._answer(self._payloads[index])
             record = Record(due, time.monotonic(), status, self._num_tokens[index])
             self.records.append(record)
         finally:
-            self._num_measured -= is_measured
+            self._num_counted -= is_counted
         return status
 
     async def _answer(self, payload: bytes) -> int:
@@ -249,6 +249,11 @@ def summarize(records: Sequence[Record], begin: float, end: float) -> dict[str, 
     due = [record for record in records if begin <= record.due < end]
     statuses = Counter(str(r.status) if r.status else "failed" for r in due)
     latencies = sorted(1e3 * (r.done - r.due) for r in due if r.status == 200)
+    if not due:
+        raise ValueError(
+            f"no request began within the {end - begin:g} s of the window: it is shorter than one "
+            "takes; give a longer --duration-s"
+        )
     if not latencies:
         raise ValueError(f"nothing was answered with 200 within the window; {dict(statuses)}")
     num_requests = num_tokens = 0.0

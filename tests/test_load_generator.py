@@ -238,6 +238,17 @@ def test_throughput_counts_the_share_within_the_window() -> None:
     assert (figures["p50_ms"], figures["max_ms"]) == (2000, 4000)
 
 
+def test_a_window_shorter_than_a_request_is_said() -> None:
+    with pytest.raises(ValueError, match="longer --duration-s"):
+        measured(lambda: Server(0.5), warm_up_s=0.1, duration_s=0.2)
+
+
+def test_what_began_in_the_warm_up_counts_by_its_share() -> None:
+    """0.3 s each, the window from 0.2 to 0.5: a request a window's length, wherever it begins."""
+    figures, _ = measured(lambda: Server(0.3), warm_up_s=0.2, duration_s=0.3)
+    assert figures["requests_per_s"] == pytest.approx(1 / 0.3, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
