@@ -6,10 +6,10 @@
 BODIES holds one request a line, {"path", "content_type", "body" (base64), "num_tokens"}; they are
 sent in order, and from the beginning again when there are no more. Closed loop: every connection
 sends the next request when its last one is answered. Open loop (--rate): Poisson arrivals, whoever
-is late; a latency counts from the time at which the request was due. Latencies are of what begins in
-the window after the warm-up; the load goes on until all that began before its end is answered. A
-request counts for throughput by the share of its time that lies within the window. Replies are not read
-beyond their status: whoever asks for the load checks them apart from it. Loopback only.
+is late; a latency counts from the time at which the request was due. Latencies are of what begins
+in the window after the warm-up; the load goes on until all that began before its end is answered.
+A request counts for throughput by the share of its time that lies within the window. Replies are
+not read beyond their status: whoever asks for the load checks them apart from it. Loopback only.
 """
 
 from __future__ import annotations
