@@ -197,7 +197,7 @@ def _add_serve_settings(sub: argparse.ArgumentParser) -> None:
             "--" + name.replace("_", "-"),
             dest=f"setting_{name}",
             metavar="VALUE",
-            help=f"{field.description} [{field.default!r}]",
+            help=f"{field.description} [{field.default!r}]".replace("%", "%%"),
         )
 
 

@@ -123,7 +123,10 @@ class ServeConfig(BaseModel):
         description="of reward and tokens; above it (and the held-out's): a warning",
     )
     monitor_max_extremes: float = Field(
-        0.10, gt=0, le=1, description="share of rewards where 2 % of held-out ones are; above: same"
+        0.10,
+        gt=0,
+        le=1,
+        description="share of rewards where two in a hundred held-out ones are; above: same",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model")
 

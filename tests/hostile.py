@@ -42,7 +42,8 @@ def routes_of(document: dict[str, Any]) -> list[Route]:
             schema = content.get(JSON, {}).get("schema", {})
             fields = tuple(sorted(set(_fields(schema, document, set()))))
             example = _example(schema, document)
-            found.append(Route(method.upper(), path, fields, example))
+            filled = path.replace("{name}", "reward_model")  # a KServe model that there is
+            found.append(Route(method.upper(), filled, fields, example))
     return found
 
 
