@@ -7,12 +7,12 @@ import datetime
 import ipaddress
 import os
 import re
+import secrets
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,8 @@ def secured_service(
     registry = directory / "registry"
     shutil.copytree(export, registry / "first")
     # Ray and HAProxy make sockets in there, and a socket's path must be short.
-    temporary = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    temporary = Path(f"/tmp/r{secrets.token_hex(2)}")
+    temporary.mkdir(mode=0o700)
     command = [sys.executable, "-m", "rayward", "serve", str(export), "--port", str(free_port())]
     command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
     command += ["--num-replicas", "2", "--token-file", str(token_file), "--registry", str(registry)]

@@ -110,6 +110,10 @@ def listening(secured: Secured) -> list[tuple[str, int, str]]:
     return found
 
 
+def is_haproxy(name: str) -> bool:
+    return name.partition(" ")[0].endswith("/haproxy")
+
+
 def test_every_socket_is_on_loopback_but_the_replicas_own(secured: Secured) -> None:
     """Ray Serve binds one gRPC port of each replica to all interfaces and lets nobody choose; who
     calls it without Ray's token is refused."""
@@ -124,7 +128,7 @@ def test_every_socket_is_on_loopback_but_the_replicas_own(secured: Secured) -> N
                     list(call(b"", timeout=30))
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
     names = " ".join(name for _, _, name in listening(secured))
-    for part in ("haproxy", "gcs_server", "raylet", "ProxyActor", "DashboardAgent"):
+    for part in ("/haproxy ", "gcs_server", "raylet", "ProxyActor", "DashboardAgent"):
         assert part in names, f"this test did not see {part}"
 
 
@@ -213,7 +217,7 @@ def test_prompts_and_tokens_are_in_no_log_and_no_metric(
     kill_a_replica_under(secured, trainer)
     metrics = ""
     for ip, port, name in listening(secured):
-        if "haproxy" in name or "Agent" in name:
+        if is_haproxy(name) or "Agent" in name:
             for path in ("/metrics", "/stats"):
                 try:
                     metrics += httpx.get(f"http://{ip}:{port}{path}", timeout=5).text
@@ -273,7 +277,7 @@ def test_one_port_faces_the_network_where_the_service_does(
     with secured_service(export_dir, tmp_path, "--host", "0.0.0.0") as open_service:
         port = httpx.URL(open_service.url).port
         others = {
-            (port, "haproxy" in name)
+            (port, is_haproxy(name))
             for ip, port, name in listening(open_service)
             if ip != "127.0.0.1" and "ray::ServeReplica" not in name
         }
@@ -288,4 +292,4 @@ def test_tls_without_haproxy(export_dir: Path, tmp_path: Path) -> None:
         plain.client(plain.score) as client,
     ):
         assert client.post("/v1/score", json={"groups": [GROUP]}).status_code == 200
-        assert not [name for _, _, name in listening(plain) if "haproxy" in name]
+        assert not [name for _, _, name in listening(plain) if is_haproxy(name)]
