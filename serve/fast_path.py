@@ -34,7 +34,7 @@ def settings(folder: Path) -> dict[str, str] | None:
         return None
     metrics_port, stats_port, fallback_port, grpc_port = free_ports(4)
     # Below what systems hand out by themselves, and beside Ray's own 30000 to 31000.
-    first_port = 20_000 + _PORTS * secrets.randbelow(10_000 // _PORTS)
+    first_port = 25_000 + _PORTS * secrets.randbelow(5_000 // _PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -118,10 +118,11 @@ def _haproxy() -> str | None:
 
 def free_ports(count: int) -> list[int]:
     """Ports that are free on 127.0.0.1, and will be in a minute: not of those that the system gives
-    to whoever asks for any port, as all of Ray's processes do."""
+    to whoever asks for any port, as all of Ray's processes do, nor of those that `ray start` gives
+    to its workers (10002 to 19999)."""
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(10_000, 20_000)
+        port = random.randrange(20_000, 25_000)
         with socket.socket() as probe:
             if port not in found and probe.connect_ex(("127.0.0.1", port)):
                 found.append(port)
