@@ -74,6 +74,7 @@ from serve.app import build, resolve
 from serve.config import ServeConfig
 
 ray.init(address="local", num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1"})
 settings = {"device": "cpu", "cpus_per_replica": 0.5, "threads_per_replica": 1}
 halves = ServeConfig(model=sys.argv[1], num_replicas=2, gpus_per_replica=0.5, **settings)
 serve.run(build(resolve(halves), use_gpu=True), name="rayward", route_prefix="/")

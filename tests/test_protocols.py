@@ -193,7 +193,7 @@ def test_one_bad_sample_fails_its_request_and_is_named(http: httpx.Client) -> No
         ("/classify", {"text": texts}, 2, "too_long"),
         ("/classify", {"input": ["fine", 7]}, 1, "input.1"),
         ("/classify", {"text": ["fine", 7]}, 1, "text.1"),
-        ("/predict", {"inputs": [["fine"], [7]]}, 1, "inputs.rows.1"),
+        ("/predict", {"inputs": [["fine"], [7]]}, 1, "inputs.1.0"),
         ("/v1/score", {"query": "a", "items": texts}, 2, "too_long"),
         ("/predict", {"inputs": [["fine"], ["Hi.", TOO_LONG]]}, 1, "too_long"),
         ("/v1/score/evaluation", {"messages": texts}, 2, "too_long"),

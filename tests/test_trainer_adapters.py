@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CORPUS
 from engines import on_workers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,16 +192,35 @@ def exported_rewards(model: Path, folder: Path, changes: dict[str, Any]) -> dict
     }
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose layers have whole blocks of 64 inputs, as those of all real models."""
+    from trainer.init_model import init_model
+
+    return init_model(
+        tmp_path_factory.mktemp("wide") / "base",
+        CORPUS,
+        vocab_size=400,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        intermediate_size=128,
+        max_position_embeddings=256,
+    )
+
+
 @pytest.mark.parametrize("quantize", [None, "4bit"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
 def test_an_exports_rewards_are_those_of_training(
-    base_model: Path, tmp_path: Path, quantize: str | None, dtype: str, tolerance: float
+    wide_model: Path, tmp_path: Path, quantize: str | None, dtype: str, tolerance: float
 ) -> None:
     changes = {**LORA, "model__dtype": dtype}
     if quantize:
         pytest.importorskip("bitsandbytes")
         changes["adapter__quantize"] = quantize
-    result = on_workers(1, exported_rewards, base_model, tmp_path, changes)[0]
+    result = on_workers(1, exported_rewards, wide_model, tmp_path, changes)[0]
     assert result["names"]
     assert not result["missing"]
     assert result["dtypes"] == {f"torch.{dtype}"}
@@ -210,18 +230,18 @@ def test_an_exports_rewards_are_those_of_training(
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_adapters_on_quantised_weights_learn_and_resume(
-    base_model: Path, tmp_path: Path, stage: int
+    wide_model: Path, tmp_path: Path, stage: int
 ) -> None:
     pytest.importorskip("bitsandbytes")
     changes = {**LORA, "adapter__quantize": "4bit", "distributed__zero_stage": stage}
     changes["model__gradient_checkpointing"] = True
-    result = on_workers(2, resume, base_model, tmp_path, changes)[0]
+    result = on_workers(2, resume, wide_model, tmp_path, changes)[0]
     _assert_equal_runs(result)
-    learned = on_workers(2, run, base_model, changes, 20)[0]
+    learned = on_workers(2, run, wide_model, changes, 20)[0]
     assert np.mean(learned["losses"][-4:]) < np.mean(learned["losses"][:4]) / 2
     weights = learned["first"]
     rounded = weights["model.layers.0.mlp.up_proj.base_layer.weight"]
-    plain = on_workers(1, run, base_model, LORA, 0)[0]["first"]
+    plain = on_workers(1, run, wide_model, LORA, 0)[0]["first"]
     exact = plain["model.layers.0.mlp.up_proj.base_layer.weight"]
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-3 < error < 0.2

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from trainer.config import AdapterConfig, TrainConfig
 
+_BLOCK = 64
+"""Weights that share a scale, bitsandbytes' default."""
+
 _ADAPTER = "reward"
 
 
@@ -70,8 +73,27 @@ def insert(network: PreTrainedModel, config: AdapterConfig, seed: int) -> None:
     torch.manual_seed(seed)
     inject_adapter_in_model(settings, network, adapter_name=_ADAPTER)
     getattr(network, head_name(network)).requires_grad_(True)
+    _keep_quantised_weights(network)
     # A gradient that reaches the embeddings shows which samples make it overflow (TrainedModel).
     network.enable_input_require_grads()
+
+
+def _keep_quantised_weights(network: nn.Module) -> None:
+    """Evaluate with the numbers that are trained with, on every processor.
+
+    On one with AVX-512 for bfloat16, bitsandbytes packs 4-bit weights anew for evaluation: their
+    scales and products are bfloat16 then, whatever was asked for. And there it reads weights wrong
+    whose rows are no whole blocks (bitsandbytes 0.50, `Linear4bit.forward`, `dequantize_4bit`).
+    Raises ValueError for such a layer.
+    """
+    for name, module in network.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            if module.in_features % _BLOCK:
+                raise ValueError(
+                    f"adapter.quantize: {name} has {module.in_features} inputs; on this processor "
+                    f"bitsandbytes needs a multiple of {_BLOCK}"
+                )
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _target_names(network: PreTrainedModel, targets: Sequence[str]) -> list[str]:
