@@ -126,7 +126,7 @@ class ServeConfig(BaseModel):
         0.10,
         gt=0,
         le=1,
-        description="share of rewards where two in a hundred held-out ones are; above: same",
+        description="share of rewards beyond nearly all held-out ones; above: same",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model")
 

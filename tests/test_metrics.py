@@ -187,8 +187,10 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
     while True:
         found, text = scraped()
         missing = {name for metric in METRICS for name in metric.shown} - found.keys()
-        refused = found.get("ray_rayward_rejections_total", {}).get((("type", "too_many_tokens"),))
-        if not missing and (refused or 0) >= 2:  # the other service of these tests counts, too
+        # Counted over all applications of the cluster; one refusal is of HTTP, one of a handle.
+        refusals = found.get("ray_rayward_rejections_total", {})
+        refused = refusals.get((("type", "too_many_tokens"),), 0)
+        if not missing and refused >= 2:
             break
         assert time.monotonic() < deadline, (missing, refused)
         time.sleep(2)
@@ -199,7 +201,7 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
     requests = found["ray_rayward_requests_total"]
     assert requests[("route", "other"), ("status", "404")] >= 1
     assert requests[("route", "/v1/score"), ("status", "422")] >= 1
-    assert requests[("route", "/v1/score"), ("status", "413")] == 1
+    assert requests[("route", "/v1/score"), ("status", "413")] >= 1
     assert found["ray_rayward_sample_errors_total"][(("type", "too_long"),)] >= 1
     assert found["ray_rayward_swaps_total"][(("outcome", "not_found"),)] >= 1
     given, computed, saved = (
