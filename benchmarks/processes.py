@@ -16,7 +16,9 @@ from pathlib import Path
 
 from benchmarks.channel import ChildError
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _GRACE_S = 15.0
 _KILL_S = 10.0
 _POLL_S = 0.02
@@ -29,9 +31,13 @@ def adopt_orphans() -> None:
 
     For a process that ends every descendant that it did not have before, as `Server` does.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _end_with_parent() -> None:
+    """In a child: SIGTERM when its parent is gone, even killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def end_on_sigterm() -> None:
@@ -68,6 +74,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def __enter__(self) -> Server:
