@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -131,8 +133,19 @@ def test_what_does_not_fit_together_is_refused(row: dict[str, Any], why: str):
         parsed(**row)
 
 
+@pytest.fixture
+def usual_recursion() -> Iterator[None]:
+    """Python's own limit: property tests of this process may have raised it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize("depth", [600, 200_000])
-def test_what_is_nested_too_deeply_is_refused_in_one_line(depth: int):
+def test_what_is_nested_too_deeply_is_refused_in_one_line(
+    usual_recursion: None, depth: int
+) -> None:
     """The second one is too deep for the parser of JSON, the first one for us."""
     tools = '{"x": ' + "[" * depth + "]" * depth + "}"
     text = json.dumps(PAIR)[:-1] + f', "tools": [{tools}]}}'
