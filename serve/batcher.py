@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 Sequences = Sequence[Any]
@@ -71,12 +71,29 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Batch:
+    """prepared: what another thread makes of it meanwhile; None where the device is free, and
+    preparing and running is one way there and back."""
+
     jobs: list[_Job]
-    prepared: asyncio.Future[Any]
+    prepared: asyncio.Future[Any] | None
+
+    @property
+    def work(self) -> Work:
+        return self.jobs[0].work
+
+    @property
+    def sequences(self) -> list[Any]:
+        return [sequence for job in self.jobs for sequence in job.sequences]
 
     @property
     def num_tokens(self) -> int:
         return sum(job.num_tokens for job in self.jobs)
+
+
+def _scores(batch: _Batch, prepared: Any) -> Any:
+    if batch.prepared is None:
+        prepared = batch.work.prepare(batch.sequences)
+    return batch.work.run(prepared)
 
 
 class Batcher:
@@ -139,7 +156,7 @@ class Batcher:
         full = asyncio.create_task(self._full.wait())
         await asyncio.wait({running, full}, return_when=asyncio.FIRST_COMPLETED)
         full.cancel()
-        following = None if running.done() else self._take()
+        following = None if running.done() else self._take(is_ahead=True)
         await running
         return following
 
@@ -148,7 +165,7 @@ class Batcher:
         timely = max(_LEAST_BUDGET, int(self.tokens_per_s * self._target_batch_s))
         return min(self.max_batch_tokens, timely)
 
-    def _take(self) -> _Batch | None:
+    def _take(self, *, is_ahead: bool = False) -> _Batch | None:
         """The next batch, oldest first: at least one job, as many alike as the budget holds."""
         jobs: list[_Job] = []
         room = self._budget()
@@ -165,18 +182,21 @@ class Batcher:
             self._arrived.clear()
         if not jobs:
             return None
-        sequences = [sequence for job in jobs for sequence in job.sequences]
+        batch = _Batch(jobs, None)
+        if not is_ahead:
+            return batch
         loop = asyncio.get_running_loop()
-        return _Batch(jobs, loop.run_in_executor(self._preparer, jobs[0].work.prepare, sequences))
+        prepared = loop.run_in_executor(self._preparer, batch.work.prepare, batch.sequences)
+        return replace(batch, prepared=prepared)
 
     async def _score(self, batch: _Batch) -> None:
         loop = asyncio.get_running_loop()
         try:
-            prepared = await batch.prepared
+            prepared = None if batch.prepared is None else await batch.prepared
             if all(job.done.done() for job in batch.jobs):  # all have hung up since
                 return
             started = time.monotonic()
-            results = await loop.run_in_executor(self._device, batch.jobs[0].work.run, prepared)
+            results = await loop.run_in_executor(self._device, _scores, batch, prepared)
         except Exception as error:  # whatever the model raises belongs to the callers
             for job in batch.jobs:
                 if not job.done.done():
@@ -185,7 +205,7 @@ class Batcher:
         seconds = time.monotonic() - started
         if self._on_batch is not None:
             self._on_batch(batch.num_tokens, seconds)
-        self._measure(batch.num_tokens * batch.jobs[0].work.share_computed, seconds)
+        self._measure(batch.num_tokens * batch.work.share_computed, seconds)
         start = 0
         for job in batch.jobs:
             end = start + len(job.sequences)
