@@ -101,15 +101,13 @@ class Renderer:
             return self._whole(group)
         if group.prompt_ids is not None:
             return [self.checked([*group.prompt_ids, *ids]) for ids in group.completion_ids]
-        assert group.prompt is not None
-        rendered: list[Rendered] = []
-        for completion in group.completions:
-            try:
-                ids = self.render(group.prompt, completion, template_args=group.template_args)
-                rendered.append(self.checked(ids))
-            except RenderError as error:
-                rendered.append(SampleError("unrenderable", str(error)))
-        return rendered
+        prompt = group.prompt
+        assert prompt is not None
+        samples = [Sample(prompt, text, (), group.template_args) for text in group.completions]
+        return [
+            self.checked(ids) if isinstance(ids, list) else SampleError("unrenderable", str(ids))
+            for ids in self.render_many(samples)
+        ]
 
     def num_prompt_tokens(
         self, group: Group | Whole, rendered: Sequence[Rendered]

@@ -42,6 +42,9 @@ def settings(folder: Path) -> dict[str, str] | None:
         # which has a loop, asks for the fast way by itself (serve.fleet).
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_WRAPPER),
+        # Ray's workers run at the lowest priority but four, behind whatever else the machine does;
+        # who waits for a reward should not wait for that, too.
+        "RAY_worker_niceness": "0",
         "RAYWARD_HAPROXY": binary,
         "RAYWARD_SERVICE": secrets.token_hex(16),
         # Ray's own range is the same for every service of a machine.
