@@ -106,8 +106,10 @@ class Batcher:
         max_queued_tokens: int,
         target_batch_s: float = 0.5,
         on_batch: Callable[[int, float], None] | None = None,
+        on_device: Callable[[], None] | None = None,
     ) -> None:
-        """on_batch: called with the tokens of every batch and the seconds that it took."""
+        """on_batch: called with the tokens of every batch and the seconds that it took; on_device:
+        called once on the thread that runs batches, before the first of them."""
         self.max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._target_batch_s = target_batch_s
@@ -115,8 +117,8 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._arrived = asyncio.Event()  # something waits
         self._full = asyncio.Event()  # as much waits as one batch may hold
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="scorer")
-        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
+        self._device = ThreadPoolExecutor(1, "scorer", initializer=on_device)
+        self._preparer = ThreadPoolExecutor(1, "preparer")
         self._loop_task: asyncio.Task[None] | None = None
         self.queued_tokens = 0
         self.tokens_per_s = _FIRST_TOKENS_PER_S

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -70,8 +71,9 @@ class RewardModelReplica:
     def __init__(self, config: ServeConfig) -> None:
         import torch
 
-        threads = config.threads_per_replica or (os.cpu_count() or 1) // config.num_replicas
-        torch.set_num_threads(max(1, threads))
+        num_replicas = config.max_replicas or config.num_replicas
+        threads = config.threads_per_replica or max(1, (os.cpu_count() or 1) // num_replicas)
+        torch.set_num_threads(threads)
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._replica = context.replica_id.unique_id
@@ -87,6 +89,9 @@ class RewardModelReplica:
             max_queued_tokens=config.max_queued_tokens,
             target_batch_s=config.target_batch_s,
             on_batch=self._scored_batch,
+            # OpenMP counts for each thread that asks: what was set above holds for loading alone,
+            # and Ray gives every other thread of a worker one.
+            on_device=partial(torch.set_num_threads, threads),
         )
         self._recorder = metrics.Recorder()
         self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
