@@ -45,6 +45,9 @@ def settings(folder: Path) -> dict[str, str] | None:
         # Ray's workers run at the lowest priority but four, behind whatever else the machine does;
         # who waits for a reward should not wait for that, too.
         "RAY_worker_niceness": "0",
+        # Intel's OpenMP, where it is preloaded, binds the first process to one core, and with it
+        # all that it starts: the whole cluster.
+        "KMP_AFFINITY": "disabled",
         "RAYWARD_HAPROXY": binary,
         "RAYWARD_SERVICE": secrets.token_hex(16),
         # Ray's own range is the same for every service of a machine.
