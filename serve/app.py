@@ -222,9 +222,14 @@ def _require_own_address(host: str, port: int) -> None:
 
 
 def _last_error(message: str) -> str:
-    """The last line of a traceback that names an exception, without its class."""
-    lines = [line for line in message.splitlines() if re.match(r"\S*(Error|Exception): ", line)]
-    return lines[-1].partition(": ")[2] if lines else message
+    """What a traceback's last exception says, without its class; HAProxy's complaints alone where
+    they are among it."""
+    lines = message.splitlines()
+    named = [i for i, line in enumerate(lines) if re.match(r"\S*(Error|Exception): ", line)]
+    if not named:
+        return message
+    alerts = [line.partition(") : ")[2] for line in lines[named[-1] :] if "[ALERT]" in line]
+    return f"HAProxy: {'; '.join(alerts)}" if alerts else lines[named[-1]].partition(": ")[2]
 
 
 def _check_certificate(cert: str, key: str) -> None:

@@ -47,7 +47,7 @@ def settings(folder: Path) -> dict[str, str] | None:
         "RAY_worker_niceness": "0",
         # Intel's OpenMP, where it is preloaded, binds the first process to one core, and with it
         # all that it starts: the whole cluster.
-        "KMP_AFFINITY": "disabled",
+        "KMP_AFFINITY": "none",
         "RAYWARD_HAPROXY": binary,
         "RAYWARD_SERVICE": secrets.token_hex(16),
         # Ray's own range is the same for every service of a machine.
@@ -130,6 +130,10 @@ def free_ports(count: int) -> list[int]:
     while len(found) < count:
         port = random.randrange(20_000, 25_000)
         with socket.socket() as probe:
-            if port not in found and probe.connect_ex(("127.0.0.1", port)):
-                found.append(port)
+            try:  # on every interface: a listener on any would be in the way
+                probe.bind(("", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
     return found

@@ -158,6 +158,12 @@ def free_port() -> int:
     return fast_path.free_ports(1)[0]
 
 
+def environment_for_a_cluster() -> dict[str, str]:
+    """The environment for a process that starts a cluster of its own: without what the tests'
+    cluster has set for itself, the ports of its HAProxy above all."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
+
+
 @pytest.fixture(scope="session")
 def serve_config(export_dir: Path) -> Any:
     """How the tests' service is configured, a `ServeConfig`."""

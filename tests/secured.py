@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
-import os
 import re
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from conftest import free_port
+from conftest import environment_for_a_cluster, free_port
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -106,12 +105,8 @@ def secured_service(
     command += ["--num-replicas", "2", "--token-file", str(token_file), "--registry", str(registry)]
     command += ["--tls-cert", str(cert), "--tls-key", str(key), *options]
     own = {"RAY_TMPDIR": str(temporary), "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        # What this process set for its own cluster is none of that one's.
-        if not name.startswith(("RAY_", "RAYWARD_")) and name != "VLLM_HOST_IP"
-    }
+    inherited = environment_for_a_cluster()
+    inherited.pop("VLLM_HOST_IP", None)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import httpx
 import psutil
-from conftest import free_port
+from conftest import environment_for_a_cluster, free_port
 
 _START_S = 120.0
 
@@ -27,13 +27,11 @@ class Service:
     def __init__(self, model: Path, *options: str, env: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        # What this test process has set for its own cluster is not that one's.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY")}
         command = [sys.executable, "-m", "rayward", "serve", str(model), "--port", str(self.port)]
         command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
         self.process = subprocess.Popen(
             [*command, *options],
-            env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
+            env={**environment_for_a_cluster(), "OMP_NUM_THREADS": "1", **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -12,6 +12,8 @@ import time
 import uuid
 from pathlib import Path
 
+from conftest import environment_for_a_cluster
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
 
@@ -31,7 +33,8 @@ def processes_marked(mark: str) -> list[str]:
 
 def test_the_demo_keeps_its_promises_and_cleans_up(tmp_path: Path) -> None:
     mark = f"demo-{uuid.uuid4()}"
-    environment = {**os.environ, "RAYWARD_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
+    environment = environment_for_a_cluster()
+    environment |= {"RAYWARD_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         [sys.executable, str(DEMO)], cwd=tmp_path, env=environment, capture_output=True, text=True

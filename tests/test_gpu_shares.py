@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import environment_for_a_cluster
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -92,6 +92,6 @@ def test_ray_places_two_replicas_on_one_gpu(export_dir: Path) -> None:
         capture_output=True,
         text=True,
         timeout=180,
-        env={name: value for name, value in os.environ.items() if not name.startswith("RAY")},
+        env=environment_for_a_cluster(),
     )
     assert "FREE 0.0 [None]" in done.stdout, done.stderr[-2000:]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import environment_for_a_cluster, free_port
 
 from reward_actor import RewardClient
 from reward_actor.checkpoint import write_manifest
@@ -142,3 +145,32 @@ def test_an_unknown_setting_names_the_nearest(export_dir: Path) -> None:
         app({"model": str(export_dir), "num_replica": 2})
     with pytest.raises(ValueError, match="model is required"):
         app({})
+
+
+ON_A_TAKEN_PORT = """
+import sys
+from serve import fast_path
+taken = int(sys.argv.pop(1))
+free_ports = fast_path.free_ports
+fast_path.free_ports = lambda count: [taken, *free_ports(count - 1)]
+import rayward
+sys.exit(rayward.main())
+"""
+
+
+def test_what_haproxy_complains_of_is_shown(export_dir: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        command = [sys.executable, "-c", ON_A_TAKEN_PORT, str(taken), "serve", str(export_dir)]
+        done = subprocess.run(
+            [*command, "--device", "cpu", "--port", str(free_port())],
+            env=environment_for_a_cluster(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode != 0
+    reason = rf"error: Ray Serve did not start: HAProxy: Binding .* \[127.0.0.1:{taken}\]"
+    assert re.search(reason, done.stderr), done.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import free_port, make_export
+from conftest import environment_for_a_cluster, free_port, make_export
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer, binary
 from reward_actor.groups import GroupScores
@@ -178,8 +177,7 @@ def test_the_front_door_serves_with_vllm(export_dir: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "rayward", "serve", str(export_dir), "--engine", "vllm"]
     command += ["--port", str(port), "--device", "cpu", "--threads-per-replica", "1"]
-    # Neither the tests' cluster nor the ports of its HAProxy.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYWARD_"))}
+    environment = environment_for_a_cluster()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stdout is not None
