@@ -29,7 +29,7 @@ from reward_actor.extract import RewardModel
 
 # By the beginning of an operator's name.
 _KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn::"),
     "attention": (
         "aten::_scaled_dot_product",
         "aten::_flash_attention",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -216,21 +217,22 @@ def _before(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """The queries, keys and values of a block of rows."""
     normed = layer.input_layernorm(hidden)
     attention = layer.self_attn
-    query = _turned(attention, attention.q_proj(normed), "q_norm", cos, sin)
-    key = _turned(attention, attention.k_proj(normed), "k_norm", cos, sin)
-    return query, key, _split(attention, attention.v_proj(normed))
+    query = _turned(attention, _product(normed, attention.q_proj), "q_norm", cos, sin)
+    key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
+    return query, key, _split(attention, _product(normed, attention.v_proj))
 
 
 def _queries(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     attention = layer.self_attn
-    return _turned(attention, attention.q_proj(layer.input_layernorm(hidden)), "q_norm", cos, sin)
+    query = _product(layer.input_layernorm(hidden), attention.q_proj)
+    return _turned(attention, query, "q_norm", cos, sin)
 
 
 def _keys_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     normed = layer.input_layernorm(hidden)
     attention = layer.self_attn
-    key = _turned(attention, attention.k_proj(normed), "k_norm", cos, sin)
-    return key, _split(attention, attention.v_proj(normed))
+    key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
+    return key, _split(attention, _product(normed, attention.v_proj))
 
 
 def _after(layer: Any, hidden: Tensor, seen: Tensor) -> Tensor:
@@ -247,6 +249,11 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
     if not _is_gated(mlp):
         hidden += mlp(normed[None])[0]
         return
+    if _onednn_is_better(hidden):
+        gate = _onednn(normed, mlp.gate_proj.weight, None, "swish", [], "")
+        gated = _onednn.binary(normed, gate, mlp.up_proj.weight, None, "mul")
+        _add_product(hidden, gated, mlp.down_proj)
+        return
     gate, up = room.wide(len(hidden), mlp.gate_proj.out_features)
     torch.mm(normed, mlp.gate_proj.weight.t(), out=gate)
     torch.mm(normed, mlp.up_proj.weight.t(), out=up)
@@ -254,11 +261,43 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
     _add_product(hidden, gate, mlp.down_proj)
 
 
+def _product(rows: Tensor, projection: nn.Linear) -> Tensor:
+    """projection(rows)"""
+    if _onednn_is_better(rows):
+        return cast("Tensor", _onednn(rows, projection.weight, projection.bias, "none", [], ""))
+    return cast("Tensor", projection(rows))
+
+
 def _add_product(hidden: Tensor, rows: Tensor, projection: nn.Linear) -> None:
     """hidden += projection(rows), in one pass."""
+    if _onednn_is_better(hidden):
+        hidden.copy_(_onednn.binary(rows, hidden, projection.weight, projection.bias, "add"))
+        return
     hidden.addmm_(rows, projection.weight.t())
     if projection.bias is not None:
         hidden += projection.bias
+
+
+_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""What `torch.compile` makes of linear layers on a CPU: a product, and what follows it, in one."""
+
+
+def _onednn_is_better(rows: Tensor) -> bool:
+    """In float32 torch multiplies by Intel's MKL, which uses half of AVX-512 on other makers'
+    processors; oneDNN uses all of it. It has no gradients."""
+    return (
+        rows.dtype == torch.float32
+        and rows.device.type == "cpu"
+        and _onednn is not None
+        and _has_avx512()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+@lru_cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _is_gated(mlp: nn.Module) -> bool:

@@ -103,8 +103,9 @@ def _proc_available() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host refused memory. PyTorch's CPU allocator has no type of its own
-    for it."""
+    for it, and oneDNN does not say why it has no room for its code."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "out of memory" in text
+    signs = ("can't allocate memory", "out of memory", "could not create a primitive")
+    return any(sign in text for sign in signs)
