@@ -57,6 +57,7 @@ def main() -> int:
     workload = make_workload(name, shape, args)
     network = build_network(shape, getattr(torch, dtype), device)
     engine = Engine(RewardModel(network))
+    engine.freeze()
     engine.raw_scores(workload.sequences[: len(workload.sequences) // 4])
     began = time.perf_counter()
     activities = [ProfilerActivity.CPU]

@@ -126,6 +126,7 @@ def _ours(model: RewardModel) -> Peer:
     from reward_actor.engine import Engine
 
     engine = Engine(model, attention="auto", max_batch_tokens=None)
+    engine.freeze()
 
     def score(name: str, sequences: Sequences) -> list[float]:
         return [float(reward) for reward in engine.raw_scores(sequences)[:, 0]]

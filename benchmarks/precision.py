@@ -59,6 +59,7 @@ def measure(family: str, sequences: list[list[int]], device: str) -> dict[str, A
     full = RewardModel(make_network(family).to(device)).eval()
     exact = Engine(full, "padded").raw_scores(sequences)[:, 0]
     engine = Engine(full)
+    engine.freeze()
     float32, _ = in_company(engine, sequences)
     half = RewardModel(make_network(family).to(device, torch.bfloat16)).eval()
     bfloat16, _ = in_company(Engine(half), sequences)

@@ -7,7 +7,7 @@ contiguous, so causal order is the order of the path and a sliding window is an 
 Three ways to the same result, all differentiable:
 - `path_attention`: one masked call for each run of queries. On any device. The reference.
 - `varlen_attention`: one variable-length call for all runs, on CUDA in half precision.
-- `cascade_attention`: on a CPU, in float32. A segment's keys meet all queries below it in
+- `cascade_attention`: on a CPU, computed in float32. A segment's keys meet all queries below it in
   one product, and the parts are joined by their log-sum-exp (Juravsky et al., Hydragen,
   arXiv:2402.05099, section 3.1); no key is copied for each path.
 """
@@ -49,14 +49,19 @@ def attend(
     """
     if window is not None and window >= plan.longest_path:
         window = None
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    dtype = query.dtype
+    is_half = dtype in (torch.bfloat16, torch.float16)
     has_kernel = "window_size" in _varlen_arguments() or (_varlen_arguments() and window is None)
     if query.is_cuda and is_half and has_kernel:
         return varlen_attention(query, key, value, plan, scale, window)
-    # In half precision each part would be rounded before they are joined: twice the noise.
-    is_float32_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    if is_float32_cpu and window is None:
-        return cascade_attention(query, key, value, plan, scale)
+    if query.device.type == "cpu" and window is None:
+        if query.dtype == torch.float32:
+            return cascade_attention(query, key, value, plan, scale)
+        if is_half and not _needs_gradient(query, key, value):
+            # Parts in half precision would be rounded before they are joined, and torch has no
+            # faster product for them on a CPU than float32's.
+            query, key, value = query.float(), key.float(), value.float()
+            return cascade_attention(query, key, value, plan, scale).to(dtype)
     return path_attention(query, key, value, plan, scale, window)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from reward_actor import onednn
 from reward_actor.attention import attend
 from reward_actor.attention_plan import AttentionPlan
 
@@ -57,6 +57,16 @@ class Decoder:
         self._queries = maybe_compiled(_queries)
         self._keys_values = maybe_compiled(_keys_values)
         self._after = maybe_compiled(_after)
+
+    def pack(self) -> None:
+        """Keep copies of the weights in the layout that a CPU multiplies with. They must not change
+        after this."""
+        onednn.pack(
+            module
+            for layer in self.backbone.layers
+            for module in layer.modules()
+            if type(module) is nn.Linear
+        )
 
     @staticmethod
     def _check(layer: nn.Module) -> None:
@@ -249,10 +259,9 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
     if not _is_gated(mlp):
         hidden += mlp(normed[None])[0]
         return
-    if _onednn_is_better(hidden):
-        gate = _onednn(normed, mlp.gate_proj.weight, None, "swish", [], "")
-        gated = _onednn.binary(normed, gate, mlp.up_proj.weight, None, "mul")
-        _add_product(hidden, gated, mlp.down_proj)
+    if onednn.is_better(hidden, mlp.gate_proj):
+        gate = onednn.product(normed, mlp.gate_proj, then="swish")
+        _add_product(hidden, onednn.product_times(normed, mlp.up_proj, gate), mlp.down_proj)
         return
     gate, up = room.wide(len(hidden), mlp.gate_proj.out_features)
     torch.mm(normed, mlp.gate_proj.weight.t(), out=gate)
@@ -263,41 +272,19 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
 
 def _product(rows: Tensor, projection: nn.Linear) -> Tensor:
     """projection(rows)"""
-    if _onednn_is_better(rows):
-        return cast("Tensor", _onednn(rows, projection.weight, projection.bias, "none", [], ""))
+    if onednn.is_better(rows, projection):
+        return onednn.product(rows, projection)
     return cast("Tensor", projection(rows))
 
 
 def _add_product(hidden: Tensor, rows: Tensor, projection: nn.Linear) -> None:
     """hidden += projection(rows), in one pass."""
-    if _onednn_is_better(hidden):
-        hidden.copy_(_onednn.binary(rows, hidden, projection.weight, projection.bias, "add"))
+    if onednn.is_better(rows, projection):
+        hidden.copy_(onednn.product_plus(rows, projection, hidden))
         return
     hidden.addmm_(rows, projection.weight.t())
     if projection.bias is not None:
         hidden += projection.bias
-
-
-_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""What `torch.compile` makes of linear layers on a CPU: a product, and what follows it, in one."""
-
-
-def _onednn_is_better(rows: Tensor) -> bool:
-    """In float32 torch multiplies by Intel's MKL, which uses half of AVX-512 on other makers'
-    processors; oneDNN uses all of it. It has no gradients."""
-    return (
-        rows.dtype == torch.float32
-        and rows.device.type == "cpu"
-        and _onednn is not None
-        and _has_avx512()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-@lru_cache
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _is_gated(mlp: nn.Module) -> bool:

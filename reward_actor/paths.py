@@ -110,14 +110,14 @@ class ForestPath:
 
     def __init__(self, model: RewardModel, decoder: Decoder | None = None) -> None:
         self._model = model
-        self._decoder = decoder
+        self.decoder = decoder
         self.name = "forest"
         if decoder is not None:
             self.name += " in compiled blocks" if decoder.is_compiled else " in blocks"
 
     def plan(self, sequences: Sequences, budget: int) -> list[_ForestBatch]:
         forests = plan_forests(sequences, budget)
-        return [_ForestBatch(self._model, self._decoder, forest) for forest in forests]
+        return [_ForestBatch(self._model, self.decoder, forest) for forest in forests]
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class RewardScorer:
             cache_size=cache_size,
             memory_share=memory_share,
         )
+        for engine in scorer.engines:
+            engine.freeze()  # nobody else has these networks
         if check_golden:
             from reward_actor.golden import replay
 

@@ -52,23 +52,3 @@ def test_compiled_blocks_agree_and_never_recompile_in_steady_state() -> None:
                 ours = compiled.plan(sequences, 10**6)[0].pooled()
                 theirs = eager.plan(sequences, 10**6)[0].pooled()
                 torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_onednn_multiplies_as_the_projection_itself_does(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoder, "_has_avx512", lambda: True)  # slower elsewhere, but right
-    torch.manual_seed(0)
-    projection = torch.nn.Linear(48, 80, bias=bias)
-    rows, hidden = torch.randn(7, 48), torch.randn(7, 80)
-    with torch.inference_mode():
-        assert decoder._onednn_is_better(rows)
-        expected = projection(rows)
-        torch.testing.assert_close(decoder._product(rows, projection), expected)
-        added = hidden.clone()
-        decoder._add_product(added, rows, projection)
-        torch.testing.assert_close(added, hidden + expected)
-    assert not decoder._onednn_is_better(rows), "it has no gradients"
-    with torch.inference_mode():
-        assert not decoder._onednn_is_better(rows.bfloat16())
