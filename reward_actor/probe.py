@@ -57,7 +57,9 @@ class Probe:
             padded = PaddedPath(model)
             rows = [pooled(padded.plan([row], len(row))[0]) for row in self.sequences]
             self._alone = torch.cat(rows).float()
-        self._noise = self._apart(PaddedPath(model))
+        # In float32 the limit is known, and there is no need to measure.
+        is_float32 = next(model.parameters()).dtype == torch.float32
+        self._noise = None if is_float32 else self._apart(PaddedPath(model))
 
     def fault(self, path: Path) -> str | None:
         """Why `path` must not be used for this network, or None.
@@ -79,13 +81,16 @@ class Probe:
             return "hidden states are not finite"
         for of_these in (self._is_long, ~self._is_long):
             if of_these.any():
-                worst, limit = self._judged(apart[of_these], self._noise[of_these])
+                noise = None if self._noise is None else self._noise[of_these]
+                worst, limit = self._judged(apart[of_these], noise)
                 if worst > limit:
                     return f"hidden states differ by {worst:.2g} of their size (limit {limit:.2g})"
         return None
 
-    def _judged(self, apart: Tensor, noise: Tensor) -> tuple[float, float]:
-        if next(self._model.parameters()).dtype == torch.float32:
+    @staticmethod
+    def _judged(apart: Tensor, noise: Tensor | None) -> tuple[float, float]:
+        """How far from alone, and the limit."""
+        if noise is None:
             return float(apart.max()), _FLOAT32_LIMIT
         # Medians: a mixture of experts may send a borderline token to another expert.
         return float(apart.median()), max(_HALF_LIMIT, _NOISE_FACTOR * float(noise.median()))

@@ -1,8 +1,9 @@
 """From requests to replicas: cut by tokens, merged into few full messages, sent again when lost.
 
 While every replica has a message that it scores and one that waits for it, what arrives waits here
-and goes out together, so that many small requests cost a replica as little as one. The queue that
-is bounded is this one; what its callers hang up on is dropped. No Ray in here.
+and goes out together, so that many small requests cost a replica as little as one. Requests that
+begin alike (the completions of one prompt, one by one) go together, and their prompt is computed
+once. The queue that is bounded is this one; what its callers hang up on is dropped. No Ray in here.
 
 Legend: a part is what stays together on its way: groups of one request, or a piece of a group that
 is too large for one message. Tokens are counted as they are computed, shared prefixes once.
@@ -36,6 +37,11 @@ _MESSAGES_PER_REPLICA = 2
 _PAUSE_S = 0.05
 _FIRST_TOKENS_PER_S = 10_000.0
 _RATE_MEMORY = 0.8
+# Of so many messages' worth the oldest parts are looked at for those that begin like the first, so
+# that the others are passed over a few times at most.
+_MESSAGES_AHEAD = 4
+# Of its tokens a part must share this much with another one to be sent before older ones.
+_LEAST_SHARED = 0.25
 # Below this, a share of a request for every replica costs more than it spares.
 _LEAST_PART = 1024
 
@@ -78,10 +84,12 @@ def distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
     """Of the first and the last in lexicographic order: what all between begin with, too."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    # By halves: comparing slices is much faster than comparing their elements here.
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
@@ -112,6 +120,38 @@ def _pieces(group: Sequence[list[int]], max_tokens: int) -> list[Cut]:
         else:
             pieces.append(Cut([sequence], len(sequence)))
     return pieces
+
+
+def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
+    """The places of those that go together, and the tokens that are computed for them (at most):
+    the first, those that begin like it, the next, and so on, up to `max_tokens`.
+
+    The first goes in any case.
+    """
+    firsts = [cut.sequences[0] for cut in cuts]
+    order = sorted(range(len(cuts)), key=firsts.__getitem__)  # what begins alike stands together
+    taken: set[int] = set()
+    num_tokens = 0
+    for rank in sorted(range(len(order)), key=order.__getitem__):
+        leader = order[rank]
+        if leader in taken:
+            continue
+        if taken and num_tokens + cuts[leader].num_tokens > max_tokens:
+            break
+        taken.add(leader)
+        num_tokens += cuts[leader].num_tokens
+        for step in (-1, 1):
+            at = rank + step
+            while 0 <= at < len(order) and order[at] not in taken:
+                shared = _common_prefix(firsts[order[at]], firsts[order[at - step]])
+                added = cuts[order[at]].num_tokens - shared
+                is_like = shared >= _LEAST_SHARED * len(firsts[order[at]])
+                if not is_like or num_tokens + added > max_tokens:
+                    break
+                taken.add(order[at])
+                num_tokens += added
+                at += step
+    return sorted(taken), num_tokens
 
 
 @dataclass
@@ -218,32 +258,40 @@ class Dispatcher:
     def _pump(self) -> None:
         """Send what waits, as far as the replicas have room for messages."""
         while len(self._messages) < _MESSAGES_PER_REPLICA * max(1, self.num_replicas):
-            parts = self._take()
+            parts, num_tokens = self._take()
             if not parts:
                 return
-            task = asyncio.get_running_loop().create_task(self._deliver(parts))
+            task = asyncio.get_running_loop().create_task(self._deliver(parts, num_tokens))
             self._messages.add(task)
             task.add_done_callback(self._delivered)
             self._drop_when_abandoned(parts, task)
 
-    def _take(self) -> list[_Part]:
-        """The next message, oldest part first: as many alike as one may hold, and no more than one
-        replica's share of what waits."""
-        parts: list[_Part] = []
+    def _take(self) -> tuple[list[_Part], int]:
+        """The next message and its tokens: the oldest part, and as many alike as one may hold, but
+        no more than one replica's share of what waits."""
         share = -(-self._waiting_tokens // max(1, self.num_replicas))
         room = min(self.message_tokens, max(_LEAST_PART, share))
-        while self._waiting:
-            first = self._waiting[0]
-            is_abandoned = first.done.done()
-            fits = not parts or (first.cut.num_tokens <= room and first.is_like(parts[0]))
-            if not (is_abandoned or fits):
-                break
-            self._waiting.popleft()
-            self._waiting_tokens -= first.cut.num_tokens
-            if not is_abandoned:
-                parts.append(first)
-                room -= first.cut.num_tokens
-        return parts
+        oldest = self._pop(_MESSAGES_AHEAD * self.message_tokens)
+        alike = [part for part in oldest if part.is_like(oldest[0])]
+        taken, num_tokens = fitting([part.cut for part in alike], room)
+        parts = [alike[i] for i in taken]
+        gone = {id(part) for part in parts}
+        for part in reversed(oldest):
+            if id(part) not in gone:
+                self._waiting.appendleft(part)
+                self._waiting_tokens += part.cut.num_tokens
+        return parts, num_tokens
+
+    def _pop(self, max_tokens: int) -> list[_Part]:
+        """What has waited longest, of so many tokens at most, but for what nobody waits for."""
+        found: list[_Part] = []
+        while self._waiting and (not found or self._waiting[0].cut.num_tokens <= max_tokens):
+            part = self._waiting.popleft()
+            self._waiting_tokens -= part.cut.num_tokens
+            if not part.done.done():
+                found.append(part)
+                max_tokens -= part.cut.num_tokens
+        return found
 
     @staticmethod
     def _drop_when_abandoned(parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
@@ -263,9 +311,8 @@ class Dispatcher:
         self._messages.discard(task)
         self._pump()
 
-    async def _deliver(self, parts: list[_Part]) -> None:
+    async def _deliver(self, parts: list[_Part], num_tokens: int) -> None:
         sequences = [sequence for part in parts for sequence in part.cut.sequences]
-        num_tokens = sum(part.cut.num_tokens for part in parts)
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
@@ -277,6 +324,7 @@ class Dispatcher:
         self.replica_tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * reply.tokens_per_s
         assert reply.raw_scores is not None, "a reply that is ok carries its scores"
         now = time.monotonic()
+        share = num_tokens / sum(part.cut.num_tokens for part in parts)
         start = 0
         for part in parts:
             end = start + len(part.cut.sequences)
@@ -284,9 +332,8 @@ class Dispatcher:
                 tokens = None if reply.token_scores is None else reply.token_scores[start:end]
                 queue_s = max(0.0, now - part.submitted - reply.score_s)
                 raw = reply.raw_scores[start:end]
-                part.done.set_result(
-                    Dispatched(raw, tokens, queue_s, reply.score_s, part.cut.num_tokens)
-                )
+                computed = round(part.cut.num_tokens * share)
+                part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s, computed))
             start = end
 
     async def _reply(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.forest import plan_forests
-from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost, cut, distinct_tokens
+from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost, cut, distinct_tokens, fitting
 from serve.wire import FlatSequences, ReplicaReply
 
 Groups = list[list[list[int]]]
@@ -54,6 +54,33 @@ def test_what_all_share_is_counted_once(group: list[list[int]]) -> None:
     shared, num_tokens = distinct_tokens(group)
     assert all(sequence[:shared] == group[0][:shared] for sequence in group)
     assert num_tokens == shared + sum(len(sequence) - shared for sequence in group)
+
+
+singles = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=12)
+
+
+@given(singles, st.integers(1, 60))
+def test_what_goes_together_fits_and_the_first_is_among_it(
+    sequences: list[list[int]], budget: int
+) -> None:
+    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
+    places, num_tokens = fitting(cuts, budget)
+    assert places[0] == 0
+    assert places == sorted(set(places))
+    assert num_tokens <= budget or places == [0]
+    [forest] = plan_forests([sequences[i] for i in places], 10**9)
+    assert forest.num_rows <= num_tokens <= sum(len(sequences[i]) for i in places)
+    if num_tokens + max(map(len, sequences)) <= budget:
+        assert len(places) == len(cuts), "nothing stays behind where there is room"
+
+
+def test_completions_of_one_prompt_that_come_one_by_one_go_together() -> None:
+    prompts = [[prompt] * 30 for prompt in range(4)]
+    sequences = [[*prompts[i % 4], 10 + i] for i in range(16)]
+    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
+    places, num_tokens = fitting(cuts, 2 * (30 + 4))
+    assert places == [0, 1, 4, 5, 8, 9, 12, 13]
+    assert num_tokens == 2 * (30 + 4)
 
 
 def sums(message: FlatSequences) -> np.ndarray:
