@@ -170,7 +170,11 @@ class RewardService:
                 "queue": 1e3 * max((part.queue_s for part in parts), default=0.0),
                 "score": 1e3 * max((part.score_s for part in parts), default=0.0),
             }
-            results = _assemble(groups, rendered, parts, model, token_rewards)
+            reply = groups, rendered, parts, model, token_rewards
+            # What every token reads as takes a while; nobody else should wait for it.
+            results = (
+                (await asyncio.to_thread(_assemble, *reply)) if token_rewards else _assemble(*reply)
+            )
             return Scored(results, model.version, timings, sum(p.num_tokens for p in parts))
 
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
