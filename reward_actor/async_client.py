@@ -199,11 +199,14 @@ class AsyncRewardClient:
                 return
             request = asyncio.get_running_loop().create_task(self._deliver(parts))
             self._requests.add(request)
-            request.add_done_callback(self._done)
+            request.add_done_callback(partial(self._done, parts))
             self._drop_when_abandoned(parts, request)
 
-    def _done(self, request: asyncio.Task[None]) -> None:
+    def _done(self, parts: Sequence[Part], request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
+        if request.cancelled():  # perhaps before it began, or between the halves of a divided one
+            for part in parts:
+                _fail(part, closed())
         self._pump_soon()
 
     @staticmethod
@@ -223,10 +226,6 @@ class AsyncRewardClient:
     async def _deliver(self, parts: list[Part]) -> None:
         try:
             scores = iter(await self._scores(parts))
-        except asyncio.CancelledError:
-            for part in parts:
-                _fail(part, closed())
-            raise
         except Exception as error:  # whatever it is belongs to the callers
             waiting = [part for part in parts if not part.done.done()]
             if len(parts) > 1 and _may_be_one_part(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -111,4 +112,9 @@ class RewardClient:
                 self._thread = LoopThread()
                 weakref.finalize(self, self._thread.stop)
             thread, client = self._thread, self._client
-        return thread.run(call(client))
+        try:
+            return thread.run(call(client))
+        except CancelledError:
+            if self._is_closed:  # by another thread, which has stopped the loop under this call
+                raise closed() from None
+            raise

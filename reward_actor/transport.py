@@ -19,7 +19,14 @@ Verify = bool | str | ssl.SSLContext
 _KEEP_ALIVE_S = 30.0
 _CONNECT_S = 10.0
 # A machine that has vanished, by power or network, says nothing: find out within half a minute.
-_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+# Probes tell where a reply is waited for; where data is not acknowledged none are sent, and the
+# last option (in milliseconds) ends the connection.
+_PROBES = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 30_000,
+}
 
 
 def connect(url: str, token: str | None, verify: Verify) -> httpx.AsyncClient:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -60,6 +61,7 @@ class VllmEngine:
         Raises ValueError if vLLM does not take the model or cannot start.
         """
         self._num_requests = 0
+        self._pending: set[asyncio.Task[Any]] = set()
         self._is_closed = False
         self._closing = threading.Lock()
         self._reaper = Reaper()
@@ -110,9 +112,13 @@ class VllmEngine:
         """
         from vllm.exceptions import VLLMServerError
 
-        self.check()
+        with self._closing:  # what comes too late for the loop would wait for ever
+            self.check()
+            work = asyncio.run_coroutine_threadsafe(self._pooled(sequences, task), self._loop)
         try:
-            pooled: list[Scores] = self._wait(self._pooled(sequences, task))
+            pooled: list[Scores] = work.result()
+        except CancelledError:
+            raise EngineDied("vLLM's engine was closed") from None
         except VLLMServerError as error:
             self.check()
             raise RuntimeError(f"vLLM could not score: {error.__cause__ or error}") from error
@@ -134,9 +140,15 @@ class VllmEngine:
                     process.join()
 
     async def _pooled(self, sequences: Sequence[list[int]], task: Task) -> list[Scores]:
-        found = await asyncio.gather(
-            *(self._pool(ids, task) for ids in sequences), return_exceptions=True
-        )
+        this = asyncio.current_task()
+        assert this is not None
+        self._pending.add(this)
+        try:
+            found = await asyncio.gather(
+                *(self._pool(ids, task) for ids in sequences), return_exceptions=True
+            )
+        finally:
+            self._pending.discard(this)
         for each in found:
             if isinstance(each, BaseException):
                 raise each
@@ -157,7 +169,11 @@ class VllmEngine:
         return scores
 
     async def _shut_down(self) -> None:
+        pending = list(self._pending)
         self._engine.shutdown(timeout=_SHUTDOWN_S)
+        for each in pending:  # vLLM tells those who wait for its output nothing
+            each.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

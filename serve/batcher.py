@@ -200,9 +200,12 @@ class Batcher:
             started = time.monotonic()
             results = await loop.run_in_executor(self._device, _scores, batch, prepared)
         except Exception as error:  # whatever the model raises belongs to the callers
-            for job in batch.jobs:
-                if not job.done.done():
-                    job.done.set_exception(error)
+            waiting = [job for job in batch.jobs if not job.done.done()]
+            if len(batch.jobs) > 1:  # one of them cannot be scored; the others can, without it
+                for job in waiting:
+                    await self._score(_Batch([job], None))
+            elif waiting:
+                waiting[0].done.set_exception(error)
             return
         seconds = time.monotonic() - started
         if self._on_batch is not None:

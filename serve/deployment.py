@@ -77,13 +77,16 @@ class RewardModelReplica:
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._replica = context.replica_id.unique_id
-        pointer = Pointer.get(self._app_name) or Pointer(0, config.model)
+        self._model = config.model
+        pointer = Pointer.at_start(self._app_name, config.model)
         self._models = HeldModels(
             pointer.directory,
             pointer.generation,
             lambda directory: load_scorer(config, directory),
             _RETIRE_AFTER_S,
         )
+        # Now that it could be loaded, it supersedes what an earlier service was swapped to.
+        pointer.set(self._app_name)
         self._batcher = Batcher(
             max_batch_tokens=self._models.current.scorer.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
@@ -214,22 +217,33 @@ class RewardModelReplica:
             self._reconciler = asyncio.get_running_loop().create_task(self._reconcile())
 
     async def _reconcile(self) -> None:
-        """Follow a swap that this replica was not asked about, because it was starting then."""
-        while True:
+        while self._fault is None:  # after one, this replica is about to be replaced
             await asyncio.sleep(_RECONCILE_S)
-            queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
-            self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._replica)
-            self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._replica)
-            await asyncio.to_thread(self._models.retire)
-            pointer = await asyncio.to_thread(Pointer.get, self._app_name)
-            if pointer is None or pointer.generation <= self._models.generation:
-                continue
-            await asyncio.sleep(_RECONCILE_S)  # the swap itself may be about to reach it
-            if pointer.generation <= self._models.generation:
-                continue
-            prepared = await self.prepare(pointer.directory)
-            if isinstance(prepared, str):
-                self._fault = f"generation {pointer.generation} cannot be loaded: {prepared}"
-                logger.error(self._fault)
-                return
-            await self.activate(prepared.model_version, pointer.generation)
+            try:
+                self._tell()
+                await asyncio.to_thread(self._models.retire)
+                await self._follow()
+            except Exception as error:  # whatever it is must not end it for good
+                logger.warning("no look for swaps this time: %s", type(error).__name__)
+
+    def _tell(self) -> None:
+        queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
+        self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._replica)
+        self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._replica)
+
+    async def _follow(self) -> None:
+        """Follow a swap that this replica was not asked about, because it was starting then."""
+        pointer = await asyncio.to_thread(Pointer.get, self._app_name)
+        if pointer is None or not pointer.is_of(self._model):
+            return
+        if pointer.generation <= self._models.generation:
+            return
+        await asyncio.sleep(_RECONCILE_S)  # the swap itself may be about to reach it
+        if pointer.generation <= self._models.generation:
+            return
+        prepared = await self.prepare(pointer.directory)
+        if isinstance(prepared, str):
+            self._fault = f"generation {pointer.generation} cannot be loaded: {prepared}"
+            logger.error(self._fault)
+            return
+        await self.activate(prepared.model_version, pointer.generation)

@@ -35,6 +35,8 @@ Send = Callable[[FlatSequences, bool], Awaitable[ReplicaReply]]
 _MESSAGES_PER_REPLICA = 2
 # Before a message goes out again, after its replica died or was not yet what it should be.
 _PAUSE_S = 0.05
+# A replica that has not followed a swap by now will not: it is of another deployment.
+_FOLLOW_S = 5.0
 _FIRST_TOKENS_PER_S = 10_000.0
 _RATE_MEMORY = 0.8
 # Of so many messages' worth the oldest parts are looked at for those that begin like the first, so
@@ -162,6 +164,7 @@ class _Part:
     token_scores: bool
     done: asyncio.Future[Dispatched]
     submitted: float = field(default_factory=time.monotonic)
+    is_waiting: bool = False
 
     def is_like(self, other: _Part) -> bool:
         return (self.version, self.token_scores) == (other.version, other.token_scores)
@@ -180,23 +183,27 @@ class Dispatcher:
         max_queued_tokens: int,
         max_queue_s: float,
         target_batch_s: float,
+        num_ingress: int = 1,
     ) -> None:
+        """num_ingress: those that share the replicas, this one included."""
         self._send = send
         self._max_queued_tokens = max_queued_tokens
         self._max_queue_s = max_queue_s
         self._target_batch_s = target_batch_s
+        self._num_ingress = num_ingress
         self.num_replicas = 1
         self.max_batch_tokens = 2**31
         self.replica_tokens_per_s = _FIRST_TOKENS_PER_S
         self.queued_tokens = 0  # on their way, too
         self._waiting: deque[_Part] = deque()
         self._waiting_tokens = 0
+        self._num_abandoned = 0  # of those that wait
         self._messages: set[asyncio.Task[None]] = set()
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all replicas together, as last measured."""
-        return self.replica_tokens_per_s * max(1, self.num_replicas)
+        """This ingress's part of what all replicas do together, as last measured."""
+        return self.replica_tokens_per_s * max(1, self.num_replicas) / self._num_ingress
 
     @property
     def message_tokens(self) -> int:
@@ -210,15 +217,20 @@ class Dispatcher:
         version: str,
         generation: int,
         token_scores: bool = False,
+        *,
+        is_admitted: bool = False,
     ) -> list[Dispatched]:
         """The parts of one request, in order, scored by the model of this version (and
         generation: a replica behind it follows, one ahead of it may hold it no more).
+
+        is_admitted: it was let in once already, for another version.
 
         Raises RewardServiceError ("overloaded", "internal") and OtherVersion. When one part fails
         or the caller is cancelled, the others are dropped.
         """
         total = sum(distinct_tokens(group)[1] for group in groups)
-        self._admit(total)
+        if not is_admitted:
+            self.admit(total)
         share = max(_LEAST_PART, -(-total // max(1, self.num_replicas)))
         loop = asyncio.get_running_loop()
         parts = [
@@ -227,7 +239,7 @@ class Dispatcher:
         ]
         for part in parts:
             self._waiting.append(part)
-            self._waiting_tokens += part.cut.num_tokens
+            self._count_waiting(part, True)
             self.queued_tokens += part.cut.num_tokens
             part.done.add_done_callback(partial(self._forget, part))
         self._pump()
@@ -238,7 +250,7 @@ class Dispatcher:
                 if not part.done.cancel() and not part.done.cancelled():
                     part.done.exception()  # seen; asyncio would complain
 
-    def _admit(self, num_tokens: int) -> None:
+    def admit(self, num_tokens: int) -> None:
         """Raise RewardServiceError if this would wait too long; an empty queue takes everything."""
         room = min(self._max_queued_tokens, self._max_queue_s * self.tokens_per_s)
         excess = self.queued_tokens + num_tokens - room
@@ -254,6 +266,18 @@ class Dispatcher:
 
     def _forget(self, part: _Part, _: asyncio.Future[Dispatched]) -> None:
         self.queued_tokens -= part.cut.num_tokens
+        if not part.is_waiting:
+            return
+        # Its caller has hung up. Such parts go when they come to the front, or when they are many.
+        self._count_waiting(part, False)
+        self._num_abandoned += 1
+        if self._num_abandoned > len(self._waiting) // 2:
+            self._waiting = deque(part for part in self._waiting if not part.done.done())
+            self._num_abandoned = 0
+
+    def _count_waiting(self, part: _Part, is_waiting: bool) -> None:
+        part.is_waiting = is_waiting
+        self._waiting_tokens += part.cut.num_tokens if is_waiting else -part.cut.num_tokens
 
     def _pump(self) -> None:
         """Send what waits, as far as the replicas have room for messages."""
@@ -279,7 +303,7 @@ class Dispatcher:
         for part in reversed(oldest):
             if id(part) not in gone:
                 self._waiting.appendleft(part)
-                self._waiting_tokens += part.cut.num_tokens
+                self._count_waiting(part, True)
         return parts, num_tokens
 
     def _pop(self, max_tokens: int) -> list[_Part]:
@@ -287,10 +311,12 @@ class Dispatcher:
         found: list[_Part] = []
         while self._waiting and (not found or self._waiting[0].cut.num_tokens <= max_tokens):
             part = self._waiting.popleft()
-            self._waiting_tokens -= part.cut.num_tokens
-            if not part.done.done():
+            if part.is_waiting:
+                self._count_waiting(part, False)
                 found.append(part)
                 max_tokens -= part.cut.num_tokens
+            else:
+                self._num_abandoned -= 1
         return found
 
     @staticmethod
@@ -316,6 +342,12 @@ class Dispatcher:
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
+            if isinstance(error, RewardServiceError) and len(parts) > 1:
+                # One of them cannot be scored; the others can, without it.
+                for part in parts:
+                    if not part.done.done():
+                        await self._deliver([part], part.cut.num_tokens)
+                return
             for part in parts:
                 if not part.done.done():
                     part.done.set_exception(error)
@@ -343,7 +375,8 @@ class Dispatcher:
 
         Raises RewardServiceError and OtherVersion; its callers' deadlines end it otherwise.
         """
-        message = FlatSequences.of(sequences, like.version, num_tokens, self.queued_tokens)
+        message = FlatSequences.of(sequences, like.version, num_tokens, self._waiting_tokens)
+        started = time.monotonic()
         while True:
             try:
                 reply = await self._send(message, like.token_scores)
@@ -353,8 +386,9 @@ class Dispatcher:
             if reply.status == "ok":
                 return reply
             if reply.status == "failed":
-                raise RewardServiceError("internal", reply.reason)
-            if reply.status == "other_version" and reply.generation > like.generation:
+                raise RewardServiceError("internal", reply.reason, retryable=True)
+            is_late = time.monotonic() > started + _FOLLOW_S
+            if reply.status == "other_version" and (reply.generation >= like.generation or is_late):
                 raise OtherVersion
             # It has not followed a swap yet, others fill its queue, or it is about to go.
             await asyncio.sleep(max(_PAUSE_S, reply.retry_after_s))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
 
+from serve.logs import CURRENT
 from serve.replies import error_response
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Faults:
         try:
             await self._app(scope, receive, noted)
         except ClientDisconnect:  # before its body was here: there is nobody to answer
-            return
+            if (answered := CURRENT.get()) is not None:
+                answered.hung_up()
         except Exception as error:  # what it says goes nowhere, whatever it is
             logger.error("a request failed by a fault of the service: %s", described(error))
             if has_started:

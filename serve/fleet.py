@@ -31,8 +31,14 @@ logger = logging.getLogger("ray.serve")
 # How often the replicas are counted, and how long they may take to answer that.
 _REFRESH_S = 2.0
 _ANSWER_S = 2.0
+# A replica that did not answer is taken for alive for so long: one turn may be missed.
+_KEEP_S = 6.0
+# How long the first request waits for a replica; where the service is at zero, it starts one.
+_FIRST_S = 10.0
 # Before the replicas are asked again, when none could answer.
 _PAUSE_S = 0.05
+# After so long the replicas hold what they have refused, after all.
+_OTHER_S = 2.0
 
 _LOST = (RayActorError, DeploymentUnavailableError, BackPressureError)
 
@@ -52,6 +58,10 @@ class Model:
     @property
     def generation(self) -> int:
         return self.description.generation
+
+    def is_of(self, description: Description) -> bool:
+        theirs = description.model_version, description.generation
+        return (self.version, self.generation) == theirs
 
     def tokens(self, ids: Rendered) -> list[str] | None:
         """What each token reads as, by itself; None for a sample that was not rendered."""
@@ -77,6 +87,8 @@ class Fleet:
         self._trust_remote_code = trust_remote_code
         self._on_refresh = on_refresh
         self._model: Model | None = None
+        self._models: list[Model] = []  # while two are served by turns, neither is loaded again
+        self._seen: dict[str, tuple[float, Description]] = {}
         self._asked = 0.0
         self._lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
@@ -102,42 +114,70 @@ class Fleet:
             raise ReplicaLost from error
         return reply
 
-    async def model(self, *, newer_than: int = -1) -> Model:
-        """The current model, of a generation above `newer_than`. Waits for it."""
-        while self._model is None or self._model.generation <= newer_than:
-            await self.refresh()
-            if self._model is None or self._model.generation <= newer_than:
+    async def model(self, other_than: Model | None = None) -> Model:
+        """The current model. Waits for it.
+
+        other_than: what replicas have refused, so that another one must be there; the same comes
+        back if it is all that they hold for a while, as what had refused it may be gone.
+        """
+        give_up = time.monotonic() + _OTHER_S
+        model = self._model
+        while model is None or _is_same(model, other_than):
+            model = await self.refresh(other_than)
+            if model is not None and time.monotonic() >= give_up:
+                return model
+            if model is None or _is_same(model, other_than):
                 await asyncio.sleep(_PAUSE_S)
-        return self._model
+        return model
 
     async def ask_all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         """What every live replica answers; an exception in place of an answer that did not come."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+
+        async def answer(result: Any) -> Any:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await result.get_async()
+            except Exception as error:
+                return error
+
         try:
-            response = self._handle.broadcast(method, *arguments)
-            answers: list[Any] = await response.results_async(
-                timeout_s=timeout_s, return_exceptions=True
-            )
+            async with asyncio.timeout_at(deadline):
+                response = self._handle.broadcast(method, *arguments)
+                # Not its results_async: that gives no answer at all when one is late.
+                results = await response._fetch_replica_results_async()
         except (TimeoutError, *_LOST) as error:
             return [error]
-        return answers
+        return await asyncio.gather(*map(answer, results))
 
-    async def refresh(self) -> Model | None:
+    async def refresh(self, other_than: Model | None = None) -> Model | None:
         """Ask the replicas what they hold; None while none answers. The model of the highest
-        generation counts: the others are about to follow."""
+        generation counts: the others are about to follow. Of several of one generation, as while
+        a deployment replaces another, what was current stays so; other_than is the last choice."""
         asked = time.monotonic()
         async with self._lock:
-            if asked < self._asked:  # somebody else has asked meanwhile
-                return self._model if self.descriptions else None
-            found = await self._describe()
-            self._asked = time.monotonic()
-            self.descriptions = found
-            self._on_refresh(found)
-            if not found:
-                return None
-            newest = max(found, key=lambda description: description.generation)
-            if self._model is None or self._model.generation < newest.generation:
-                self._model = await asyncio.to_thread(self._load, newest)
-            return self._model
+            if asked >= self._asked:  # else somebody has asked meanwhile
+                self.descriptions = await self._describe()
+                self._asked = time.monotonic()
+                self._on_refresh(self.descriptions)
+            return await self._choose(other_than)
+
+    async def _choose(self, other_than: Model | None) -> Model | None:
+        if not self.descriptions:
+            return None
+        newest = max(description.generation for description in self.descriptions)
+        held = [each for each in self.descriptions if each.generation == newest]
+        others = [each for each in held if other_than is None or not other_than.is_of(each)]
+        for description in others or held:
+            if self._model is not None and self._model.is_of(description):
+                return self._model
+        description = (others or held)[0]
+        found = next((each for each in self._models if each.is_of(description)), None)
+        if found is None:
+            found = await asyncio.to_thread(self._load, description)
+        self._models = [found, *(each for each in self._models if each is not found)][:2]
+        self._model = found
+        return found
 
     def watch(self) -> None:
         """Keep what is known of the replicas up to date, from now on."""
@@ -157,11 +197,34 @@ class Fleet:
         found = [answer for answer in answers if isinstance(answer, Description)]
         if not found and self._model is None:
             # None is there yet; unlike a broadcast, a request makes a service at zero scale up.
-            try:
-                found = [await self._handle.describe.remote()]
-            except _LOST:
+            found = await self._first()
+        num_silent = sum(isinstance(answer, TimeoutError) for answer in answers)
+        return [*found, *self._silent(found, num_silent)]
+
+    async def _first(self) -> list[Description]:
+        response = self._handle.describe.remote()
+        try:
+            async with asyncio.timeout(_FIRST_S):
+                return [await response]
+        except (asyncio.CancelledError, TimeoutError) as error:
+            response.cancel()
+            if isinstance(error, TimeoutError):
                 return []
-        return found
+            raise
+        except _LOST:
+            return []
+
+    def _silent(self, found: list[Description], num_silent: int) -> list[Description]:
+        """What is known of replicas that are there but did not answer this time. An answer that
+        did not come has no name: it is of somebody seen lately, and of those that died there is
+        none."""
+        now = time.monotonic()
+        recent = {name: seen for name, seen in self._seen.items() if now - seen[0] < _KEEP_S}
+        for description in found:
+            recent.pop(description.replica, None)
+        self._seen = recent | {each.replica: (now, each) for each in found}
+        latest = sorted(recent.values(), key=lambda seen: seen[0], reverse=True)
+        return [description for _, description in latest[:num_silent]]
 
     def _load(self, description: Description) -> Model:
         tokenizer = load_like(
@@ -171,3 +234,7 @@ class Fleet:
         )
         contract = ScoringContract.from_json(description.contract)
         return Model(description, contract, Renderer(tokenizer, contract))
+
+
+def _is_same(model: Model, other: Model | None) -> bool:
+    return other is not None and other.is_of(model.description)

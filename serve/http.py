@@ -27,6 +27,7 @@ from serve.replies import error_response
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from serve.service import RewardService
     from serve.swap import Swapper
@@ -64,6 +65,8 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_exception_handler(HTTPException, _http_error)
     tokens = None if config.token_file is None else Tokens(config.token_file)
     guard(api, tokens, browsers_stay_here=not config.allow_unauthenticated)
+    if tokens is None and config.allow_unauthenticated:
+        api.add_middleware(OwnOrigin)
     api.add_middleware(Limits, config=config)
     api.add_middleware(OwnRequests, name=os.environ.get("RAYWARD_SERVICE"))
     api.add_middleware(Faults)
@@ -71,6 +74,37 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_middleware(RequestLog, on_answer=service.observer.answered)
     _describe(api, is_guarded=tokens is not None)
     return api
+
+
+class OwnOrigin:
+    """Refuses what a browser sends for a page of another origin to a service with
+    `allow_unauthenticated`, which its clients may call by any name.
+
+    The rule on `Host`, which stops DNS rebinding, cannot hold there: a page whose owner lets its
+    name resolve to the service's address has the service's own origin, and reads everything.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and _is_of_another_origin(dict(scope["headers"])):
+            app = error_response(
+                "forbidden",
+                "this comes from a web page of another site; a service without tokens takes "
+                "requests of its own pages only (start it with --token-file to open it to others; "
+                "a proxy before it must pass Host on)",
+            )
+        await app(scope, receive, send)
+
+
+def _is_of_another_origin(headers: dict[bytes, bytes]) -> bool:
+    origin = headers.get(b"origin")
+    if origin is None:
+        return False
+    own = headers.get(b"host", b"").lower()
+    return not own or origin.lower().partition(b"://")[2] != own  # "null" is nobody's own
 
 
 def service_of(request: Request) -> RewardService:

@@ -48,6 +48,10 @@ class Answered:
     num_tokens: int = 0
     model_version: str | None = None
 
+    def hung_up(self) -> None:
+        """Its client went away before it was answered, which is nobody's error."""
+        self.status, self.error_type = _HUNG_UP, None
+
 
 CURRENT: ContextVar[Answered | None] = ContextVar("CURRENT", default=None)
 """The HTTP request that this task answers."""
@@ -86,7 +90,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, noted)
         except asyncio.CancelledError:
-            answered.status, answered.error_type = _HUNG_UP, None
+            answered.hung_up()
             raise
         finally:
             CURRENT.reset(token)

@@ -7,36 +7,72 @@ process of the service.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, fields
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+logger = logging.getLogger("ray.serve")
 
 NAMESPACE = "rayward"
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """generation: 0 for the model that the service was started with, one more with every swap;
-    name: that of the registry, empty for the first."""
+    """generation: 0 for the model that the service was started with, one more with every swap and
+    when it is started with another model; name: that of the registry, empty for one that the
+    service was started with; base: what it was started with before any swap, empty where that was
+    not written down, which fits every start."""
 
     generation: int
     directory: str
     name: str = ""
+    base: str = ""
 
     def set(self, app_name: str) -> bool:
         """Remember this one; False when another swap has taken its generation already."""
         key = f"{app_name}:swap:{self.generation}"
         value = json.dumps(asdict(self))
-        existed = _internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE)
-        if existed:
+        if _internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE):
+            self._complete(app_name, key)
             return False
         _internal_kv_put(f"{app_name}:model", value, namespace=NAMESPACE)
         return True
 
+    def _complete(self, app_name: str, key: str) -> None:
+        """Who took the generation may have died before the model followed from it; without this,
+        nobody could swap any more."""
+        current = self.get(app_name)
+        taken = _internal_kv_get(key, namespace=NAMESPACE)
+        if taken is not None and (current is None or current.generation < self.generation):
+            _internal_kv_put(f"{app_name}:model", taken, namespace=NAMESPACE)
+
     @classmethod
     def get(cls, app_name: str) -> Pointer | None:
         found = _internal_kv_get(f"{app_name}:model", namespace=NAMESPACE)
-        return None if found is None else cls(**json.loads(found))
+        if found is None:
+            return None
+        known = {field.name for field in fields(cls)}
+        try:  # another release may have written more, or less
+            values = json.loads(found)
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            logger.error("what is remembered of the model is unreadable: %s", type(error).__name__)
+            return None
+
+    @classmethod
+    def at_start(cls, app_name: str, model: str) -> Pointer:
+        """What a replica that is configured with this model has to load. A swap of a service with
+        another model is over, but its generation stays taken."""
+        found = cls.get(app_name)
+        if found is not None and found.is_of(model):
+            return found
+        generation = 0 if found is None else found.generation + 1
+        return cls(generation, model, base=model)
+
+    def is_of(self, model: str) -> bool:
+        """Whether it is of a service that was started with this model."""
+        return self.base in ("", model)
 
 
 def forget(app_name: str) -> None:

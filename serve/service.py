@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 _STATUS_TIMEOUT_S = 3.0
 # Characters that are tokenised at once without a thread: about half a millisecond of work.
 _INLINE_CHARACTERS = 4096
+# No text has so many for each of its tokens, but for runs of blanks.
+_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class RewardService:
             max_queued_tokens=config.max_queued_tokens,
             max_queue_s=config.max_queue_s,
             target_batch_s=config.target_batch_s,
+            num_ingress=config.num_ingress,
         )
         self.observer = Observer(
             config, app_name, sender, log_file, queued_tokens=lambda: self.dispatcher.queued_tokens
@@ -151,7 +154,10 @@ class RewardService:
                 f"{num_samples} completions in one request; max_request_samples is "
                 f"{self.config.max_request_samples}",
             )
+        _check_given(groups, self.config.max_request_tokens)
+        self.dispatcher.admit(1)  # what will be refused is not rendered
         model = await self.fleet.model()
+        is_admitted = False
         while True:  # ends at the deadline; each turn has seen the replicas change their model
             started = time.perf_counter()
             rendered = await _render(model, groups)
@@ -160,10 +166,15 @@ class RewardService:
             self._check_size(sequences)
             try:
                 parts = await self.dispatcher.score(
-                    sequences, model.version, model.generation, token_rewards
+                    sequences,
+                    model.version,
+                    model.generation,
+                    token_rewards,
+                    is_admitted=is_admitted,
                 )
             except OtherVersion:
-                model = await self.fleet.model(newer_than=model.generation)
+                model = await self.fleet.model(other_than=model)
+                is_admitted = True
                 continue
             timings = {
                 "render": 1e3 * rendered_s,
@@ -180,11 +191,7 @@ class RewardService:
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
         num_tokens = sum(len(ids) for group in groups for ids in group)
         if num_tokens > self.config.max_request_tokens:
-            raise RewardServiceError(
-                "too_many_tokens",
-                f"{num_tokens} tokens in one request; max_request_tokens is "
-                f"{self.config.max_request_tokens}. Send fewer groups at a time.",
-            )
+            raise _too_many(num_tokens, self.config.max_request_tokens)
 
     def _watch(self) -> None:
         self.fleet.watch()
@@ -201,20 +208,45 @@ async def _render(model: Model, groups: Sequence[Group | Whole]) -> list[list[Re
     def render() -> list[list[Rendered]]:
         return [model.renderer.sequences(group) for group in groups]
 
-    if sum(map(_num_characters, groups)) <= _INLINE_CHARACTERS:
+    if sum(map(sum, map(_given, groups))) <= _INLINE_CHARACTERS:
         return render()
     return await asyncio.to_thread(render)
 
 
-def _num_characters(group: Group | Whole) -> int:
-    """Of the text that is rendered; messages count more than they hold, as a template runs."""
+def _given(group: Group | Whole) -> tuple[int, int]:
+    """The characters of text and the token ids that rendering makes of it; messages count more than
+    they hold, as a template runs."""
     if isinstance(group, Whole):
-        return sum(map(len, group.texts))
-    if group.prompt is None:
-        return 0
+        return sum(map(len, group.texts)), sum(map(len, group.ids))
+    if group.prompt_ids is not None:
+        num = len(group.prompt_ids)
+        return 0, sum(num + len(ids) for ids in group.completion_ids)
     prompt = group.prompt
-    num = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
-    return sum(num + len(completion) for completion in group.completions)
+    num = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt or ())
+    return sum(num + len(completion) for completion in group.completions), 0
+
+
+def _check_given(groups: Sequence[Group | Whole], max_tokens: int) -> None:
+    """Raise RewardServiceError for what is too much before it is rendered: a prompt is written out
+    with each of its completions."""
+    characters, ids = (sum(counts) for counts in zip((0, 0), *map(_given, groups), strict=True))
+    if ids > max_tokens:
+        raise _too_many(ids, max_tokens)
+    if characters > _CHARACTERS_PER_TOKEN * max_tokens:
+        raise RewardServiceError(
+            "too_many_tokens",
+            f"{characters} characters in one request, prompts counted with each completion; at "
+            f"max_request_tokens {max_tokens} it may hold {_CHARACTERS_PER_TOKEN * max_tokens}. "
+            "Send fewer groups at a time.",
+        )
+
+
+def _too_many(num_tokens: int, max_tokens: int) -> RewardServiceError:
+    return RewardServiceError(
+        "too_many_tokens",
+        f"{num_tokens} tokens in one request; max_request_tokens is {max_tokens}. Send fewer "
+        "groups at a time.",
+    )
 
 
 def _assemble(

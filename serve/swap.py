@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
@@ -16,12 +15,11 @@ from serve.fleet import Fleet
 from serve.pointer import Pointer
 from serve.wire import Description
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 logger = logging.getLogger("ray.serve")
 
 _ANSWER_S = 10.0
+# What a replica that was not reached takes until it has looked for itself.
+_FOLLOW_S = 10.0
 
 
 class Swapper:
@@ -34,7 +32,7 @@ class Swapper:
         self._app_name = app_name
         self._registry = registry
         self._timeout_s = timeout_s
-        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[schema.SwapReply] | None = None
 
     @property
     def registry(self) -> Registry:
@@ -49,30 +47,52 @@ class Swapper:
         """Raises RewardServiceError."""
         names = await asyncio.to_thread(self.registry.names)
         pointer = await asyncio.to_thread(Pointer.get, self._app_name)
-        return schema.RegistryReply(models=names, current=pointer.name if pointer else None)
+        return schema.RegistryReply(models=names, current=pointer.name or None if pointer else None)
 
     async def swap(self, name: str) -> schema.SwapReply:
         """Serve another model of the registry from now on.
 
+        A caller who hangs up does not stop it half way. Replicas that did not go over in time are
+        not counted in the reply; they follow by themselves.
+
         Raises RewardServiceError: "not_found" for a name that the registry has not,
         "model_refused" for a model that a replica does not accept, "unavailable" while another
-        swap is under way or when not every replica followed in time (those that did not will).
+        swap is under way or when no replica went over in time (they will follow).
         """
-        if self._lock.locked():
+        if self._task is not None and not self._task.done():
             raise RewardServiceError(
                 "unavailable", "another swap is under way", retryable=True, retry_after_s=1.0
             )
-        async with self._lock:
-            try:
-                directory = str(await asyncio.to_thread(self.registry.directory, name))
-            except ValueError as error:
-                raise RewardServiceError("not_found", str(error)) from None
-            try:
-                prepared = await self._prepare(directory)
-            except RewardServiceError:
-                await self._fleet.ask_all("discard_candidate", timeout_s=_ANSWER_S)
-                raise
-            return await self._activate(name, directory, prepared)
+        self._task = asyncio.get_running_loop().create_task(self._swap(name))
+        return await asyncio.shield(self._task)
+
+    async def _swap(self, name: str) -> schema.SwapReply:
+        try:
+            directory = str(await asyncio.to_thread(self.registry.directory, name))
+        except ValueError as error:
+            raise RewardServiceError("not_found", str(error)) from None
+        try:
+            version, generation = await self._decide(name, directory)
+        except Exception:
+            await self._fleet.ask_all("discard_candidate", timeout_s=_ANSWER_S)
+            raise
+        return await self._activate(name, version, generation)
+
+    async def _decide(self, name: str, directory: str) -> tuple[str, int]:
+        """The version and generation of the model, once every replica has it and the cluster
+        remembers it: a replica that starts from here on loads it, and one that was not asked
+        follows by itself."""
+        prepared = await self._prepare(directory)
+        [version] = {description.model_version for description in prepared}
+        generation = 1 + max(description.generation for description in prepared)
+        current = await asyncio.to_thread(Pointer.get, self._app_name)
+        base = "" if current is None else current.base
+        pointer = Pointer(generation, directory, name, base)
+        if not await asyncio.to_thread(pointer.set, self._app_name):
+            raise RewardServiceError(
+                "unavailable", "another swap was faster", retryable=True, retry_after_s=1.0
+            )
+        return version, generation
 
     async def _prepare(self, directory: str) -> list[Description]:
         answers = await self._fleet.ask_all("prepare", directory, timeout_s=self._timeout_s)
@@ -94,19 +114,18 @@ class Swapper:
             )
         return prepared
 
-    async def _activate(
-        self, name: str, directory: str, prepared: Sequence[Description]
-    ) -> schema.SwapReply:
-        [version] = {description.model_version for description in prepared}
-        generation = 1 + max(description.generation for description in prepared)
-        # From here on a replica that starts loads the new model, and one that was not asked
-        # follows by itself.
-        if not await asyncio.to_thread(Pointer(generation, directory, name).set, self._app_name):
-            raise RewardServiceError("unavailable", "another swap was faster", retryable=True)
+    async def _activate(self, name: str, version: str, generation: int) -> schema.SwapReply:
         answers = await self._fleet.ask_all("activate", version, generation, timeout_s=_ANSWER_S)
-        await self._fleet.refresh()
         num_replicas = sum(answer is True for answer in answers)
         logger.warning("generation %d: %s (%d replicas)", generation, version, num_replicas)
+        if not num_replicas:
+            raise RewardServiceError(
+                "unavailable",
+                "no replica has gone over to the model in time; they will follow by themselves",
+                retryable=True,
+                retry_after_s=_FOLLOW_S,
+            )
+        await self._fleet.refresh()
         return schema.SwapReply(
             model=name, model_version=version, generation=generation, num_replicas=num_replicas
         )

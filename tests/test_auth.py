@@ -310,11 +310,35 @@ def test_without_tokens_pages_of_other_sites_are_refused(token_file: Path) -> No
         assert reply.status_code == 403
         assert "token-file" in reply.json()["error"]["message"]
         assert ask(application(), "POST", path, headers=own).status_code == 422
-    opened = application(allow_unauthenticated=True)
-    assert ask(opened, "POST", "/v1/score", headers=page).status_code == 422
     token = add_token(token_file, "a", ["score"])
     guarded = application(token_file=str(token_file))
     assert ask(guarded, "POST", "/v1/score", headers=page | bearer(token)).status_code == 422
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "rewards.example:8000"])
+def test_a_service_that_is_open_under_any_name_still_refuses_pages_of_other_origins(
+    host: str, token_file: Path
+) -> None:
+    opened = application(allow_unauthenticated=True)
+    own = {"Host": host}
+    for path in ("/v1/score", "/v1/admin/models"):
+        assert ask(opened, "POST", path, headers=own).status_code == 422
+        for origin in (f"http://{host}", f"https://{host.upper()}"):
+            reply = ask(opened, "POST", path, headers={**own, "Origin": origin})
+            assert reply.status_code == 422  # for its body
+        for origin in ("https://evil.example", f"http://{host}1", "null", "", f"http://a@{host}"):
+            reply = ask(opened, "POST", path, headers={**own, "Origin": origin})
+            assert reply.status_code == 403
+            assert "token-file" in reply.json()["error"]["message"]
+    assert ask(opened, "GET", "/health", headers=own).status_code == 200
+    nobody = ask(opened, "POST", "/v1/score", headers={"Host": "", "Origin": "null"})
+    assert nobody.status_code == 403
+    # A token is what no page has: where there are tokens, they alone decide.
+    token = add_token(token_file, "a", ["score"])
+    guarded = application(token_file=str(token_file), allow_unauthenticated=True)
+    page = {"Origin": "https://evil.example"}
+    assert ask(guarded, "POST", "/v1/score", headers=page | bearer(token)).status_code == 422
+    assert ask(guarded, "POST", "/v1/score", headers=page).status_code == 401
 
 
 def test_no_page_of_another_origin_may_read_anything() -> None:

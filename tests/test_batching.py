@@ -221,6 +221,30 @@ def test_an_error_of_the_model_reaches_its_callers_and_the_queue_goes_on() -> No
     asyncio.run(run())
 
 
+def test_a_job_that_cannot_be_scored_fails_alone() -> None:
+    class Picky(Gate):
+        def run(self, prepared: Sequences) -> np.ndarray:
+            results = super().run(prepared)
+            if any(666 in row for row in prepared):
+                raise RuntimeError("too long")
+            return results
+
+    async def run() -> None:
+        batcher, work = Batcher(max_batch_tokens=100, max_queued_tokens=1000), Picky()
+        first = asyncio.create_task(submit(batcher, [[1]], work))
+        await until(lambda: work.batches)
+        calls = [asyncio.create_task(submit(batcher, [[n]], work)) for n in (2, 666, 3)]
+        await asyncio.sleep(0.01)
+        work.open.set()
+        await first
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(found[1], RuntimeError)
+        scored = [each.results.tolist() for each in found if isinstance(each, Scored)]
+        assert scored == [[2.0], [3.0]]
+
+    asyncio.run(run())
+
+
 def test_the_oldest_job_goes_first() -> None:
     order: list[int] = []
 

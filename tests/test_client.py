@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from stub_service import Answer, Received, error, expected_rewards, stub
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardScorer, binary
+from reward_actor.async_client import closed
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
 from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, share, take
@@ -496,6 +498,92 @@ def test_close_ends_what_is_under_way_with_an_error() -> None:
         with pytest.raises(RewardServiceError, match="closed"):
             client.score("p", ["x"])
         client.close()
+
+
+def divided(started: threading.Event, release: threading.Event) -> Callable[[Received], Any]:
+    """Refuses the request of all calls, and holds that of the first half."""
+
+    def behave(received: Received) -> Answer | None:
+        if received.num_samples == 4:
+            return error("invalid_request")
+        started.set()
+        release.wait(10)
+        return None
+
+    return behave
+
+
+def test_close_ends_both_halves_of_a_divided_request() -> None:
+    started, release = threading.Event(), threading.Event()
+    with stub(divided(started, release)) as server:
+
+        async def calls() -> list[Any]:
+            client = AsyncRewardClient(server.url, timeout_s=30.0)
+            tasks = [asyncio.create_task(client.score("p", ["x"])) for _ in range(4)]
+            await asyncio.to_thread(started.wait, 10)
+            await client.close()
+            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+
+        results = asyncio.run(calls())
+        release.set()
+    assert [str(result) for result in results] == [str(closed())] * 4
+    assert {type(result) for result in results} == {RewardServiceError}
+
+
+def test_threads_of_a_divided_request_get_the_clients_own_error() -> None:
+    started, release, first = threading.Event(), threading.Event(), threading.Event()
+    behave = divided(started, release)
+
+    def hold_first(received: Received) -> Answer | None:
+        if received.groups == [Group("first", ["x"])]:
+            first.set()
+            time.sleep(0.3)  # the other four come meanwhile, and go together
+            return None
+        return behave(received)
+
+    with stub(hold_first) as server, ThreadPoolExecutor(5) as threads:
+        client = RewardClient(server.url, timeout_s=30.0, max_concurrency=1)
+        early = threads.submit(client.score, "first", ["x"])
+        first.wait(10)
+        calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
+        started.wait(10)
+        assert early.result(timeout=5).rewards == [1.0]
+        client.close()
+        for call in calls:
+            with pytest.raises(RewardServiceError, match="closed"):
+                call.result(timeout=5)
+        release.set()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_close_ends_a_request_that_has_not_begun(turns: int) -> None:
+    async def call() -> None:
+        client = AsyncRewardClient("http://127.0.0.1:1", timeout_s=30.0)
+        task = asyncio.create_task(client.score("p", ["x"]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(RewardServiceError, match="closed"):
+            await asyncio.wait_for(task, 5)
+
+    asyncio.run(call())
+
+
+def test_a_thread_that_asks_while_another_closes_gets_the_clients_own_error() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    with stub(hold) as server, ThreadPoolExecutor(1) as threads:
+        client = RewardClient(server.url)
+        asked = threads.submit(client.info)
+        started.wait(10)
+        client.close()
+        with pytest.raises(RewardServiceError, match="closed"):
+            asked.result(timeout=5)
+        release.set()
 
 
 def test_a_client_that_is_dropped_takes_its_thread_along() -> None:

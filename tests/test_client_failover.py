@@ -17,13 +17,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import free_port
 from hypothesis import given
 from hypothesis import strategies as st
 from stub_service import Answer, Behaviour, Received, error, stub
 
-from reward_actor import AsyncRewardClient, RewardClient
+from reward_actor import AsyncRewardClient, RewardClient, transport
 from reward_actor.endpoints import Endpoints, parse_urls
 from reward_actor.errors import RewardServiceError
 
@@ -380,3 +381,39 @@ def test_addresses_come_as_a_list_or_with_commas() -> None:
     expected = ["http://a:1", "https://b/x"]
     assert parse_urls("http://a:1/, https://b/x,http://a:1,") == expected
     assert parse_urls(["http://a:1", "https://b/x/"]) == expected
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_data_that_nobody_acknowledges_ends_its_connection() -> None:
+    """A machine that has vanished gets no probes while it owes acknowledgements."""
+    with stub() as server:
+
+        async def call() -> None:
+            async with (
+                transport.connect(server.url, None, True) as connection,
+                connection.stream("GET", "/info") as reply,
+            ):
+                found = reply.extensions["network_stream"].get_extra_info("socket")
+                for name, value in {"TCP_USER_TIMEOUT": 30_000, "TCP_KEEPIDLE": 10}.items():
+                    assert found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+                assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+        asyncio.run(call())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_a_request_that_is_stuck_on_its_way_is_an_error_of_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a second instead of half a minute, and a peer that takes in nothing."""
+    monkeypatch.setitem(transport._PROBES, "TCP_USER_TIMEOUT", 1000)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+
+        async def call() -> None:
+            async with transport.connect(url, None, True) as connection:
+                with pytest.raises(httpx.TransportError):
+                    await connection.post("/", content=b"x" * 2**24)
+
+        asyncio.run(asyncio.wait_for(call(), 20))

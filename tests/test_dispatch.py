@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.forest import plan_forests
+from serve import dispatch
 from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost, cut, distinct_tokens, fitting
 from serve.wire import FlatSequences, ReplicaReply
 
@@ -225,11 +226,76 @@ def test_a_replica_behind_a_swap_is_waited_for_and_one_ahead_is_told_of() -> Non
         return lambda m: reply(m, status="other_version", generation=generation, raw_scores=None)
 
     async def run() -> None:
-        replicas = Replicas(refuses(0))
+        replicas = Replicas(refuses(-1))
         replicas.open.set()
         assert await rewards(dispatcher(replicas), [[[5]]]) == [5.0]
         with pytest.raises(OtherVersion):
             await rewards(dispatcher(Replicas(refuses(1))), [[[5]]])
+        with pytest.raises(OtherVersion):  # of another deployment
+            await rewards(dispatcher(Replicas(refuses(0))), [[[5]]])
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_never_follows_is_of_another_deployment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_FOLLOW_S", 0.1)
+
+    async def send(message: FlatSequences, token_scores: bool) -> ReplicaReply:
+        return reply(message, status="other_version", generation=-1, raw_scores=None)
+
+    async def run() -> None:
+        queue = dispatcher(Replicas())
+        queue._send = send
+        with pytest.raises(OtherVersion):
+            await asyncio.wait_for(rewards(queue, [[[5]]]), 5)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_cannot_be_scored_fails_alone() -> None:
+    class Picky(Replicas):
+        async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
+            if any(666 in row for row in message.rows()):
+                self.messages.append(message)
+                return reply(message, status="failed", raw_scores=None, reason="too long")
+            return await super().send(message, token_scores)
+
+    async def run() -> None:
+        replicas = Picky()
+        queue = dispatcher(replicas)
+        first = [asyncio.create_task(rewards(queue, [[[n]]])) for n in (1, 2)]
+        await settle()
+        calls = [asyncio.create_task(rewards(queue, [[[n]]])) for n in (3, 666, 4)]
+        await settle()
+        replicas.open.set()
+        found = await asyncio.gather(*first, *calls, return_exceptions=True)
+        assert [found[i] for i in (0, 1, 2, 4)] == [[1.0], [2.0], [3.0], [4.0]]
+        assert isinstance(found[3], RewardServiceError)
+        assert found[3].retryable
+        assert queue.queued_tokens == 0
+
+    asyncio.run(run())
+
+
+def test_those_who_hang_up_behind_a_patient_caller_leave_nothing() -> None:
+    async def run() -> None:
+        replicas = Replicas()
+        queue = dispatcher(replicas)
+        patient = [asyncio.create_task(rewards(queue, [[[n] * 5000]])) for n in range(3)]
+        await settle()
+        for _ in range(20):
+            calls = [asyncio.create_task(rewards(queue, [[[7] * 10]])) for _ in range(50)]
+            await settle()
+            for call in calls:
+                call.cancel()
+            await settle()
+        assert len(queue._waiting) <= 100
+        assert queue._waiting_tokens == 5000
+        replicas.open.set()
+        assert [await call for call in patient] == [[0.0], [5000.0], [10000.0]]
+        assert queue._waiting_tokens == 0
 
     asyncio.run(run())
 
@@ -323,3 +389,5 @@ def test_a_full_queue_refuses_by_tokens_and_by_time() -> None:
     # 10,000 tokens/s: the first guess, which these replicas confirm
     assert asyncio.run(run(max_queued_tokens=1000)) == pytest.approx(0.1)
     assert asyncio.run(run(max_queue_s=0.1)) == pytest.approx(0.1)
+    # Two ingresses share the replicas, and each may fill its half of their time.
+    assert asyncio.run(run(max_queue_s=0.2, num_ingress=2)) == pytest.approx(0.1)

@@ -361,11 +361,16 @@ def test_nemo_rl_steps_in_batches(url: str, offline: RewardScorer) -> None:
         env.step(logs, [None] * 3)
 
 
-def test_nemo_rl_goes_on_after_the_first_turn() -> None:
+SYSTEM = {"role": "system", "content": "<templated>Be brief."}
+TEMPLATED = {"role": "user", "content": "<templated>Name two fruits."}
+
+
+@pytest.mark.parametrize("head", [[TEMPLATED], [SYSTEM, TEMPLATED]])
+def test_nemo_rl_goes_on_after_the_first_turn(head: list[dict[str, str]]) -> None:
     with stub() as server:
         env = RewardEnvironment({"url": server.url, "prompt_key": "messages"})
         log = [
-            {"role": "user", "content": "<templated>"},
+            *head,
             {"role": "assistant", "content": "one"},
             {"role": "environment", "content": "go on"},
             {"role": "assistant", "content": "two"},
@@ -375,3 +380,16 @@ def test_nemo_rl_goes_on_after_the_first_turn() -> None:
     assert isinstance(group, Group)
     assert [m["content"] for m in group.prompt or []] == ["Name two fruits.", "one", "go on"]
     assert group.completions == ["two"]
+
+
+@pytest.mark.parametrize("prompt", ["Name two fruits.", USER])
+def test_nemo_rl_takes_a_system_prompt_for_no_turn(prompt: Any) -> None:
+    """NeMo-RL's math_data_processor writes [system, user], each in the policy's template."""
+    with stub() as server:
+        env = RewardEnvironment({"url": server.url, "prompt_key": "messages"})
+        log = [SYSTEM, TEMPLATED, {"role": "assistant", "content": "one"}]
+        env.step([log], [{"messages": prompt}])
+        [group] = server.received[0].groups
+    assert isinstance(group, Group)
+    assert group.prompt == prompt
+    assert group.completions == ["one"]

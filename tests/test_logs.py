@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
 
 from serve import logs
+from serve.config import ServeConfig
+from serve.http import build_api
 from serve.logs import CURRENT, Answered, LogFile, RequestLog, json_line
+from serve.service import RewardService
+from serve.swap import Swapper
 
 CANARY = "canary-in-a-coal-mine"
 
@@ -51,12 +56,19 @@ def api(seen: list[Answered]) -> FastAPI:
     return app
 
 
-async def get(app: FastAPI, path: str, request_id: bytes | None = None) -> list[Any]:
-    """The messages that are sent back."""
+async def get(
+    app: FastAPI,
+    path: str,
+    request_id: bytes | None = None,
+    method: str = "GET",
+    messages: Sequence[Any] = ({"type": "http.request", "body": b"", "more_body": False},),
+) -> list[Any]:
+    """The messages that are sent back; the last of those that come in comes again and again."""
+    coming = list(messages)
     headers = [] if request_id is None else [(b"x-request-id", request_id)]
     scope = {
         "type": "http",
-        "method": "GET",
+        "method": method,
         "path": path,
         "raw_path": path.encode(),
         "query_string": CANARY.encode(),
@@ -70,7 +82,7 @@ async def get(app: FastAPI, path: str, request_id: bytes | None = None) -> list[
     sent: list[Any] = []
 
     async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return coming.pop(0) if len(coming) > 1 else coming[0]
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -124,6 +136,35 @@ def test_a_client_that_hung_up_is_told_apart() -> None:
     asyncio.run(hang_up())
     [one] = seen
     assert (one.route, one.status, one.error_type) == ("/slow", 499, None)
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/classify", "/v2/models/reward_model/infer"])
+def test_a_client_that_hung_up_within_its_body_is_no_fault_of_ours(
+    path: str, tmp_path: Path
+) -> None:
+    config = ServeConfig(model="nowhere")
+    no_handle: Any = None
+    file = tmp_path / "requests.jsonl"
+    service = RewardService(config, no_handle, "test", "test", file)
+    seen: list[Answered] = []
+    tell = service.observer.answered
+
+    def answered(one: Answered) -> None:
+        seen.append(one)
+        tell(one)
+
+    service.observer.answered = answered  # type: ignore[method-assign]
+    app = build_api(service, Swapper(service.fleet, "rayward", None, 1.0))
+    messages = [
+        {"type": "http.request", "body": CANARY.encode(), "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent = asyncio.run(get(app, path, method="POST", messages=messages))
+    [one] = seen
+    route = path.replace("reward_model", "{name}")
+    assert (one.route, one.status, one.error_type) == (route, 499, None)
+    assert sent == []
+    assert not file.exists(), "our own failures are written at once"
 
 
 @settings(deadline=None)

@@ -12,6 +12,7 @@ import pytest
 from conftest import reward, templated
 from hypothesis import given
 from hypothesis import strategies as st
+from test_auth import application, ask
 
 from serve.protocols.kserve import InferRequest, to_whole
 from serve.protocols.kserve_tensors import InputTensor, floats, integers, split, texts
@@ -228,3 +229,39 @@ def test_a_garbled_body_is_a_value_error(body: bytes, length: str) -> None:
 
 def test_floats_are_little_endian() -> None:
     assert floats([1.5, -2.0]) == struct.pack("<2f", 1.5, -2.0)
+
+
+CANARY = "CANARY my secret prompt"
+NAMED = {"name": CANARY, "datatype": "INT64", "shape": [1, 1], "data": [[1]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": None},
+        {"parameters": {"binary_data_size": 4}},
+        {"data": None, "parameters": {"binary_data_size": 4}},
+        {},
+        {"datatype": CANARY},
+        {"shape": [CANARY]},
+        {"name": "tokens", "datatype": CANARY},
+        {"name": "tokens", "data": [[CANARY]]},
+        {"name": "sentences", "datatype": "BYTES", "data": [CANARY, CANARY]},
+        {"parameters": {CANARY: CANARY, "binary_data_size": CANARY}},
+        {CANARY: CANARY, "data": CANARY},
+    ],
+)
+def test_what_a_client_writes_is_not_repeated(change: dict[str, Any]) -> None:
+    tensor = NAMED | change
+    for inputs in ([LENGTHS, tensor], [tensor, tensor]):
+        body = {"id": CANARY, "inputs": inputs, "outputs": [{"name": CANARY}]}
+        for sent in (body, {**body, "outputs": None}, {"inputs": inputs, "outputs": CANARY}):
+            reply = ask(application(), "POST", INFER, json=sent)
+            assert reply.status_code == 422
+            assert "CANARY" not in reply.text
+    assert "CANARY" not in ask(application(), "GET", f"/v2/models/{CANARY}").text
+
+
+def test_an_input_without_its_elements_is_named_by_its_place() -> None:
+    reply = ask(application(), "POST", INFER, json={"inputs": [LENGTHS, NAMED | {"data": None}]})
+    assert "input 1 must have data" in reply.json()["error"]

@@ -284,30 +284,35 @@ def test_two_thousand_requests_and_a_killed_ingress(
 @pytest.mark.timeout(1800)
 def test_a_soak_at_half_load_for_twenty_minutes(slow_service: Service) -> None:
     """Memory and file descriptors after the first minutes and at the end; every answer right."""
-    body = {"groups": [{"prompt_ids": [7] * 100, "completion_ids": [[n] * 25] * 8}
-                       for n in range(5, 10)]}  # fmt: skip
+    random = np.random.default_rng(0)
+
+    def new() -> dict[str, Any]:  # what was scored before would not be computed again
+        prompts = random.integers(5, 300, (5, 100)).tolist()
+        completions = random.integers(5, 300, (8, 25)).tolist()
+        return {"groups": [{"prompt_ids": p, "completion_ids": completions} for p in prompts]}
+
+    def rewards_of(reply: httpx.Response) -> list[float]:
+        return [reward for result in reply.json()["results"] for reward in result["rewards"]]
+
+    known = new()
     with plain_http(slow_service.url) as http:
-        first = http.post("/v1/score", json=body).json()["results"]
+        first = rewards_of(http.post("/v1/score", json=known))
         began = time.monotonic()
-        measured = []
-        num_requests = 0
-        while time.monotonic() < began + 1200:
+        measured: list[tuple[float, int, int]] = []
+        for num_requests in itertools.count(1):
             started = time.monotonic()
-            reply = http.post("/v1/score", json=body)
+            if started > began + 1200:
+                break
+            is_known = num_requests % 10 == 0
+            reply = http.post("/v1/score", json=known if is_known else new())
             assert reply.status_code == 200, reply.text
-            assert [r["rewards"] for r in reply.json()["results"]] == pytest.approx(
-                [r["rewards"] for r in first], abs=1e-5
-            )
-            num_requests += 1
-            time.sleep(time.monotonic() - started)  # as long again: half load
-            if not measured or time.monotonic() > measured[-1][0] + 60:
-                measured.append(
-                    (
-                        time.monotonic(),
-                        slow_service.memory_bytes(),
-                        slow_service.num_file_descriptors(),
-                    )
-                )
+            if is_known:
+                assert rewards_of(reply) == pytest.approx(first, abs=1e-5)
+            now = time.monotonic()
+            if not measured or now > measured[-1][0] + 60:
+                used = slow_service.memory_bytes(), slow_service.num_file_descriptors()
+                measured.append((now, *used))
+            time.sleep(now - started)  # as long again: half load
     memory = [m / 2**20 for _, m, _ in measured]
     print(f"{num_requests} requests; MiB by minute {[round(m) for m in memory]}")
     print(f"file descriptors {[n for _, _, n in measured]}")

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,7 +186,16 @@ def test_two_processes_share_one_model(export_dir: Path) -> None:
 @pytest.mark.long
 def test_bfloat16_is_within_the_bound_of_the_contract(export_dir: Path) -> None:
     theirs = VllmScorer.from_pretrained(export_dir, dtype="bfloat16")
-    theirs.close()  # its golden samples have been replayed
+    # Its golden samples have been replayed. Closing tells whoever waits for scores.
+    many = np.random.default_rng(0).integers(5, 300, (3000, 200)).tolist()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(theirs.raw_scores, many)
+        time.sleep(0.5)
+        assert not waiting.done()
+        theirs.close()
+        assert isinstance(waiting.exception(timeout=30), EngineDied)
+    with pytest.raises(EngineDied):
+        theirs.raw_scores([[5, 6]])
     ours = RewardScorer.from_pretrained(export_dir, "cpu", dtype="bfloat16")
     assert theirs.model_version == ours.model_version
 

@@ -30,6 +30,7 @@ long, say) is an error, unless `error_reward` names the reward that it shall hav
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from reward_actor.groups import Message, Prompt
@@ -107,8 +108,11 @@ class RewardEnvironment:
                 f"extra_env_info has no {self._prompt_key!r}, which prompt_key names; let your "
                 "data processor put the prompt there"
             )
-        if len(earlier) < 2:  # one turn
+        # What stands before the policy's first turn is the prompt once more, templated: in one
+        # message, or in two where NeMo-RL's processors have a system prompt.
+        turns = list(dropwhile(lambda message: message["role"] != "assistant", earlier))
+        if not turns:
             return prompt if isinstance(prompt, str) else list(prompt)
         first: list[Message]
         first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return [*first, *earlier[1:]]
+        return [*first, *turns]

@@ -53,13 +53,14 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
 
 
 def raw_parts(tensors: Sequence[InputTensor], raw: bytes) -> list[bytes | None]:
-    """The bytes of each tensor, None where it has its elements in JSON. Raises ValueError."""
+    """The bytes of each tensor, None where it has its elements in JSON. Raises ValueError, which
+    counts the tensors: what their names hold is the caller's."""
     parts: list[bytes | None] = []
     at = 0
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
         size = tensor.parameters.binary_data_size
         if (size is None) == (tensor.data is None):
-            raise ValueError(f"{tensor.name} must have data, or binary_data_size, and not both")
+            raise ValueError(f"input {index} must have data, or binary_data_size, and not both")
         parts.append(None if size is None else raw[at : at + size])
         at += size or 0
     if at != len(raw):

@@ -13,6 +13,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from reward_actor import schema
+from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
 from serve.protocols.drop_in import (
     DropIn,
@@ -27,6 +28,11 @@ from serve.service import RewardService
 
 if TYPE_CHECKING:
     from fastapi import Response
+
+    from serve.config import ServeConfig
+
+# No text has so many for each of its tokens, but for runs of blanks.
+_CHARACTERS_PER_TOKEN = 64
 
 _TEMPLATED = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
 
@@ -93,6 +99,28 @@ class SglangScoreReply(BaseModel):
     object: Literal["scoring"]
 
 
+def check_size(request: SglangScoreRequest, config: ServeConfig) -> None:
+    """Raise RewardServiceError for what is too much before it is put together: the query is written
+    out with each item, which makes gigabytes of a body of megabytes."""
+    items = [request.items] if isinstance(request.items, str) else request.items
+    if len(items) > config.max_request_samples:
+        raise RewardServiceError(
+            "too_many_tokens",
+            f"{len(items)} items in one request; max_request_samples is "
+            f"{config.max_request_samples}",
+        )
+    is_text = isinstance(request.query, str)
+    limit = config.max_request_tokens * (_CHARACTERS_PER_TOKEN if is_text else 1)
+    num = len(items) * len(request.query) + sum(map(len, items))
+    if num > limit:
+        raise RewardServiceError(
+            "too_many_tokens",
+            f"{num} {'characters' if is_text else 'tokens'} in one request, the query counted with "
+            f"each item; at max_request_tokens {config.max_request_tokens} it may hold {limit}. "
+            "Send fewer items at a time.",
+        )
+
+
 def to_whole(request: SglangScoreRequest) -> Whole:
     query: Any = request.query
     items: Any = [request.items] if isinstance(request.items, str) else request.items
@@ -127,6 +155,7 @@ async def classify(service: RewardService, request: SglangClassifyRequest) -> Re
 async def score(service: RewardService, request: SglangScoreRequest) -> Response:
     """What `POST /v1/score` answers to SGLang's clients."""
     _check_model(service, request.model)
+    check_size(request, service.config)
     scored = await service.score([to_whole(request)])
     body = {
         "scores": [[value] for value in values(service, scored)],
