@@ -52,8 +52,6 @@ def describe(shape: Shape, directory: Path) -> Description:
         path="simulated",
         fallback_reason=None,
         max_batch_tokens=_MAX_BATCH_TOKENS,
-        tokens_per_s=0.0,
-        queued_tokens=0,
         contract=contract.to_json(),
         readout=Readout.of(contract),
         versions={},
@@ -92,7 +90,6 @@ class SimulatedReplica:
             "ok",
             _GENERATION,
             raw_scores=scored.results,
-            queue_s=scored.queue_s,
             score_s=scored.score_s,
             tokens_per_s=self._batcher.tokens_per_s,
         )
@@ -117,11 +114,19 @@ class _Method:
 
 
 class _Broadcast:
-    def __init__(self, answers: list[Any]) -> None:
+    def __init__(self, answers: list[Description]) -> None:
         self._answers = answers
 
-    async def results_async(self, **_: Any) -> list[Any]:
-        return self._answers
+    async def _fetch_replica_results_async(self) -> list[_Answer]:
+        return [_Answer(each) for each in self._answers]
+
+
+class _Answer:
+    def __init__(self, value: Description) -> None:
+        self._value = value
+
+    async def get_async(self) -> Description:
+        return self._value
 
 
 class SimulatedFleet:

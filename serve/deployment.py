@@ -130,6 +130,9 @@ class RewardModelReplica:
         except EngineDied as error:
             logger.error("the model is gone: %s", error)
             return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+        except ValueError as error:  # a sequence that this network cannot take
+            logger.error("no plan to score this: %s", error)
+            return ReplicaReply("failed", generation, reason="the model cannot take this sequence")
         except RuntimeError as error:
             logger.error("scoring failed: %s", error)
             if "CUDA error" in str(error):  # the process has lost its device for good
@@ -144,7 +147,6 @@ class RewardModelReplica:
             generation,
             raw_scores=np.stack([row[-1] for row in results]) if token_scores else results,
             token_scores=list(results) if token_scores else None,
-            queue_s=scored.queue_s,
             score_s=scored.score_s,
             tokens_per_s=self._batcher.tokens_per_s,
         )
@@ -205,8 +207,6 @@ class RewardModelReplica:
             path=scorer.path,
             fallback_reason=scorer.fallback_reason,
             max_batch_tokens=scorer.max_batch_tokens,
-            tokens_per_s=self._batcher.tokens_per_s,
-            queued_tokens=self._batcher.queued_tokens,
             contract=scorer.contract.to_json(),
             readout=scorer.readout,
             versions=self._versions,

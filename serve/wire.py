@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class FlatSequences:
     """n sequences as ids (N,) int32 and offsets (n + 1,) int64, and the version they are for.
 
-    num_tokens: those that are computed, shared prefixes once. waiting_tokens: what else waits at
-    the sender, for the replica's autoscaling to see.
+    num_tokens: those that are computed, shared prefixes once. waiting_tokens: what waits at the
+    sender behind this message, for the replica's autoscaling to see.
     """
 
     ids: NDArray[np.int32]
@@ -57,15 +57,14 @@ class ReplicaReply:
     "failed": the model could not be run; `reason` says why.
     "lost": this replica can score no more and is about to be replaced.
     generation: of the model that the replica takes for the current one; it grows with every swap.
-    num_tokens, score_s, batch_tokens: of the batch that the sequences were part of: tokens scored,
-    seconds and tokens computed.
+    score_s: seconds of the batch that the sequences were part of; tokens_per_s: what this replica
+    computes, as measured over the last batches.
     """
 
     status: Literal["ok", "other_version", "overloaded", "failed", "lost"]
     generation: int
     raw_scores: NDArray[np.float32] | None = None
     token_scores: list[NDArray[np.float32]] | None = None
-    queue_s: float = 0.0
     score_s: float = 0.0
     tokens_per_s: float = 0.0
     retry_after_s: float = 0.0
@@ -92,8 +91,6 @@ class Description:
     path: str
     fallback_reason: str | None
     max_batch_tokens: int
-    tokens_per_s: float
-    queued_tokens: int
     contract: dict[str, Any]
     readout: Readout
     versions: dict[str, str]

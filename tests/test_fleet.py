@@ -1,0 +1,139 @@
+"""What an ingress knows of its replicas: which model counts, and who is there. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from reward_actor.readout import Readout
+from serve import fleet as fleet_module
+from serve.fleet import Fleet, Model
+from serve.wire import Description
+
+
+def description(replica: str, version: str, generation: int = 0) -> Description:
+    return Description(
+        replica=replica,
+        generation=generation,
+        model_version=version,
+        directory="",
+        tokenizer="",
+        tokenizer_fingerprint="",
+        dtype="float32",
+        path="forest",
+        fallback_reason=None,
+        max_batch_tokens=1000,
+        contract={},
+        readout=Readout.__new__(Readout),
+        versions={},
+    )
+
+
+class Result:
+    """Of one replica, when it is waited for."""
+
+    def __init__(self, answer: Description | None) -> None:
+        self._answer = answer
+
+    async def get_async(self) -> Description:
+        if self._answer is None:
+            await asyncio.sleep(60)
+        assert self._answer is not None
+        return self._answer
+
+
+class Handle:
+    """replicas: what each says; None for one that does not answer."""
+
+    is_initialized = True
+
+    def __init__(self, *replicas: Description | None) -> None:
+        self.replicas = list(replicas)
+        self.describe = self
+
+    def broadcast(self, *_: Any) -> Handle:
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[Result]:
+        return [Result(each) for each in self.replicas]
+
+
+def made(handle: Handle, seen: list[int] | None = None) -> Fleet:
+    def count(found: list[Description]) -> None:
+        if seen is not None:
+            seen.append(len(found))
+
+    return Fleet(handle, "me", trust_remote_code=False, on_refresh=count)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Fleet, described: Description) -> Model:
+        return Model(described, None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Fleet, "_load", load)
+    monkeypatch.setattr(fleet_module, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(fleet_module, "_OTHER_S", 0.3)
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_the_highest_generation_counts() -> None:
+    async def work() -> None:
+        fleet = made(Handle(description("a", "A", 1), description("b", "B", 2)))
+        assert (await fleet.model()).version == "B"
+
+    run(work)
+
+
+def test_a_redeployment_with_another_model_is_followed() -> None:
+    """Both are of generation 0: what was current stays so until no replica holds it."""
+
+    async def work() -> None:
+        handle = Handle(description("old", "A"), description("new", "C"))
+        fleet = made(handle)
+        first = await fleet.model()
+        assert first.version == "A"
+        assert (await fleet.refresh()) is first
+        other = await fleet.model(other_than=first)  # a new replica has refused it
+        assert other.version == "C"
+        handle.replicas = [description("new", "C"), description("newer", "C")]
+        assert (await fleet.refresh()) is other
+
+    run(work)
+
+
+def test_what_replicas_have_refused_comes_back_when_it_is_all_they_hold() -> None:
+    async def work() -> None:
+        fleet = made(Handle(description("a", "A")))
+        model = await fleet.model()
+        assert await fleet.model(other_than=model) is model
+
+    run(work)
+
+
+def test_one_silent_replica_does_not_make_the_others_look_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_module, "_KEEP_S", 0.5)
+
+    async def work() -> None:
+        seen: list[int] = []
+        handle = Handle(*(description(name, "A") for name in "abc"))
+        fleet = made(handle, seen)
+        await fleet.refresh()
+        handle.replicas[1] = None
+        await fleet.refresh()
+        assert seen == [3, 3], "it may have missed one turn"
+        await asyncio.sleep(0.5)
+        await fleet.refresh()
+        assert seen[2] == 2, "it has been silent for too long"
+        answers = await fleet.ask_all("activate", timeout_s=0.1)
+        assert [isinstance(each, Exception) for each in answers] == [False, True, False]
+
+    run(work)

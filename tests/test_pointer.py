@@ -1,0 +1,81 @@
+"""What a cluster remembers of the model that is served, over restarts and redeployments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from serve import pointer as pointer_module
+from serve.pointer import Pointer, forget
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Ray's key-value store, as a dictionary."""
+    kept: dict[str, bytes] = {}
+
+    def put(key: str, value: str | bytes, overwrite: bool = True, **_: str) -> bool:
+        existed = key in kept
+        if overwrite or not existed:
+            kept[key] = value if isinstance(value, bytes) else value.encode()
+        return existed
+
+    def delete(key: str, del_by_prefix: bool = False, **_: str) -> int:
+        gone = [each for each in kept if each == key or (del_by_prefix and each.startswith(key))]
+        for each in gone:
+            del kept[each]
+        return len(gone)
+
+    monkeypatch.setattr(pointer_module, "_internal_kv_put", put)
+    monkeypatch.setattr(pointer_module, "_internal_kv_get", lambda key, **_: kept.get(key))
+    monkeypatch.setattr(pointer_module, "_internal_kv_del", delete)
+    return kept
+
+
+def test_a_replica_that_starts_again_loads_what_was_swapped_in() -> None:
+    assert Pointer.at_start("app", "A").set("app")
+    assert Pointer(1, "B-directory", "b", base="A").set("app")
+    found = Pointer.at_start("app", "A")
+    assert (found.generation, found.directory) == (1, "B-directory")
+
+
+def test_a_service_that_is_started_with_another_model_serves_that() -> None:
+    Pointer.at_start("app", "A").set("app")
+    Pointer(1, "B-directory", "b", base="A").set("app")
+    found = Pointer.at_start("app", "C")
+    assert (found.generation, found.directory, found.base) == (2, "C", "C")
+    assert found.set("app")
+    old = Pointer.get("app")
+    assert old is not None
+    assert not old.is_of("A"), "an old replica does not follow"
+
+
+def test_one_of_two_swaps_at_once_is_refused() -> None:
+    assert Pointer(1, "B", base="A").set("app")
+    assert not Pointer(1, "C", base="A").set("app")
+    assert Pointer.get("app") == Pointer(1, "B", base="A")
+
+
+def test_a_swap_that_died_half_way_is_completed_by_the_next(store: dict[str, bytes]) -> None:
+    Pointer(1, "B", base="A").set("app")
+    half = Pointer(2, "C", base="A")
+    store["app:swap:2"] = json.dumps(half.__dict__).encode()
+    assert not Pointer(2, "D", base="A").set("app"), "it is told to try again"
+    assert Pointer.get("app") == half
+    assert Pointer(3, "D", base="A").set("app")
+
+
+def test_another_release_may_have_written_more_or_less(store: dict[str, bytes]) -> None:
+    store["app:model"] = b'{"generation": 3, "directory": "B", "more": 1}'
+    assert Pointer.get("app") == Pointer(3, "B")
+    assert Pointer(3, "B").is_of("anything")
+    store["app:model"] = b"nonsense"
+    assert Pointer.get("app") is None
+
+
+def test_a_new_start_forgets_everything_of_its_name() -> None:
+    Pointer(1, "B", base="A").set("app")
+    forget("app")
+    assert Pointer.get("app") is None
+    assert Pointer(1, "C", base="A").set("app")
