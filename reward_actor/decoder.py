@@ -9,8 +9,9 @@ Legend: N rows, M pooled rows, H hidden units, Hq query heads, Hkv key heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -225,7 +226,7 @@ class _Room:
 
 def _before(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The queries, keys and values of a block of rows."""
-    normed = layer.input_layernorm(hidden)
+    normed = _normed(layer.input_layernorm, hidden)
     attention = layer.self_attn
     query = _turned(attention, _product(normed, attention.q_proj), "q_norm", cos, sin)
     key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
@@ -234,12 +235,12 @@ def _before(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 def _queries(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     attention = layer.self_attn
-    query = _product(layer.input_layernorm(hidden), attention.q_proj)
+    query = _product(_normed(layer.input_layernorm, hidden), attention.q_proj)
     return _turned(attention, query, "q_norm", cos, sin)
 
 
 def _keys_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    normed = layer.input_layernorm(hidden)
+    normed = _normed(layer.input_layernorm, hidden)
     attention = layer.self_attn
     key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
     return key, _split(attention, _product(normed, attention.v_proj))
@@ -254,7 +255,7 @@ def _after(layer: Any, hidden: Tensor, seen: Tensor) -> Tensor:
 def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> None:
     """`_after` into `hidden`, without fresh memory where the feed-forward is a plain gated one."""
     _add_product(hidden, seen, layer.self_attn.o_proj)
-    normed = layer.post_attention_layernorm(hidden)
+    normed = _normed(layer.post_attention_layernorm, hidden)
     mlp = layer.mlp
     if not _is_gated(mlp):
         hidden += mlp(normed[None])[0]
@@ -268,6 +269,30 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
     torch.mm(normed, mlp.up_proj.weight.t(), out=up)
     nn.functional.silu(gate, inplace=True).mul_(up)
     _add_product(hidden, gate, mlp.down_proj)
+
+
+def _normed(norm: Any, rows: Tensor) -> Tensor:
+    """norm(rows); in half precision on a CPU torch's own is up to ten times as fast as the
+    module's, which makes three copies in float32."""
+    is_half_on_cpu = rows.device.type == "cpu" and rows.dtype != torch.float32
+    if is_half_on_cpu and _is_plain(type(norm)) and not torch.is_grad_enabled():
+        return nn.functional.rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return cast("Tensor", norm(rows))
+
+
+@lru_cache
+def _is_plain(norm_type: Hashable) -> bool:
+    """Whether modules of this type are torch's RMSNorm (Zhang and Sennrich, arXiv:1910.07467)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 8, generator=generator)
+    try:
+        norm = cast("Any", norm_type)(8, 1e-3)
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(8, generator=generator))
+            expected = nn.functional.rms_norm(rows, (8,), norm.weight, norm.variance_epsilon)
+            return bool(torch.allclose(norm(rows), expected))
+    except (AttributeError, TypeError):
+        return False
 
 
 def _product(rows: Tensor, projection: nn.Linear) -> Tensor:
