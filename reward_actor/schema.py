@@ -50,7 +50,7 @@ HTTP_STATUS: dict[str, int] = {
     "unavailable": 503,
     "internal": 500,
 }
-RETRYABLE = frozenset({"overloaded", "deadline_exceeded", "unavailable"})
+RETRYABLE = frozenset({"overloaded", "deadline_exceeded", "unavailable", "internal"})
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
