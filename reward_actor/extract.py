@@ -29,7 +29,9 @@ def head_name(network: nn.Module) -> str:
 class Float32Head(nn.Linear):
     """A linear head that computes in float32 whatever its weight's dtype: (..., H) -> (..., K).
 
-    A bfloat16 head would round rewards to three digits, and ties would follow.
+    A bfloat16 head would round rewards to three digits, and ties would follow. And equal rows get
+    equal scores, as equal completions must rank alike: the last rows of a matrix product are summed
+    in another order than the first ones.
     """
 
     @classmethod
@@ -43,8 +45,9 @@ class Float32Head(nn.Linear):
         return new
 
     def forward(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        hidden = hidden.float()
+        scores = torch.stack([(hidden * row).sum(-1) for row in self.weight.float()], -1)
+        return scores if self.bias is None else scores + self.bias.float()
 
 
 class RewardModel(nn.Module):

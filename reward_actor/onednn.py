@@ -44,11 +44,11 @@ def pack(projections: Iterable[nn.Linear]) -> None:
 
 def is_better(rows: Tensor, projection: nn.Linear) -> bool:
     """Whether these products are faster this way: with packed weights, and in float32."""
-    if projection not in _PACKED:
-        is_plain = rows.dtype == torch.float32 and rows.device.type == "cpu"
-        if not is_plain or not _is_here():
-            return False
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if projection in _PACKED:
+        return True
+    return rows.dtype == torch.float32 and rows.device.type == "cpu" and _is_here()
 
 
 def product(rows: Tensor, projection: nn.Linear, then: Literal["none", "swish"] = "none") -> Tensor:

@@ -105,6 +105,16 @@ def test_the_head_computes_in_float32() -> None:
     assert torch.allclose(head(hidden).double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_equal_rows_get_equal_scores(num_heads: int) -> None:
+    head = Float32Head.of(torch.nn.Linear(64, num_heads))
+    row = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for num_rows in range(1, 40):
+        scores = head(row.expand(num_rows, 64))
+        assert scores.shape == (num_rows, num_heads)
+        assert (scores == scores[0]).all()
+
+
 def test_a_head_that_is_not_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential"):
         Float32Head.of(torch.nn.Sequential())
