@@ -188,7 +188,7 @@ async def _load(
 ) -> dict[str, Any]:
     config = ServeConfig.model_validate({"model": "simulated", "name": "simulated"})
     service = RewardService(config, cast("Any", fleet), "simulated", "simulated")
-    api = build_api(service, Swapper(service.fleet, "simulated", None, config.swap_timeout_s))
+    api = build_api(service, Swapper(service.fleet, "simulated", "", None, config.swap_timeout_s))
     await service.model()  # knows its replicas from now on
     records: list[Record] = []
     begin = time.monotonic() + window.warm_up_s

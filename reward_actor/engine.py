@@ -88,6 +88,11 @@ class Engine:
         return self._path.name
 
     @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence that this network can score, or None: any number."""
+        return self._classes.longest
+
+    @property
     def num_heads(self) -> int:
         return int(self.model.head.out_features)
 

@@ -25,6 +25,9 @@ _ROWS = 1024
 
 _SHARE_OF_FREE_MEMORY = 0.25
 
+_DTYPES = (torch.float32, torch.bfloat16)
+"""Float16 needs more than AVX-512 has everywhere."""
+
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _packed_weight: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
@@ -35,7 +38,11 @@ _PACKED: WeakKeyDictionary[nn.Linear, Tensor] = WeakKeyDictionary()
 def pack(projections: Iterable[nn.Linear]) -> None:
     """Keep a copy of each weight in oneDNN's layout, where it can be used and all of them take a
     small part of the free memory."""
-    usable = [p for p in projections if p.weight.device.type == "cpu" and _is_here()]
+    usable = [
+        p
+        for p in projections
+        if p.weight.device.type == "cpu" and p.weight.dtype in _DTYPES and _is_here()
+    ]
     size = sum(p.weight.numel() * p.weight.element_size() for p in usable)
     if size <= free_host_memory() * _SHARE_OF_FREE_MEMORY:
         for projection in usable:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
+from reward_actor.rope import LengthClasses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -311,7 +312,11 @@ def contract_for(
             "the model's directory or use format 'text'"
         )
     text_config = config.get_text_config()
-    limits = [getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length]
+    limits = [
+        getattr(text_config, "max_position_embeddings", None),
+        LengthClasses(config).longest,
+        tokenizer.model_max_length,
+    ]
     limit = min([n for n in limits if n and n < 1e9], default=2048)
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model's positions end at {limit}")

@@ -57,7 +57,8 @@ class RewardScorer:
         """combine, k: the rule for several models; a single one has its contract's. cache_size:
         sequences whose raw scores are kept, 0 for none. memory_share: as for `Engine`.
 
-        Raises ValueError as `Engine` does, and for members that do not render alike.
+        Raises ValueError as `Engine` does, for members that do not render alike, and for a contract
+        that allows longer sequences than a network can score.
         """
         self.members = tuple(members)
         paths = [member.path for member in self.members]
@@ -71,6 +72,13 @@ class RewardScorer:
             Engine(member.model, attention, max_batch_tokens, memory_share)
             for member in self.members
         )
+        longest = [engine.longest for engine in self.engines if engine.longest is not None]
+        if min(longest, default=self.contract.max_length) < self.contract.max_length:
+            raise ValueError(
+                f"the contract's max_length is {self.contract.max_length}, but beyond "
+                f"{min(longest)} tokens this network's dynamic rotary positions depend on what it "
+                "scored before; set max_length to that"
+            )
         self.cache = RewardCache(cache_size) if cache_size else None
 
     @classmethod

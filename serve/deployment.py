@@ -85,8 +85,7 @@ class RewardModelReplica:
             lambda directory: load_scorer(config, directory),
             _RETIRE_AFTER_S,
         )
-        # Now that it could be loaded, it supersedes what an earlier service was swapped to.
-        pointer.set(self._app_name)
+        self._models.generation = pointer.take_over(self._app_name, config.model).generation
         self._batcher = Batcher(
             max_batch_tokens=self._models.current.scorer.max_batch_tokens,
             max_queued_tokens=config.max_queued_tokens,
@@ -104,6 +103,7 @@ class RewardModelReplica:
             self._versions["vllm"] = vllm.__version__
         self._waiting: dict[str, tuple[float, int]] = {}
         self._fault: str | None = None
+        self._has_lost_device = False
         self._reconciler: asyncio.Task[None] | None = None
 
     async def score(
@@ -115,8 +115,10 @@ class RewardModelReplica:
         """
         self._start_reconciling()
         self._waiting[sender] = time.monotonic(), sequences.waiting_tokens
-        held = self._models.find(sequences.model_version)
         generation = self._models.generation
+        if self._has_lost_device:
+            return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+        held = self._models.find(sequences.model_version)
         if held is None:
             return ReplicaReply("other_version", generation)
         work = held.token_scores if token_scores else held.raw_scores
@@ -136,7 +138,9 @@ class RewardModelReplica:
         except RuntimeError as error:
             logger.error("scoring failed: %s", error)
             if "CUDA error" in str(error):  # the process has lost its device for good
+                self._has_lost_device = True
                 self._fault = str(error)
+                return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
             reason = "the model could not be run"
             if "out of memory" in str(error):
                 reason = "the device ran out of memory"

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_actor.errors import RewardServiceError
+from serve.tasks import start
 from serve.wire import FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ class Dispatcher:
             parts, num_tokens = self._take()
             if not parts:
                 return
-            task = asyncio.get_running_loop().create_task(self._deliver(parts, num_tokens))
+            task = start(self._deliver(parts, num_tokens))
             self._messages.add(task)
             task.add_done_callback(self._delivered)
             self._drop_when_abandoned(parts, task)
@@ -342,15 +343,12 @@ class Dispatcher:
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
+            waiting = [part for part in parts if not part.done.done()]
             if isinstance(error, RewardServiceError) and len(parts) > 1:
-                # One of them cannot be scored; the others can, without it.
-                for part in parts:
-                    if not part.done.done():
-                        await self._deliver([part], part.cut.num_tokens)
+                await self._deliver_apart(waiting)
                 return
-            for part in parts:
-                if not part.done.done():
-                    part.done.set_exception(error)
+            for part in waiting:
+                part.done.set_exception(error)
             return
         before = self.replica_tokens_per_s
         self.replica_tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * reply.tokens_per_s
@@ -367,6 +365,18 @@ class Dispatcher:
                 computed = round(part.cut.num_tokens * share)
                 part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s, computed))
             start = end
+
+    async def _deliver_apart(self, parts: list[_Part]) -> None:
+        """One of them cannot be scored; the others can, without it. By halves, so that nobody waits
+        for more than a few messages."""
+        middle = (len(parts) + 1) // 2
+        await asyncio.gather(
+            *(
+                self._deliver(half, sum(part.cut.num_tokens for part in half))
+                for half in (parts[:middle], parts[middle:])
+                if half
+            )
+        )
 
     async def _reply(
         self, sequences: list[list[int]], num_tokens: int, like: _Part

@@ -21,6 +21,7 @@ from reward_actor.groups import Rendered, SampleError
 from reward_actor.render import Renderer
 from reward_actor.tokenizer import load_like
 from serve.dispatch import ReplicaLost
+from serve.tasks import start
 from serve.wire import Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ class Fleet:
             reply: ReplicaReply = await response
         except asyncio.CancelledError:
             response.cancel()  # or the replica would score for callers who have gone
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # Ray has ended the call by itself
+                raise ReplicaLost from None
             raise
         except _LOST as error:
             raise ReplicaLost from error
@@ -182,7 +186,7 @@ class Fleet:
     def watch(self) -> None:
         """Keep what is known of the replicas up to date, from now on."""
         if self._watcher is None:
-            self._watcher = asyncio.get_running_loop().create_task(self._watch())
+            self._watcher = start(self._watch())
 
     async def _watch(self) -> None:
         while True:

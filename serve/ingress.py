@@ -57,6 +57,7 @@ class Ingress:
         self._swapper = Swapper(
             self._service.fleet,
             context.app_name,
+            config.model,
             None if config.registry is None else Registry(config.registry),
             config.swap_timeout_s,
         )

@@ -70,6 +70,18 @@ class Pointer:
         generation = 0 if found is None else found.generation + 1
         return cls(generation, model, base=model)
 
+    def take_over(self, app_name: str, model: str) -> Pointer:
+        """Remember what a replica that is configured with `model` has loaded by this one, now that
+        it could be loaded: what an earlier service was swapped to is superseded. What is remembered
+        comes back: of a later generation where that service has taken this one meanwhile."""
+        pointer = self
+        while not pointer.set(app_name):
+            found = self.at_start(app_name, model)
+            if found == pointer or found.directory != pointer.directory:
+                break  # it was remembered before, or is behind a swap that it will follow
+            pointer = found
+        return pointer
+
     def is_of(self, model: str) -> bool:
         """Whether it is of a service that was started with this model."""
         return self.base in ("", model)

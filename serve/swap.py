@@ -13,6 +13,7 @@ from reward_actor.errors import RewardServiceError
 from reward_actor.registry import Registry
 from serve.fleet import Fleet
 from serve.pointer import Pointer
+from serve.tasks import start
 from serve.wire import Description
 
 logger = logging.getLogger("ray.serve")
@@ -26,10 +27,12 @@ class Swapper:
     """The swaps of one ingress; they take turns."""
 
     def __init__(
-        self, fleet: Fleet, app_name: str, registry: Registry | None, timeout_s: float
+        self, fleet: Fleet, app_name: str, model: str, registry: Registry | None, timeout_s: float
     ) -> None:
+        """model: what the service was started with."""
         self._fleet = fleet
         self._app_name = app_name
+        self._model = model
         self._registry = registry
         self._timeout_s = timeout_s
         self._task: asyncio.Task[schema.SwapReply] | None = None
@@ -63,7 +66,7 @@ class Swapper:
             raise RewardServiceError(
                 "unavailable", "another swap is under way", retryable=True, retry_after_s=1.0
             )
-        self._task = asyncio.get_running_loop().create_task(self._swap(name))
+        self._task = start(self._swap(name))
         return await asyncio.shield(self._task)
 
     async def _swap(self, name: str) -> schema.SwapReply:
@@ -85,9 +88,7 @@ class Swapper:
         prepared = await self._prepare(directory)
         [version] = {description.model_version for description in prepared}
         generation = 1 + max(description.generation for description in prepared)
-        current = await asyncio.to_thread(Pointer.get, self._app_name)
-        base = "" if current is None else current.base
-        pointer = Pointer(generation, directory, name, base)
+        pointer = Pointer(generation, directory, name, base=self._model)
         if not await asyncio.to_thread(pointer.set, self._app_name):
             raise RewardServiceError(
                 "unavailable", "another swap was faster", retryable=True, retry_after_s=1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -275,6 +276,58 @@ def test_a_request_that_cannot_be_scored_fails_alone() -> None:
         assert isinstance(found[3], RewardServiceError)
         assert found[3].retryable
         assert queue.queued_tokens == 0
+
+    asyncio.run(run())
+
+
+def test_one_among_many_that_cannot_be_scored_costs_few_messages() -> None:
+    class Picky(Replicas):
+        async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
+            if any(666 in row for row in message.rows()):
+                self.messages.append(message)
+                return reply(message, status="failed", raw_scores=None, reason="too long")
+            return await super().send(message, token_scores)
+
+    async def run() -> None:
+        replicas = Picky()
+        queue = dispatcher(replicas)
+        first = [asyncio.create_task(rewards(queue, [[[n]]])) for n in (1, 2)]
+        await settle()
+        calls = [asyncio.create_task(rewards(queue, [[[n]]])) for n in [*range(3, 131), 666]]
+        await settle()
+        replicas.open.set()
+        found = await asyncio.gather(*first, *calls, return_exceptions=True)
+        assert found[:-1] == [[float(n)] for n in range(1, 131)]
+        assert isinstance(found[-1], RewardServiceError)
+        assert len(replicas.messages) <= 2 + 1 + 2 * 8, "halves, not each by itself"
+
+    asyncio.run(run())
+
+
+def test_a_message_belongs_to_no_request() -> None:
+    """What a framework ends with a request, by its context, must not be other callers' message."""
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    class Watched(Replicas):
+        async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
+            seen.append(request.get())
+            return await super().send(message, token_scores)
+
+    async def run() -> None:
+        replicas = Watched()
+        queue = dispatcher(replicas)
+
+        async def ask(name: str) -> list[float]:
+            request.set(name)
+            return await rewards(queue, [[[n] * 3000 for n in (1, 2)]])
+
+        calls = [asyncio.create_task(ask(name)) for name in "abc"]
+        await settle()
+        replicas.open.set()
+        await asyncio.gather(*calls)
+        assert len(seen) > 2
+        assert set(seen) == {"none"}
 
     asyncio.run(run())
 

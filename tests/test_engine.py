@@ -180,6 +180,7 @@ def test_dynamic_frequencies_are_refused_where_they_depend_on_the_past() -> None
     np.testing.assert_allclose(found.raw_scores(sequences)[:, 0], own, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="sequence 1 has 65 tokens; beyond 64"):
         found.raw_scores([[5], [5] * 65])
+    assert found.longest == 64
 
 
 def test_threads_take_turns() -> None:

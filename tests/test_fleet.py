@@ -10,6 +10,7 @@ import pytest
 
 from reward_actor.readout import Readout
 from serve import fleet as fleet_module
+from serve.dispatch import ReplicaLost
 from serve.fleet import Fleet, Model
 from serve.wire import Description
 
@@ -81,6 +82,49 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(work(), 20))
+
+
+class Call:
+    """A call to a replica; `ended` by Ray, or by whoever waits for it."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def remote(self, *_: Any) -> Call:
+        return self
+
+    def cancel(self) -> None:
+        self.answer.cancel()
+
+    def __await__(self) -> Any:
+        return self.answer.__await__()
+
+
+def test_a_call_that_ray_ends_goes_to_another_replica() -> None:
+    async def work() -> None:
+        handle = Handle()
+        handle.score = call = Call()  # type: ignore[attr-defined]
+        sent = asyncio.create_task(made(handle).send(None, False))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        call.answer.cancel()
+        with pytest.raises(ReplicaLost):
+            await sent
+
+    run(work)
+
+
+def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
+    async def work() -> None:
+        handle = Handle()
+        handle.score = call = Call()  # type: ignore[attr-defined]
+        sent = asyncio.create_task(made(handle).send(None, False))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        sent.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sent
+        assert call.answer.cancelled()
+
+    run(work)
 
 
 def test_the_highest_generation_counts() -> None:

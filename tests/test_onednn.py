@@ -54,6 +54,14 @@ def test_it_is_left_alone_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatc
         assert projection not in onednn._PACKED, "no room"
 
 
+def test_float16_is_not_packed() -> None:
+    """Not every processor with AVX-512 can."""
+    projection = nn.Linear(16, 16).half()
+    onednn.pack([projection])
+    with torch.inference_mode():
+        assert not onednn.is_better(torch.randn(2, 16).half(), projection)
+
+
 def test_copies_go_with_their_modules() -> None:
     before = len(onednn._PACKED)
     projection = nn.Linear(16, 16)

@@ -57,6 +57,29 @@ def test_one_of_two_swaps_at_once_is_refused() -> None:
     assert Pointer.get("app") == Pointer(1, "B", base="A")
 
 
+def test_a_start_whose_generation_a_swap_took_meanwhile_takes_the_next() -> None:
+    Pointer.at_start("app", "A").set("app")
+    loading = Pointer.at_start("app", "B")
+    assert loading.generation == 1
+    Pointer(1, "A2-directory", "a2", base="A").set("app")
+    assert loading.take_over("app", "B") == Pointer(2, "B", base="B")
+    assert Pointer.get("app") == Pointer(2, "B", base="B")
+
+
+def test_replicas_that_start_together_agree() -> None:
+    Pointer.at_start("app", "A").set("app")
+    both = [Pointer.at_start("app", "B") for _ in range(2)]
+    assert [each.take_over("app", "B") for each in both] == [Pointer(1, "B", base="B")] * 2
+    assert Pointer.at_start("app", "B").take_over("app", "B") == Pointer(1, "B", base="B")
+
+
+def test_a_replica_that_a_swap_went_past_while_it_loaded_stays_behind_it() -> None:
+    Pointer.at_start("app", "A").set("app")
+    loading = Pointer.at_start("app", "A")
+    Pointer(1, "A2-directory", "a2", base="A").set("app")
+    assert loading.take_over("app", "A").generation == 0, "it follows by itself"
+
+
 def test_a_swap_that_died_half_way_is_completed_by_the_next(store: dict[str, bytes]) -> None:
     Pointer(1, "B", base="A").set("app")
     half = Pointer(2, "C", base="A")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from families import make_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import Group, RewardScorer
+from reward_actor.extract import RewardModel
+from reward_actor.render import contract_for
 
 rows = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=8)
 
@@ -111,3 +115,20 @@ def test_bfloat16_stays_within_its_recorded_bound(export_dir: Path, scorer: Rewa
     groups = [Group("Name two fruits.", ["An apple.", "No, thank you.", "A pear and a plum."])]
     exact, rough = scorer.score(groups)[0], half.score(groups)[0]
     assert rough.rewards == pytest.approx(exact.rewards, abs=bound)
+
+
+def test_a_contract_longer_than_the_network_can_score_is_refused(scorer: RewardScorer) -> None:
+    """Beyond their first length dynamic rotary positions depend on what was scored before."""
+    member = scorer.members[0]
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    dynamic["original_max_position_embeddings"] = 64
+    network = make_network("llama", max_position_embeddings=256, rope_parameters=dynamic)
+    model = RewardModel(network).eval()
+    assert contract_for(member.tokenizer, network.config, format="text").max_length == 64
+    short, long = (
+        replace(member, model=model, contract=replace(member.contract, max_length=max_length))
+        for max_length in (64, 65)
+    )
+    assert RewardScorer([short]).contract.max_length == 64
+    with pytest.raises(ValueError, match="set max_length to that"):
+        RewardScorer([long])

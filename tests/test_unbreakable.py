@@ -30,6 +30,15 @@ def running(export_dir: Path) -> Iterator[Service]:
         yield service
 
 
+MAX_QUEUE_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def slow_service(slow_export: Path) -> Iterator[Service]:
+    with Service(slow_export, "--max-queue-s", str(MAX_QUEUE_S), "--name", "slow") as service:
+        yield service
+
+
 @pytest.fixture(scope="module")
 def expected(export_dir: Path) -> list[float]:
     scorer = RewardScorer.from_pretrained(export_dir, "cpu")
@@ -171,6 +180,45 @@ def test_callers_that_hang_up_take_their_work_with_them(running: Service) -> Non
             time.sleep(0.2)
 
 
+def test_callers_that_hang_up_end_no_work_of_others(slow_service: Service) -> None:
+    """Ray Serve ends whatever a request has begun; a message may hold parts of other requests."""
+    done = threading.Event()
+
+    def post(prompts: list[list[int]], timeout_s: float) -> list[list[float]] | None:
+        """The rewards, or None when the queue was full."""
+        completions = [list(range(5, 105))] * 2
+        groups = [{"prompt_ids": prompt, "completion_ids": completions} for prompt in prompts]
+        with httpx.Client(base_url=slow_service.url, timeout=timeout_s) as http:
+            reply = http.post("/v1/score", json={"groups": groups})
+        if reply.status_code == 429:
+            return None
+        return [result["rewards"] for result in reply.raise_for_status().json()["results"]]
+
+    def hang_up(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        while not done.is_set():
+            prompts = random.integers(5, 300, (24, 100)).tolist()  # several messages
+            with contextlib.suppress(httpx.TimeoutException):
+                post(prompts, random.uniform(0.1, 2.0))
+
+    def wait(index: int) -> list[list[float]]:
+        prompts = np.random.default_rng(100 + index).integers(5, 300, (2, 100)).tolist()
+        while (rewards := post(prompts, 30)) is None:
+            time.sleep(0.1)
+        return rewards
+
+    with ThreadPoolExecutor(8) as pool:
+        rude = [pool.submit(hang_up, seed) for seed in range(4)]
+        try:
+            found = list(pool.map(wait, range(20)))
+        finally:
+            done.set()
+        for each in rude:
+            each.result()
+    for index in range(0, 20, 5):
+        assert wait(index) == [pytest.approx(rewards, abs=1e-5) for rewards in found[index]]
+
+
 def overload(service: Service, seconds: float, factor: float) -> dict[str, Any]:
     """Open loop load of `factor` times what the service can do. What came back, and how late."""
     # Every request's prompts are its own: what is asked for twice is computed once.
@@ -228,15 +276,6 @@ def overload(service: Service, seconds: float, factor: float) -> dict[str, Any]:
             }
 
     return asyncio.run(run())
-
-
-MAX_QUEUE_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def slow_service(slow_export: Path) -> Iterator[Service]:
-    with Service(slow_export, "--max-queue-s", str(MAX_QUEUE_S), "--name", "slow") as service:
-        yield service
 
 
 def check_overload(found: dict[str, Any]) -> None:
