@@ -62,16 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
     adopt_orphans()
     end_on_sigterm()
     with tempfile.TemporaryDirectory() as scratch:
+        now = "before the first round"
         try:
             turns = make_turns(args, setting, wanted, order, Path(scratch))
             for number in range(args.rounds):
                 # vLLM is first in the first round: half of its capacity is a load of the others.
                 shift = number % len(order)
                 for turn in order[shift:] + order[:shift]:
+                    now = f"round {number + 1}: {turn.peer.name}, {turn.model} model"
                     turns.run(turn)
-                    print(f"round {number + 1}: {turn.peer.name}, {turn.model} model", flush=True)
+                    print(now, flush=True)
         except (ChildError, ValueError) as error:
-            print(f"failed: {error}", file=sys.stderr)
+            print(f"failed: {now}: {error}", file=sys.stderr)
             return 1
     figures = serving_report.summarize(turns.runs)
     result = {
