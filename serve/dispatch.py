@@ -45,6 +45,8 @@ _RATE_MEMORY = 0.8
 _MESSAGES_AHEAD = 4
 # Of its tokens a part must share this much with another one to be sent before older ones.
 _LEAST_SHARED = 0.25
+# A message that is less full than this takes some of those that begin alike, though not all fit.
+_LEAST_FILL = 0.5
 # Below this, a share of a request for every replica costs more than it spares.
 _LEAST_PART = 1024
 
@@ -129,7 +131,9 @@ def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
     """The places of those that go together, and the tokens that are computed for them (at most):
     the first, those that begin like it, the next, and so on, up to `max_tokens`.
 
-    The first goes in any case.
+    The first goes in any case. Those that begin alike wait for the next message when they do not
+    all fit in what is left of this one and it is half full: what they share would be computed
+    twice.
     """
     firsts = [cut.sequences[0] for cut in cuts]
     order = sorted(range(len(cuts)), key=firsts.__getitem__)  # what begins alike stands together
@@ -139,22 +143,40 @@ def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
         leader = order[rank]
         if leader in taken:
             continue
-        if taken and num_tokens + cuts[leader].num_tokens > max_tokens:
+        chains = [_alike(cuts, order, rank, step) for step in (-1, 1)]
+        room = max_tokens - num_tokens
+        added = [num for chain in chains for place, num in chain if place not in taken]
+        fits = cuts[leader].num_tokens + sum(added) <= room
+        is_half_full = num_tokens >= _LEAST_FILL * max_tokens
+        if taken and (cuts[leader].num_tokens > room or (is_half_full and not fits)):
             break
         taken.add(leader)
         num_tokens += cuts[leader].num_tokens
-        for step in (-1, 1):
-            at = rank + step
-            while 0 <= at < len(order) and order[at] not in taken:
-                shared = _common_prefix(firsts[order[at]], firsts[order[at - step]])
-                added = cuts[order[at]].num_tokens - shared
-                is_like = shared >= _LEAST_SHARED * len(firsts[order[at]])
-                if not is_like or num_tokens + added > max_tokens:
+        for chain in chains:
+            for place, num in chain:
+                if place in taken:
+                    continue
+                if num_tokens + num > max_tokens:
                     break
-                taken.add(order[at])
-                num_tokens += added
-                at += step
+                taken.add(place)
+                num_tokens += num
     return sorted(taken), num_tokens
+
+
+def _alike(
+    cuts: Sequence[Cut], order: Sequence[int], rank: int, step: int
+) -> list[tuple[int, int]]:
+    """The places of those on one side of the one at `rank` that begin like it, and the tokens that
+    each adds to the one before it."""
+    found = []
+    while 0 <= rank + step < len(order):
+        before, rank = order[rank], rank + step
+        cut = cuts[order[rank]]
+        shared = _common_prefix(cut.sequences[0], cuts[before].sequences[0])
+        if shared < _LEAST_SHARED * len(cut.sequences[0]):
+            break
+        found.append((order[rank], cut.num_tokens - shared))
+    return found
 
 
 @dataclass

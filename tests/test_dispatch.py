@@ -72,7 +72,7 @@ def test_what_goes_together_fits_and_the_first_is_among_it(
     assert num_tokens <= budget or places == [0]
     [forest] = plan_forests([sequences[i] for i in places], 10**9)
     assert forest.num_rows <= num_tokens <= sum(len(sequences[i]) for i in places)
-    if num_tokens + max(map(len, sequences)) <= budget:
+    if num_tokens + max(map(len, sequences)) <= budget and num_tokens < budget / 2:
         assert len(places) == len(cuts), "nothing stays behind where there is room"
 
 
@@ -83,6 +83,9 @@ def test_completions_of_one_prompt_that_come_one_by_one_go_together() -> None:
     places, num_tokens = fitting(cuts, 2 * (30 + 4))
     assert places == [0, 1, 4, 5, 8, 9, 12, 13]
     assert num_tokens == 2 * (30 + 4)
+    for budget in (30 + 4, 2 * (30 + 4) - 1):
+        assert fitting(cuts, budget) == ([0, 4, 8, 12], 30 + 4), "no prompt is divided"
+    assert len(fitting(cuts, 30 + 2)[0]) == 2, "but for one that is too large"
 
 
 def sums(message: FlatSequences) -> np.ndarray:
