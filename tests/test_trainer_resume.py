@@ -28,7 +28,7 @@ from trainer.saved import SavedState, saved_states
 from trainer.storage import checkpoint_storage
 
 # Many more than a worker takes while a signal is on its way.
-NUM_STEPS = 120
+NUM_STEPS = 240
 EVERY = 20
 
 
