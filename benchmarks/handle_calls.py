@@ -11,7 +11,8 @@ import argparse
 import json
 import time
 
-from benchmarks.load import percentile, positive_float, seconds
+from benchmarks.arguments import positive_float, seconds
+from benchmarks.load import percentile
 
 
 def main() -> None:

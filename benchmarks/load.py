@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
+from benchmarks.arguments import positive, positive_float, seconds
 from benchmarks.http_reply import ReplyParser
 
 # After a connection that was refused or broken off, lest a dead server is asked in a busy loop.
@@ -325,30 +326,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-requests", type=positive, default=1_000_000)
     add("--timeout-s", type=positive_float, default=120.0, help="of one request")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1. Raises ValueError."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"{text} is below 1")
-    return number
-
-
-def seconds(text: str) -> float:
-    """A finite number of at least 0. Raises ValueError."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{text} is no duration")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """Raises ValueError."""
-    number = seconds(text)
-    if not number:
-        raise ValueError(f"{text} is not above 0")
-    return number
 
 
 def loopback(url: str) -> tuple[str, int]:

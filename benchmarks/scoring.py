@@ -20,6 +20,7 @@ if not __package__:  # started as a file: the checkout is not importable yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
+from benchmarks.arguments import positive
 from benchmarks.channel import ChildError
 from benchmarks.report import asked, heading, spread, summarize, table, write
 from benchmarks.rounds import PEERS, TOLERANCES, Rounds, Setting, choose_peers
@@ -102,14 +103,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vllm", action="append", default=[], metavar="KEY=VALUE", help=vllm)
     add("--output", type=Path, help="default: results/scoring-DEVICE-DTYPE.json beside this file")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1. Raises ValueError."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"{text} is below 1")
-    return number
 
 
 def chosen(args: argparse.Namespace) -> list[str]:

@@ -19,8 +19,8 @@ if not __package__:  # started as a file: the checkout is not importable yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine, serving_report
+from benchmarks.arguments import positive, positive_float, seconds
 from benchmarks.channel import ChildError
-from benchmarks.load import positive, positive_float, seconds
 from benchmarks.processes import adopt_orphans, end_on_sigterm
 from benchmarks.report import asked, write
 from benchmarks.rounds import TOLERANCES, Setting

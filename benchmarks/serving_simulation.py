@@ -29,7 +29,8 @@ if not __package__:  # started as a file: the checkout is not importable yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
-from benchmarks.load import Record, Request, positive, positive_float, seconds, summarize
+from benchmarks.arguments import positive, positive_float, seconds
+from benchmarks.load import Record, Request, summarize
 from benchmarks.report import asked, write
 from benchmarks.serving_model import make_tokenizer, text_groups
 from benchmarks.serving_report import markdown

@@ -27,11 +27,11 @@ if not __package__:  # started as a file: the checkout is not importable yet
 import torch
 
 from benchmarks import probe
+from benchmarks.arguments import positive
 from benchmarks.channel import Answer
 from benchmarks.machine import available_threads
 from benchmarks.pairs import PairWorkload, real, synthetic
 from benchmarks.report import asked, heading, spread, write
-from benchmarks.scoring import positive
 from benchmarks.shapes import SHAPES, build_network
 from benchmarks.training_engines import ZERO_STAGE, Engine, deepspeed_engine, torch_engine
 from benchmarks.training_peers import MICRO_BATCH_PAIRS, PEERS, Peers, Step, measure_memory

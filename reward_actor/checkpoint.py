@@ -20,7 +20,7 @@ from reward_actor.extract import RewardModel
 from reward_actor.headers import CheckpointError as CheckpointError
 from reward_actor.layouts import Layout, recognise
 from reward_actor.networks import load_network, own_score
-from reward_actor.render import contract_for
+from reward_actor.new_contract import contract_for
 from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from reward_actor.extract import head_name
 from reward_actor.headers import BODY_PREFIXES, PICKLED_WEIGHTS, is_deepspeed_chat, read_config
 from reward_actor.layouts import ADAPTER_CONFIG, Layout, recognise
 from reward_actor.networks import CUSTOM_SETTINGS, load_network
+from reward_actor.new_contract import contract_for
 from reward_actor.plain import is_plain, network_of
 from reward_actor.readout import Readout
-from reward_actor.render import contract_for
 from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from reward_actor.client import AsyncRewardClient
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores, Prompt
 from reward_actor.handle import AsyncRewardHandle
-from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
+from reward_actor.new_contract import contract_for
+from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
 from reward_actor.tokenizer import load_tokenizer
 
 # Small enough for a progress bar that moves, large enough to keep vLLM's batch full.

@@ -72,13 +72,13 @@ class RewardScorer:
             Engine(member.model, attention, max_batch_tokens, memory_share)
             for member in self.members
         )
-        longest = [engine.longest for engine in self.engines if engine.longest is not None]
-        if min(longest, default=self.contract.max_length) < self.contract.max_length:
-            raise ValueError(
-                f"the contract's max_length is {self.contract.max_length}, but beyond "
-                f"{min(longest)} tokens this network's dynamic rotary positions depend on what it "
-                "scored before; set max_length to that"
-            )
+        for longest in (engine.longest for engine in self.engines):
+            if longest is not None and longest < self.contract.max_length:
+                raise ValueError(
+                    f"the contract's max_length is {self.contract.max_length}, but beyond "
+                    f"{longest} tokens this network's dynamic rotary positions depend on what it "
+                    "scored before; set max_length to that"
+                )
         self.cache = RewardCache(cache_size) if cache_size else None
 
     @classmethod

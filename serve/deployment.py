@@ -116,8 +116,9 @@ class RewardModelReplica:
         self._start_reconciling()
         self._waiting[sender] = time.monotonic(), sequences.waiting_tokens
         generation = self._models.generation
+        lost = ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
         if self._has_lost_device:
-            return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+            return lost
         held = self._models.find(sequences.model_version)
         if held is None:
             return ReplicaReply("other_version", generation)
@@ -131,7 +132,7 @@ class RewardModelReplica:
             return ReplicaReply("failed", generation, reason="the device ran out of memory")
         except EngineDied as error:
             logger.error("the model is gone: %s", error)
-            return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+            return lost
         except ValueError as error:  # a sequence that this network cannot take
             logger.error("no plan to score this: %s", error)
             return ReplicaReply("failed", generation, reason="the model cannot take this sequence")
@@ -140,7 +141,7 @@ class RewardModelReplica:
             if "CUDA error" in str(error):  # the process has lost its device for good
                 self._has_lost_device = True
                 self._fault = str(error)
-                return ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+                return lost
             reason = "the model could not be run"
             if "out of memory" in str(error):
                 reason = "the device ran out of memory"

@@ -5,8 +5,8 @@ and goes out together, so that many small requests cost a replica as little as o
 begin alike (the completions of one prompt, one by one) go together, and their prompt is computed
 once. The queue that is bounded is this one; what its callers hang up on is dropped. No Ray in here.
 
-Legend: a part is what stays together on its way: groups of one request, or a piece of a group that
-is too large for one message. Tokens are counted as they are computed, shared prefixes once.
+Legend: a part is a cut (`serve.cutting`) and who waits for it. Tokens are counted as they are
+computed, shared prefixes once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_actor.errors import RewardServiceError
-from serve.tasks import start
+from serve.cutting import Cut, cut, distinct_tokens, fitting
+from serve.tasks import detached
 from serve.wire import FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ _RATE_MEMORY = 0.8
 # Of so many messages' worth the oldest parts are looked at for those that begin like the first, so
 # that the others are passed over a few times at most.
 _MESSAGES_AHEAD = 4
-# Of its tokens a part must share this much with another one to be sent before older ones.
-_LEAST_SHARED = 0.25
-# A message that is less full than this takes some of those that begin alike, though not all fit.
-_LEAST_FILL = 0.5
 # Below this, a share of a request for every replica costs more than it spares.
 _LEAST_PART = 1024
 
@@ -60,14 +57,6 @@ class OtherVersion(Exception):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Sequences that travel together, and the tokens that are computed for them."""
-
-    sequences: list[list[int]]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class Dispatched:
     """Raw scores (n, K) and, if asked for, n arrays (tokens, K); seconds waited and scored, and the
     tokens that were computed for them."""
@@ -77,106 +66,6 @@ class Dispatched:
     queue_s: float
     score_s: float
     num_tokens: int
-
-
-def distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
-    """The tokens of what all sequences begin with, and with it those that are computed at most."""
-    if not sequences:
-        return 0, 0
-    shared = _common_prefix(min(sequences), max(sequences)) if len(sequences) > 1 else 0
-    return shared, shared + sum(len(sequence) - shared for sequence in sequences)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """Of the first and the last in lexicographic order: what all between begin with, too."""
-    # By halves: comparing slices is much faster than comparing their elements here.
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
-
-
-def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
-    """All sequences in order, cut into pieces of at most `max_tokens` computed tokens.
-
-    A group is divided only if it is larger than that by itself, and a sequence never.
-    """
-    cuts: list[Cut] = []
-    for group in groups:
-        for piece in _pieces(group, max_tokens):
-            if cuts and cuts[-1].num_tokens + piece.num_tokens <= max_tokens:
-                last = cuts.pop()
-                piece = Cut(last.sequences + piece.sequences, last.num_tokens + piece.num_tokens)
-            cuts.append(piece)
-    return cuts
-
-
-def _pieces(group: Sequence[list[int]], max_tokens: int) -> list[Cut]:
-    shared, num_tokens = distinct_tokens(group)
-    if num_tokens <= max_tokens or len(group) < 2:
-        return [Cut(list(group), num_tokens)] if group else []
-    pieces: list[Cut] = []
-    for sequence in group:
-        own = len(sequence) - shared
-        if pieces and pieces[-1].num_tokens + own <= max_tokens:
-            last = pieces.pop()
-            pieces.append(Cut([*last.sequences, sequence], last.num_tokens + own))
-        else:
-            pieces.append(Cut([sequence], len(sequence)))
-    return pieces
-
-
-def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
-    """The places of those that go together, and the tokens that are computed for them (at most):
-    the first, those that begin like it, the next, and so on, up to `max_tokens`.
-
-    The first goes in any case. Those that begin alike wait for the next message when they do not
-    all fit in what is left of this one and it is half full: what they share would be computed
-    twice.
-    """
-    firsts = [cut.sequences[0] for cut in cuts]
-    order = sorted(range(len(cuts)), key=firsts.__getitem__)  # what begins alike stands together
-    taken: set[int] = set()
-    num_tokens = 0
-    for rank in sorted(range(len(order)), key=order.__getitem__):
-        leader = order[rank]
-        if leader in taken:
-            continue
-        chains = [_alike(cuts, order, rank, step) for step in (-1, 1)]
-        room = max_tokens - num_tokens
-        added = [num for chain in chains for place, num in chain if place not in taken]
-        fits = cuts[leader].num_tokens + sum(added) <= room
-        is_half_full = num_tokens >= _LEAST_FILL * max_tokens
-        if taken and (cuts[leader].num_tokens > room or (is_half_full and not fits)):
-            break
-        taken.add(leader)
-        num_tokens += cuts[leader].num_tokens
-        for chain in chains:
-            for place, num in chain:
-                if place in taken:
-                    continue
-                if num_tokens + num > max_tokens:
-                    break
-                taken.add(place)
-                num_tokens += num
-    return sorted(taken), num_tokens
-
-
-def _alike(
-    cuts: Sequence[Cut], order: Sequence[int], rank: int, step: int
-) -> list[tuple[int, int]]:
-    """The places of those on one side of the one at `rank` that begin like it, and the tokens that
-    each adds to the one before it."""
-    found = []
-    while 0 <= rank + step < len(order):
-        before, rank = order[rank], rank + step
-        cut = cuts[order[rank]]
-        shared = _common_prefix(cut.sequences[0], cuts[before].sequences[0])
-        if shared < _LEAST_SHARED * len(cut.sequences[0]):
-            break
-        found.append((order[rank], cut.num_tokens - shared))
-    return found
 
 
 @dataclass
@@ -308,7 +197,7 @@ class Dispatcher:
             parts, num_tokens = self._take()
             if not parts:
                 return
-            task = start(self._deliver(parts, num_tokens))
+            task = detached(self._deliver(parts, num_tokens))
             self._messages.add(task)
             task.add_done_callback(self._delivered)
             self._drop_when_abandoned(parts, task)

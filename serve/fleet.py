@@ -21,7 +21,7 @@ from reward_actor.groups import Rendered, SampleError
 from reward_actor.render import Renderer
 from reward_actor.tokenizer import load_like
 from serve.dispatch import ReplicaLost
-from serve.tasks import start
+from serve.tasks import detached
 from serve.wire import Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Fleet:
     def watch(self) -> None:
         """Keep what is known of the replicas up to date, from now on."""
         if self._watcher is None:
-            self._watcher = start(self._watch())
+            self._watcher = detached(self._watch())
 
     async def _watch(self) -> None:
         while True:

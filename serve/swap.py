@@ -13,7 +13,7 @@ from reward_actor.errors import RewardServiceError
 from reward_actor.registry import Registry
 from serve.fleet import Fleet
 from serve.pointer import Pointer
-from serve.tasks import start
+from serve.tasks import detached
 from serve.wire import Description
 
 logger = logging.getLogger("ray.serve")
@@ -66,7 +66,7 @@ class Swapper:
             raise RewardServiceError(
                 "unavailable", "another swap is under way", retryable=True, retry_after_s=1.0
             )
-        self._task = start(self._swap(name))
+        self._task = detached(self._swap(name))
         return await asyncio.shield(self._task)
 
     async def _swap(self, name: str) -> schema.SwapReply:

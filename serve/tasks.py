@@ -15,6 +15,6 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+def detached(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
     """A task in a context of its own."""
     return asyncio.get_running_loop().create_task(work, context=Context())

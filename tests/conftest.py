@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from serve import fast_path
 
 if TYPE_CHECKING:
     import httpx
+    from playwright.sync_api import Browser
+    from visits import Visit
 
     from reward_actor import RewardScorer
     from reward_actor.render import Renderer
@@ -76,7 +78,8 @@ def renderers(base_model: Path) -> dict[str, Renderer]:
     """One for each format, of at most 64 tokens."""
     from transformers import AutoConfig
 
-    from reward_actor.render import Renderer, contract_for
+    from reward_actor.new_contract import contract_for
+    from reward_actor.render import Renderer
     from reward_actor.tokenizer import load_tokenizer
 
     tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
@@ -133,7 +136,7 @@ def make_export(
     from transformers import AutoModelForSequenceClassification
 
     from reward_actor.checkpoint import export
-    from reward_actor.render import contract_for
+    from reward_actor.new_contract import contract_for
     from reward_actor.tokenizer import load_tokenizer
 
     torch.manual_seed(seed)
@@ -253,3 +256,21 @@ def reward(offline: RewardScorer, prompt: Any, completion: str) -> float:
     [found] = offline.score([Group(prompt, [completion])])[0].rewards
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    """Not for the session: as long as it lives, a loop runs in the thread of the tests."""
+    from browser import headless
+
+    with headless() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chrome: Browser, service: str) -> Iterator[Callable[..., Visit]]:
+    """Opens the playground; a page that complained or asked elsewhere fails its test."""
+    from visits import visits
+
+    with visits(chrome, service) as opened:
+        yield opened

@@ -185,7 +185,7 @@ def test_a_contract_that_is_not_json_is_refused(copy: Path) -> None:
 
 def test_weights_that_are_not_finite_are_never_exported(base_model: Path, tmp_path: Path) -> None:
     from reward_actor.checkpoint import export
-    from reward_actor.render import contract_for
+    from reward_actor.new_contract import contract_for
     from reward_actor.tokenizer import load_tokenizer
 
     network = AutoModelForSequenceClassification.from_pretrained(

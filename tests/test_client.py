@@ -1,31 +1,21 @@
-"""The clients over real HTTP: the right rewards, merged calls, typed errors, a clean end."""
+"""The clients over real HTTP: the right rewards, merged calls, typed errors."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import pickle
-import ssl
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from stub_service import Answer, Received, error, expected_rewards, stub
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardScorer, binary
-from reward_actor.async_client import closed
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
-from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, share, take
 
 GROUPS: list[Group | Whole] = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
@@ -265,55 +255,7 @@ def test_a_request_that_nobody_waits_for_is_given_up() -> None:
         release.set()
 
 
-# ---- the pure parts
-
-sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=12)
-
-
-@settings(deadline=None)
-@given(sizes)
-def test_a_call_is_divided_in_order_and_within_the_bounds(sizes: list[int]) -> None:
-    groups = [Group("p", ["x"] * size) for size in sizes]
-    divided = divide(groups)
-    assert [group for some in divided for group in some] == groups
-    for some in divided:
-        assert len(some) == 1 or sum(map(len, some)) <= MAX_SAMPLES
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 800), st.booleans(), st.booleans()), max_size=12),
-    st.integers(0, 4),
-)
-def test_requests_hold_every_part_once_alike_and_within_the_bounds(
-    calls: list[tuple[int, bool, bool]], num_endpoints: int
-) -> None:
-    loop = asyncio.new_event_loop()
-    parts = [
-        Part(
-            [Group(prompt_ids=[1], completion_ids=[[2]] * n) if ids else Group("p", ["x"] * n)],
-            0,
-            token_rewards,
-            0.0,
-            loop.create_future(),
-        )
-        for n, ids, token_rewards in calls
-    ]
-    loop.close()
-    waiting = deque(parts)
-    sent = []
-    while waiting:
-        oldest = waiting[0]
-        taken = take(waiting, share(waiting, num_endpoints))
-        assert taken[0] is oldest
-        assert all(part.is_like(taken[0]) for part in taken)
-        assert len(taken) == 1 or sum(part.num_samples for part in taken) <= MAX_SAMPLES
-        assert len(taken) == 1 or sum(part.weight for part in taken) <= MAX_WEIGHT
-        sent += taken
-    assert sorted(map(id, sent)) == sorted(map(id, parts))
-
-
-# ---- errors, tokens, TLS
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -350,55 +292,6 @@ def test_a_reply_that_is_none_is_said_to_be_one(body: bytes) -> None:
             assert "canary" not in str(strange.value)
 
 
-SECRET = "secret-token-0123456789"
-
-
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_the_token_is_sent_and_never_shown(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {}
-    if by == "argument":
-        options["token"] = SECRET
-    else:
-        monkeypatch.setenv("RAYWARD_TOKEN", SECRET + "\n")  # as a file ends
-    with (
-        stub(lambda _: error("unauthenticated")) as server,
-        RewardClient(server.url, **options) as client,
-    ):
-        with pytest.raises(RewardServiceError) as refused:
-            client.score("a secret prompt", ["a secret completion"])
-        assert server.received[0].headers["authorization"] == f"Bearer {SECRET}"
-        shown = f"{refused.value!r} {refused.value} {client!r} {client._client!r}"
-    with (
-        RewardClient(server.url, timeout_s=0.5, **options) as client,
-        pytest.raises(RewardServiceError) as gone,
-    ):
-        client.score("a secret prompt", ["a secret completion"])
-    assert "secret" not in shown + repr(gone.value)
-
-
-@pytest.mark.parametrize("token", ["two words", "line\nbreak", "ünïcode", "\x00"])
-def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
-    with pytest.raises(ValueError, match="printable ASCII") as refused:
-        RewardClient("http://127.0.0.1:1", token=token)
-    assert token not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("urls", "message"),
-    [
-        ("localhost:8000", "http://"),
-        ("ftp://host", "http://"),
-        ("", "urls is empty"),
-        ([], "urls is empty"),
-        ("http://me:canary@host", "token="),
-    ],
-)
-def test_an_address_that_is_none_is_refused(urls: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
-        AsyncRewardClient(urls)
-    assert "canary" not in str(refused.value)
-
-
 def test_what_no_body_can_hold_is_refused_before_it_is_sent() -> None:
     with stub() as server, RewardClient(server.url) as client:
         for group in (
@@ -411,226 +304,7 @@ def test_what_no_body_can_hold_is_refused_before_it_is_sent() -> None:
     assert server.received == []
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(address, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, key_pem = tmp_path / "cert.pem", tmp_path / "key.pem"
-    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_pem.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return pem, key_pem
-
-
-def test_https_trusts_the_authorities_that_it_is_given(certificate: tuple[Path, Path]) -> None:
-    pem, key = certificate
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem, key)
-    with stub(context=context) as server:
-        for verify in (str(pem), False, ssl.create_default_context(cafile=pem)):
-            with RewardClient(server.url, verify=verify) as client:
-                assert client.score("p", ["xyz"]).rewards == [3.0]
-        started = time.monotonic()
-        with RewardClient(server.url) as client, pytest.raises(RewardServiceError) as refused:
-            client.score("p", ["x"])
-        assert "certificate is not trusted" in refused.value.message
-        assert time.monotonic() - started < 5
-    with pytest.raises(ValueError, match="verify is"):
-        RewardClient("https://127.0.0.1", verify="/nowhere.pem")
-
-
-def test_the_environments_proxy_is_used_but_not_past_no_proxy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with stub(lambda _: error("forbidden")) as proxy, stub() as server:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        with (
-            RewardClient("http://rewards.invalid") as client,
-            pytest.raises(RewardServiceError, match="forbidden"),
-        ):
-            client.score("p", ["x"])
-        assert proxy.received[0].path == "http://rewards.invalid/v1/score"
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        with RewardClient(server.url) as client:
-            assert client.score("p", ["xyz"]).rewards == [3.0]
-        assert len(proxy.received) == 1
-
-
-# ---- beginnings and ends
-
-
-def test_close_ends_what_is_under_way_with_an_error() -> None:
-    started, release = threading.Event(), threading.Event()
-
-    def hold(received: Received) -> None:
-        started.set()
-        release.wait(10)
-
-    with stub(hold) as server:
-        client = RewardClient(server.url, max_concurrency=1)
-        with ThreadPoolExecutor(4) as threads:
-            calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
-            started.wait(10)
-            client.close()
-            for call in calls:
-                with pytest.raises(RewardServiceError, match="closed"):
-                    call.result(timeout=5)
-        release.set()
-        with pytest.raises(RewardServiceError, match="closed"):
-            client.score("p", ["x"])
-        client.close()
-
-
-def divided(started: threading.Event, release: threading.Event) -> Callable[[Received], Any]:
-    """Refuses the request of all calls, and holds that of the first half."""
-
-    def behave(received: Received) -> Answer | None:
-        if received.num_samples == 4:
-            return error("invalid_request")
-        started.set()
-        release.wait(10)
-        return None
-
-    return behave
-
-
-def test_close_ends_both_halves_of_a_divided_request() -> None:
-    started, release = threading.Event(), threading.Event()
-    with stub(divided(started, release)) as server:
-
-        async def calls() -> list[Any]:
-            client = AsyncRewardClient(server.url, timeout_s=30.0)
-            tasks = [asyncio.create_task(client.score("p", ["x"])) for _ in range(4)]
-            await asyncio.to_thread(started.wait, 10)
-            await client.close()
-            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
-
-        results = asyncio.run(calls())
-        release.set()
-    assert [str(result) for result in results] == [str(closed())] * 4
-    assert {type(result) for result in results} == {RewardServiceError}
-
-
-def test_threads_of_a_divided_request_get_the_clients_own_error() -> None:
-    started, release, first = threading.Event(), threading.Event(), threading.Event()
-    behave = divided(started, release)
-
-    def hold_first(received: Received) -> Answer | None:
-        if received.groups == [Group("first", ["x"])]:
-            first.set()
-            time.sleep(0.3)  # the other four come meanwhile, and go together
-            return None
-        return behave(received)
-
-    with stub(hold_first) as server, ThreadPoolExecutor(5) as threads:
-        client = RewardClient(server.url, timeout_s=30.0, max_concurrency=1)
-        early = threads.submit(client.score, "first", ["x"])
-        first.wait(10)
-        calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
-        started.wait(10)
-        assert early.result(timeout=5).rewards == [1.0]
-        client.close()
-        for call in calls:
-            with pytest.raises(RewardServiceError, match="closed"):
-                call.result(timeout=5)
-        release.set()
-
-
-@pytest.mark.parametrize("turns", range(4))
-def test_close_ends_a_request_that_has_not_begun(turns: int) -> None:
-    async def call() -> None:
-        client = AsyncRewardClient("http://127.0.0.1:1", timeout_s=30.0)
-        task = asyncio.create_task(client.score("p", ["x"]))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        await client.close()
-        with pytest.raises(RewardServiceError, match="closed"):
-            await asyncio.wait_for(task, 5)
-
-    asyncio.run(call())
-
-
-def test_a_thread_that_asks_while_another_closes_gets_the_clients_own_error() -> None:
-    started, release = threading.Event(), threading.Event()
-
-    def hold(received: Received) -> None:
-        started.set()
-        release.wait(10)
-
-    with stub(hold) as server, ThreadPoolExecutor(1) as threads:
-        client = RewardClient(server.url)
-        asked = threads.submit(client.info)
-        started.wait(10)
-        client.close()
-        with pytest.raises(RewardServiceError, match="closed"):
-            asked.result(timeout=5)
-        release.set()
-
-
-def test_a_client_that_is_dropped_takes_its_thread_along() -> None:
-    with stub() as server:
-        before = threading.active_count()
-        RewardClient(server.url).score("p", ["x"])
-        deadline = time.monotonic() + 5
-        while any(t.name == "reward-client" for t in threading.enumerate()):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert threading.active_count() <= before + 2  # the server's connections
-
-
-def test_an_async_client_lives_through_several_loops_but_not_in_two_at_once() -> None:
-    with stub() as server:
-        client = AsyncRewardClient(server.url)
-        for _ in range(2):
-            assert asyncio.run(client.score("p", ["xy"])).rewards == [2.0]
-
-        async def here() -> None:
-            await client.score("p", ["x"])
-            with pytest.raises(RuntimeError, match="another event loop"):
-                await asyncio.to_thread(asyncio.run, client.score("p", ["x"]))
-            await client.close()
-
-        asyncio.run(here())
-
-
-def test_a_client_works_in_a_process_that_is_forked_off() -> None:
-    with stub() as server, RewardClient(server.url) as client:
-        client.score("p", ["x"])
-        pid = os.fork()
-        if pid == 0:
-            is_right = client.score("p", ["xyz"]).rewards == [3.0]
-            os._exit(0 if is_right else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert client.score("p", ["xy"]).rewards == [2.0]
-
-
-def test_a_call_inside_a_running_loop_is_possible() -> None:
-    """In a notebook, say."""
-    with stub() as server, RewardClient(server.url) as client:
-
-        async def blocking() -> list[float | None]:
-            return client.score("p", ["xyz"]).rewards
-
-        assert asyncio.run(blocking()) == [3.0]
+# ---- models
 
 
 def admin(received: Received) -> Answer:

@@ -17,15 +17,11 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
-import httpx
 import pytest
 from conftest import free_port
-from hypothesis import given
-from hypothesis import strategies as st
 from stub_service import Answer, Behaviour, Received, error, stub
 
-from reward_actor import AsyncRewardClient, RewardClient, transport
-from reward_actor.endpoints import Endpoints, parse_urls
+from reward_actor import AsyncRewardClient, RewardClient
 from reward_actor.errors import RewardServiceError
 
 
@@ -309,111 +305,3 @@ def test_a_killed_endpoint_loses_nothing() -> None:
         finally:
             stop.set()
     assert failures == []
-
-
-# ---- the pure part
-
-outage = RewardServiceError("unavailable", "down", retryable=True)
-busy = RewardServiceError("overloaded", "full", retryable=True, retry_after_s=5.0)
-events = st.lists(st.tuples(st.sampled_from(["ok", "down", "busy"]), st.floats(0, 20)), max_size=40)
-
-
-@given(st.integers(1, 4), events)
-def test_nothing_is_chosen_that_is_aside_while_another_is_not(
-    count: int, events: list[tuple[str, float]]
-) -> None:
-    endpoints = Endpoints([f"http://{n}" for n in range(count)])
-    now = 100.0
-    for event, later in events:
-        now += later
-        ready = [e for e in endpoints.all if e.aside_until <= now]
-        pause = endpoints.pause_s(now, is_first=True)
-        if ready:
-            assert pause == 0
-        elif all(e.is_overloaded for e in endpoints.all):
-            assert 0 < pause <= 10
-        else:
-            assert pause == 0
-        if not ready:
-            assert 0 < endpoints.pause_s(now, is_first=False) <= 10
-        chosen = endpoints.choose(now)
-        assert not ready or chosen in ready
-        if event == "ok":
-            endpoints.succeeded(chosen)
-            assert chosen.aside_until <= now
-        else:
-            failure = outage if event == "down" else busy
-            endpoints.failed(chosen, failure, now, now)
-            assert chosen.aside_until >= now + (failure.retry_after_s or 0)
-
-
-@given(st.integers(1, 5), st.integers(1, 20))
-def test_healthy_endpoints_take_turns(count: int, num_turns: int) -> None:
-    endpoints = Endpoints([f"http://{n}" for n in range(count)])
-    chosen = [endpoints.choose(1.0).url for _ in range(count * num_turns)]
-    assert {chosen.count(url) for url in set(chosen)} == {num_turns}
-
-
-def test_requests_that_fail_together_count_once() -> None:
-    endpoints = Endpoints(["http://one"])
-    [one] = endpoints.all
-    for _ in range(50):
-        endpoints.failed(one, outage, started=10.0, now=11.0)
-    assert one.num_failures == 1
-    assert one.aside_until <= 11.2
-    for round_ in range(1, 20):
-        endpoints.failed(one, outage, one.aside_until, one.aside_until + 1)
-        assert one.num_failures == round_ + 1
-    assert 5 <= one.aside_until - one.failed_at <= 10
-
-
-def test_only_one_request_tries_an_endpoint_that_may_be_back() -> None:
-    endpoints = Endpoints(["http://one", "http://two"])
-    one, two = endpoints.all
-    endpoints.failed(one, outage, 10.0, 10.0)
-    chosen = [endpoints.choose(20.0) for _ in range(4)]
-    assert chosen.count(one) == 1
-    endpoints.succeeded(one)
-    assert {id(endpoints.choose(20.0)) for _ in range(2)} == {id(one), id(two)}
-
-
-def test_addresses_come_as_a_list_or_with_commas() -> None:
-    expected = ["http://a:1", "https://b/x"]
-    assert parse_urls("http://a:1/, https://b/x,http://a:1,") == expected
-    assert parse_urls(["http://a:1", "https://b/x/"]) == expected
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
-def test_data_that_nobody_acknowledges_ends_its_connection() -> None:
-    """A machine that has vanished gets no probes while it owes acknowledgements."""
-    with stub() as server:
-
-        async def call() -> None:
-            async with (
-                transport.connect(server.url, None, True) as connection,
-                connection.stream("GET", "/info") as reply,
-            ):
-                found = reply.extensions["network_stream"].get_extra_info("socket")
-                for name, value in {"TCP_USER_TIMEOUT": 30_000, "TCP_KEEPIDLE": 10}.items():
-                    assert found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
-                assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-
-        asyncio.run(call())
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
-def test_a_request_that_is_stuck_on_its_way_is_an_error_of_the_connection(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With a second instead of half a minute, and a peer that takes in nothing."""
-    monkeypatch.setitem(transport._PROBES, "TCP_USER_TIMEOUT", 1000)
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-
-        async def call() -> None:
-            async with transport.connect(url, None, True) as connection:
-                with pytest.raises(httpx.TransportError):
-                    await connection.post("/", content=b"x" * 2**24)
-
-        asyncio.run(asyncio.wait_for(call(), 20))

@@ -1,4 +1,4 @@
-"""From requests to replicas: cut by tokens, merged, sent again, refused in time. Without Ray."""
+"""From requests to replicas: merged, sent again, refused in time. Without Ray."""
 
 from __future__ import annotations
 
@@ -11,81 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from id_groups import Groups, groups_of_ids
 
 from reward_actor.errors import RewardServiceError
-from reward_actor.forest import plan_forests
 from serve import dispatch
-from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost, cut, distinct_tokens, fitting
+from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost
 from serve.wire import FlatSequences, ReplicaReply
-
-Groups = list[list[list[int]]]
-
-groups_of_ids = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 2), max_size=6),
-        st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=5),
-    ).map(lambda group: [[*group[0], *completion] for completion in group[1]]),
-    max_size=6,
-)
-
-
-@given(groups_of_ids, st.integers(1, 60))
-def test_cutting_keeps_every_sequence_and_divides_no_group_that_fits(
-    groups: Groups, budget: int
-) -> None:
-    pieces = cut(groups, budget)
-    assert [s for piece in pieces for s in piece.sequences] == [s for g in groups for s in g]
-    for piece in pieces:
-        assert piece.num_tokens <= budget or len(piece.sequences) == 1
-        [forest] = plan_forests(piece.sequences, 10**9)
-        assert piece.num_tokens >= forest.num_rows, "never fewer than are computed"
-    starts = {0}
-    for group in groups:
-        starts.add(max(starts) + len(group))
-    first = 0
-    place = 0
-    ranges = [(place := place + len(p.sequences)) for p in pieces]
-    for group in groups:
-        inside = [end for end in ranges if first < end < first + len(group)]
-        assert not inside or distinct_tokens(group)[1] > budget
-        first += len(group)
-
-
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5))
-def test_what_all_share_is_counted_once(group: list[list[int]]) -> None:
-    shared, num_tokens = distinct_tokens(group)
-    assert all(sequence[:shared] == group[0][:shared] for sequence in group)
-    assert num_tokens == shared + sum(len(sequence) - shared for sequence in group)
-
-
-singles = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=12)
-
-
-@given(singles, st.integers(1, 60))
-def test_what_goes_together_fits_and_the_first_is_among_it(
-    sequences: list[list[int]], budget: int
-) -> None:
-    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
-    places, num_tokens = fitting(cuts, budget)
-    assert places[0] == 0
-    assert places == sorted(set(places))
-    assert num_tokens <= budget or places == [0]
-    [forest] = plan_forests([sequences[i] for i in places], 10**9)
-    assert forest.num_rows <= num_tokens <= sum(len(sequences[i]) for i in places)
-    if num_tokens + max(map(len, sequences)) <= budget and num_tokens < budget / 2:
-        assert len(places) == len(cuts), "nothing stays behind where there is room"
-
-
-def test_completions_of_one_prompt_that_come_one_by_one_go_together() -> None:
-    prompts = [[prompt] * 30 for prompt in range(4)]
-    sequences = [[*prompts[i % 4], 10 + i] for i in range(16)]
-    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
-    places, num_tokens = fitting(cuts, 2 * (30 + 4))
-    assert places == [0, 1, 4, 5, 8, 9, 12, 13]
-    assert num_tokens == 2 * (30 + 4)
-    for budget in (30 + 4, 2 * (30 + 4) - 1):
-        assert fitting(cuts, budget) == ([0, 4, 8, 12], 30 + 4), "no prompt is divided"
-    assert len(fitting(cuts, 30 + 2)[0]) == 2, "but for one that is too large"
 
 
 def sums(message: FlatSequences) -> np.ndarray:
@@ -117,6 +48,16 @@ class Replicas:
             raise
         tokens = [row[:, None].astype(np.float32) for row in message.rows()]
         return reply(message, token_scores=tokens if token_scores else None)
+
+
+class Picky(Replicas):
+    """They cannot score 666."""
+
+    async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
+        if any(666 in row for row in message.rows()):
+            self.messages.append(message)
+            return reply(message, status="failed", raw_scores=None, reason="too long")
+        return await super().send(message, token_scores)
 
 
 def dispatcher(replicas: Replicas, **settings: Any) -> Dispatcher:
@@ -259,13 +200,6 @@ def test_a_replica_that_never_follows_is_of_another_deployment(
 
 
 def test_a_request_that_cannot_be_scored_fails_alone() -> None:
-    class Picky(Replicas):
-        async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
-            if any(666 in row for row in message.rows()):
-                self.messages.append(message)
-                return reply(message, status="failed", raw_scores=None, reason="too long")
-            return await super().send(message, token_scores)
-
     async def run() -> None:
         replicas = Picky()
         queue = dispatcher(replicas)
@@ -284,13 +218,6 @@ def test_a_request_that_cannot_be_scored_fails_alone() -> None:
 
 
 def test_one_among_many_that_cannot_be_scored_costs_few_messages() -> None:
-    class Picky(Replicas):
-        async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
-            if any(666 in row for row in message.rows()):
-                self.messages.append(message)
-                return reply(message, status="failed", raw_scores=None, reason="too long")
-            return await super().send(message, token_scores)
-
     async def run() -> None:
         replicas = Picky()
         queue = dispatcher(replicas)

@@ -12,7 +12,7 @@ from reward_actor.readout import Readout
 from serve import fleet as fleet_module
 from serve.dispatch import ReplicaLost
 from serve.fleet import Fleet, Model
-from serve.wire import Description
+from serve.wire import Description, ReplicaReply
 
 
 def description(replica: str, version: str, generation: int = 0) -> Description:
@@ -100,12 +100,17 @@ class Call:
         return self.answer.__await__()
 
 
+async def under_way() -> tuple[Call, asyncio.Task[ReplicaReply]]:
+    handle = Handle()
+    handle.score = call = Call()  # type: ignore[attr-defined]
+    sent = asyncio.create_task(made(handle).send(None, False))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    return call, sent
+
+
 def test_a_call_that_ray_ends_goes_to_another_replica() -> None:
     async def work() -> None:
-        handle = Handle()
-        handle.score = call = Call()  # type: ignore[attr-defined]
-        sent = asyncio.create_task(made(handle).send(None, False))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
+        call, sent = await under_way()
         call.answer.cancel()
         with pytest.raises(ReplicaLost):
             await sent
@@ -115,10 +120,7 @@ def test_a_call_that_ray_ends_goes_to_another_replica() -> None:
 
 def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
     async def work() -> None:
-        handle = Handle()
-        handle.score = call = Call()  # type: ignore[attr-defined]
-        sent = asyncio.create_task(made(handle).send(None, False))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
+        call, sent = await under_way()
         sent.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sent

@@ -3,109 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from browser import headless
+from visits import COMPLETIONS, PROMPT, Visit
 
 from reward_actor import RewardClient
-from reward_actor.schema import Info, MonitorReply
+from reward_actor.schema import Info
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Route
 
-PROMPT = "Name two fruits."
-COMPLETIONS = ["An apple and a pear.", "A hammer.\n\nAnd a\tsaw, 日本."]
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
     "</textarea><script>alert(1)</script>",
     "\"'><svg/onload=alert(1)>&lt;b&gt;",
 ]
-
-
-@dataclass
-class Visit:
-    """A page and what went wrong on it: messages of the console, requests to elsewhere."""
-
-    page: Page
-    url: str
-    complaints: list[str] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-
-    def write(self, completions: list[str], prompt: str = PROMPT) -> None:
-        self.page.get_by_label("Text of turn 1").fill(prompt)
-        cards = self.page.locator(".card")
-        while cards.count() < len(completions):
-            self.page.get_by_role("button", name="Add a completion").click()
-        while cards.count() > len(completions):
-            cards.last.get_by_role("button", name="Remove").click()
-        for index, completion in enumerate(completions):
-            cards.nth(index).locator("textarea").fill(completion)
-
-    def score(self) -> dict[str, Any]:
-        """Press the button; what the service replied, once it is on the page."""
-        with self.page.expect_response("**/v1/score") as reply:
-            self.page.get_by_role("button", name="Score").click()
-        self.page.wait_for_selector("#cards[aria-busy=false]")
-        body: dict[str, Any] = reply.value.json()
-        return body
-
-    def texts(self, selector: str) -> list[str]:
-        return self.page.locator(selector).all_text_contents()
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Browser]:
-    with headless() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(chrome: Browser, service: str) -> Iterator[Callable[..., Visit]]:
-    """Opens the playground; a page that complained or asked elsewhere fails its test."""
-    made: list[Visit] = []
-
-    def open_(
-        *,
-        routes: dict[str, Callable[[Route], None]] | None = None,
-        ready: bool = True,
-        **options: Any,
-    ) -> Visit:
-        context = chrome.new_context(**options)
-        context.set_default_timeout(10_000)
-        page = context.new_page()
-        one = Visit(page, service)
-        page.on("console", lambda message: one.complaints.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: one.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: one.complaints.append(f"alert: {dialog.message}"))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(service) else one.foreign.append(request.url)
-            ),
-        )
-        for pattern, handler in (routes or {}).items():
-            page.route(pattern, handler)
-        page.goto(f"{service}/playground")
-        if ready:
-            page.wait_for_selector("#state[data-state=ready]")
-        made.append(one)
-        return one
-
-    yield open_
-    for one in made:
-        one.page.unroute_all(behavior="ignoreErrors")
-        one.page.context.close()
-        assert one.foreign == []
-        assert one.complaints == []
-
-
-def no_load_errors(one: Visit) -> None:
-    """Chromium writes a line into the console for every status above 399, whoever handles it."""
-    one.complaints[:] = [text for text in one.complaints if "Failed to load resource" not in text]
 
 
 def test_the_page_and_its_files_come_with_a_strict_policy(service: str) -> None:
@@ -224,7 +139,7 @@ def test_the_keyboard_alone_is_enough(visit: Callable[..., Visit]) -> None:
     page.keyboard.press("Home")
     assert page.locator("#panel-score").is_visible()
     assert not page.locator("#panel-monitor").is_visible()
-    no_load_errors(one)
+    one.ignore_load_errors()
 
 
 def test_hostile_text_stays_text(visit: Callable[..., Visit]) -> None:
@@ -323,7 +238,7 @@ def test_a_token_is_asked_for_once_and_kept_in_memory_only(visit: Callable[..., 
         0,
         "",
     ]
-    no_load_errors(one)
+    one.ignore_load_errors()
 
 
 def test_errors_say_what_to_do(visit: Callable[..., Visit]) -> None:
@@ -350,7 +265,7 @@ def test_errors_say_what_to_do(visit: Callable[..., Visit]) -> None:
         one.page.get_by_role("button", name="Score").click()
         one.page.locator("#status.error", has_text=told).wait_for()
         assert one.page.locator("#cards").get_attribute("aria-busy") == "false"
-    no_load_errors(one)
+    one.ignore_load_errors()
 
 
 def test_a_service_that_is_not_ready_is_waited_for(visit: Callable[..., Visit]) -> None:
@@ -367,7 +282,7 @@ def test_a_service_that_is_not_ready_is_waited_for(visit: Callable[..., Visit]) 
     one = visit(routes={"**/info": later}, ready=False)
     one.page.wait_for_selector("#state[data-state=waiting]")
     one.page.wait_for_selector("#state[data-state=ready]")
-    no_load_errors(one)
+    one.ignore_load_errors()
 
 
 def test_members_of_an_ensemble_are_named(visit: Callable[..., Visit]) -> None:
@@ -403,128 +318,12 @@ def test_a_text_models_prompt_is_one_text(visit: Callable[..., Visit]) -> None:
     assert isinstance(sent.value.post_data_json["groups"][0]["prompt"], str)
 
 
-EDGES = [-2.0, -1.0, 0.0, 1.0, 2.0]
-DRIFTED = {
-    "model_version": "sha256:" + "a" * 64,
-    "num_rewards": 1234,
-    "mean": 1.1,
-    "std": 0.4,
-    "live": {"edges": EDGES, "shares": [0.0, 0.0, 0.4, 0.6]},
-    "held_out": {"edges": EDGES, "shares": [0.1, 0.4, 0.4, 0.1]},
-    "drift": 2.5,
-    "length_correlation": 0.7,
-    "share_at_extremes": 0.3,
-    "warnings": [
-        {"type": "drift", "message": "PSI 2.5 <b>"},
-        {"type": "length", "message": "correlation 0.7"},
-        {"type": "extremes", "message": "30 %"},
-    ],
-}
-UNKNOWN = {
-    **dict.fromkeys(
-        ("mean", "std", "live", "held_out", "drift", "length_correlation", "share_at_extremes")
-    ),
-    "model_version": "sha256:" + "b" * 64,
-    "num_rewards": 1,
-    "warnings": [],
-}
-
-
-def test_monitoring_shows_what_has_drifted_and_what_to_do(visit: Callable[..., Visit]) -> None:
-    replies = [{"models": [DRIFTED, UNKNOWN]}, {"models": [UNKNOWN]}]
-    for reply in replies:
-        MonitorReply.model_validate(reply)
-    asked: list[int] = []
-
-    def monitor(route: Route) -> None:
-        asked.append(1)
-        route.fulfill(json=replies[len(asked) > 1])
-
-    one = visit(routes={"**/v1/monitor": monitor})
-    page = one.page
-    page.get_by_role("tab", name="Monitoring").click()
-    first = page.locator(".monitored").first
-    first.wait_for()
-    assert first.locator("h3, .badge, .count").all_text_contents() == [
-        "aaaaaaaa",
-        "served now",
-        "1,234 rewards",
-    ]
-    assert first.locator("rect.live").count() == len(EDGES) - 1
-    assert first.locator("path.held-out").count() == 1
-    assert first.locator(".warnings li").count() == 3
-    assert "PSI 2.5 <b>" in first.locator(".warnings").inner_text()
-    assert "rayward eval" in first.locator(".warnings").inner_text()
-    figures = first.locator(".figures strong").all_text_contents()
-    assert figures == ["+1.100", "0.400", "2.500", "+0.700", "30.0 %"]
-    first.get_by_text("The same as a table").click()
-    assert "60.0 %" in first.locator("table").inner_text()
-    assert (
-        page.locator(".monitored").nth(1).locator(".figures strong").first.inner_text()
-        == "not known"
-    )
-    page.locator(".monitored", has_text="aaaaaaaa").wait_for(state="detached")
-    assert page.locator(".monitored .badge").all_text_contents() == ["served now"]
-    page.get_by_role("tab", name="Score").click()
-    before = len(asked)
-    page.wait_for_timeout(2300)
-    assert len(asked) <= before + 1, "a tab that nobody looks at asks for nothing"
-
-
-@pytest.mark.parametrize("reply", [404, 401, {"models": [{**UNKNOWN, "num_rewards": 0}]}])
-def test_monitoring_without_anything_to_show_says_so(
-    visit: Callable[..., Visit], reply: Any
-) -> None:
-    def monitor(route: Route) -> None:
-        if isinstance(reply, int):
-            route.fulfill(status=reply, json={"error": {"type": "not_found", "message": ""}})
-        else:
-            route.fulfill(json=reply)
-
-    one = visit(routes={"**/v1/monitor": monitor})
-    one.page.get_by_role("tab", name="Monitoring").click()
-    titles = {404: "No monitoring here", 401: "This service asks for a token"}
-    title = titles[reply] if isinstance(reply, int) else "No rewards yet"
-    one.page.get_by_role("heading", name=title).wait_for()
-    no_load_errors(one)
-
-
-def test_monitoring_of_this_service(visit: Callable[..., Visit]) -> None:
-    one = visit()
-    one.score()
-    one.page.get_by_role("tab", name="Monitoring").click()
-    if httpx.get(f"{one.url}/v1/monitor").status_code == 404:
-        one.page.get_by_role("heading", name="No monitoring here").wait_for()
-        no_load_errors(one)
-        return
-    current = one.page.locator(".monitored").first
-    current.wait_for()
-    assert current.locator("h3").text_content() == one.page.locator("#fact-version").text_content()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(visit: Callable[..., Visit], scheme: str) -> None:
-    """axe-core's rules of WCAG 2.2 A and AA, contrast among them, on both tabs and the dialog."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    def monitor(route: Route) -> None:
-        route.fulfill(json={"models": [DRIFTED, UNKNOWN]})
-
-    # axe writes HTML of its own, which the page's policy forbids to everyone.
-    one = visit(routes={"**/v1/monitor": monitor}, color_scheme=scheme, bypass_csp=True)
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-    options = {"runOnly": {"type": "tag", "values": tags}}
-
-    def check(where: str) -> None:
-        found = Axe().run(one.page, options=options)
-        assert found.violations_count == 0, f"{where}: {found.generate_report()}"
-
+    one = visit(color_scheme=scheme, bypass_csp=True)
     one.write([*COMPLETIONS, "word " * 500])
     one.score()
     one.page.locator(".token").last.focus()
-    check("results")
-    one.page.get_by_role("tab", name="Monitoring").click()
-    one.page.locator(".monitored").first.wait_for()
-    check("monitoring")
+    one.check_accessibility()
     one.page.evaluate("document.getElementById('token-dialog').showModal()")
-    check("dialog")
+    one.check_accessibility()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Group, SampleError, Whole
-from reward_actor.render import Renderer, RenderError, contract_for, tokenizer_fingerprint
+from reward_actor.new_contract import contract_for
+from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
 from reward_actor.tokenizer import load_tokenizer
 
 THINKING = (

@@ -41,7 +41,7 @@ def train_on_one(
     data: Comparisons,
     heldout: Comparisons,
 ) -> Any:
-    from reward_actor.render import contract_for
+    from reward_actor.new_contract import contract_for
     from reward_actor.tokenizer import load_tokenizer
     from trainer.network import base_config
 

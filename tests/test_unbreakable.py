@@ -180,43 +180,48 @@ def test_callers_that_hang_up_take_their_work_with_them(running: Service) -> Non
             time.sleep(0.2)
 
 
-def test_callers_that_hang_up_end_no_work_of_others(slow_service: Service) -> None:
+def test_callers_that_hang_up_end_no_work_of_others(
+    slow_service: Service, slow_export: Path
+) -> None:
     """Ray Serve ends whatever a request has begun; a message may hold parts of other requests."""
     done = threading.Event()
+    completion = list(range(5, 105))
 
-    def post(prompts: list[list[int]], timeout_s: float) -> list[list[float]] | None:
+    def ask(prompts: list[list[int]], timeout_s: float) -> list[float] | None:
         """The rewards, or None when the queue was full."""
-        completions = [list(range(5, 105))] * 2
-        groups = [{"prompt_ids": prompt, "completion_ids": completions} for prompt in prompts]
+        groups = [{"prompt_ids": prompt, "completion_ids": [completion]} for prompt in prompts]
         with httpx.Client(base_url=slow_service.url, timeout=timeout_s) as http:
             reply = http.post("/v1/score", json={"groups": groups})
         if reply.status_code == 429:
             return None
-        return [result["rewards"] for result in reply.raise_for_status().json()["results"]]
+        results = reply.raise_for_status().json()["results"]
+        return [reward for result in results for reward in result["rewards"]]
 
     def hang_up(seed: int) -> None:
         random = np.random.default_rng(seed)
         while not done.is_set():
-            prompts = random.integers(5, 300, (24, 100)).tolist()  # several messages
+            prompts = random.integers(5, 300, (36, 100)).tolist()  # several messages
             with contextlib.suppress(httpx.TimeoutException):
-                post(prompts, random.uniform(0.1, 2.0))
+                ask(prompts, random.uniform(0.1, 2.0))
 
-    def wait(index: int) -> list[list[float]]:
-        prompts = np.random.default_rng(100 + index).integers(5, 300, (2, 100)).tolist()
-        while (rewards := post(prompts, 30)) is None:
+    def wait(prompts: list[list[int]]) -> list[float]:
+        while (rewards := ask(prompts, 30)) is None:
             time.sleep(0.1)
         return rewards
 
+    asked = np.random.default_rng(100).integers(5, 300, (12, 3, 100)).tolist()
     with ThreadPoolExecutor(8) as pool:
         rude = [pool.submit(hang_up, seed) for seed in range(4)]
         try:
-            found = list(pool.map(wait, range(20)))
+            found = list(pool.map(wait, asked))
         finally:
             done.set()
         for each in rude:
             each.result()
-    for index in range(0, 20, 5):
-        assert wait(index) == [pytest.approx(rewards, abs=1e-5) for rewards in found[index]]
+    offline = RewardScorer.from_pretrained(slow_export, "cpu")
+    for prompts, rewards in zip(asked, found, strict=True):
+        expected = offline.score_ids([[*prompt, *completion] for prompt in prompts])
+        assert rewards == pytest.approx(expected, abs=1e-5)
 
 
 def overload(service: Service, seconds: float, factor: float) -> dict[str, Any]:

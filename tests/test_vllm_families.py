@@ -17,7 +17,7 @@ from families import FAMILIES, make_network
 
 from reward_actor import RewardScorer
 from reward_actor.checkpoint import export
-from reward_actor.render import contract_for
+from reward_actor.new_contract import contract_for
 from reward_actor.tokenizer import load_tokenizer
 from reward_actor.vllm_scorer import VllmScorer
 

@@ -253,7 +253,8 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
 
 def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
     """How the rows are rendered, and by the contract how the export will be scored."""
-    from reward_actor.render import Renderer, contract_for
+    from reward_actor.new_contract import contract_for
+    from reward_actor.render import Renderer
     from reward_actor.tokenizer import load_tokenizer
     from trainer.network import base_config
 

@@ -1,0 +1,173 @@
+"""Clients that are closed, dropped, forked, or called from several loops and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from stub_service import Answer, Received, error, stub
+
+from reward_actor import AsyncRewardClient, Group, RewardClient
+from reward_actor.async_client import closed
+from reward_actor.errors import RewardServiceError
+
+
+def test_close_ends_what_is_under_way_with_an_error() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    with stub(hold) as server:
+        client = RewardClient(server.url, max_concurrency=1)
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
+            started.wait(10)
+            client.close()
+            for call in calls:
+                with pytest.raises(RewardServiceError, match="closed"):
+                    call.result(timeout=5)
+        release.set()
+        with pytest.raises(RewardServiceError, match="closed"):
+            client.score("p", ["x"])
+        client.close()
+
+
+def divided(started: threading.Event, release: threading.Event) -> Callable[[Received], Any]:
+    """Refuses the request of all calls, and holds that of the first half."""
+
+    def behave(received: Received) -> Answer | None:
+        if received.num_samples == 4:
+            return error("invalid_request")
+        started.set()
+        release.wait(10)
+        return None
+
+    return behave
+
+
+def test_close_ends_both_halves_of_a_divided_request() -> None:
+    started, release = threading.Event(), threading.Event()
+    with stub(divided(started, release)) as server:
+
+        async def calls() -> list[Any]:
+            client = AsyncRewardClient(server.url, timeout_s=30.0)
+            tasks = [asyncio.create_task(client.score("p", ["x"])) for _ in range(4)]
+            await asyncio.to_thread(started.wait, 10)
+            await client.close()
+            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+
+        results = asyncio.run(calls())
+        release.set()
+    assert [str(result) for result in results] == [str(closed())] * 4
+    assert {type(result) for result in results} == {RewardServiceError}
+
+
+def test_threads_of_a_divided_request_get_the_clients_own_error() -> None:
+    started, release, first = threading.Event(), threading.Event(), threading.Event()
+    behave = divided(started, release)
+
+    def hold_first(received: Received) -> Answer | None:
+        if received.groups == [Group("first", ["x"])]:
+            first.set()
+            time.sleep(0.3)  # the other four come meanwhile, and go together
+            return None
+        return behave(received)
+
+    with stub(hold_first) as server, ThreadPoolExecutor(5) as threads:
+        client = RewardClient(server.url, timeout_s=30.0, max_concurrency=1)
+        early = threads.submit(client.score, "first", ["x"])
+        first.wait(10)
+        calls = [threads.submit(client.score, "p", ["x"]) for _ in range(4)]
+        started.wait(10)
+        assert early.result(timeout=5).rewards == [1.0]
+        client.close()
+        for call in calls:
+            with pytest.raises(RewardServiceError, match="closed"):
+                call.result(timeout=5)
+        release.set()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_close_ends_a_request_that_has_not_begun(turns: int) -> None:
+    async def call() -> None:
+        client = AsyncRewardClient("http://127.0.0.1:1", timeout_s=30.0)
+        task = asyncio.create_task(client.score("p", ["x"]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(RewardServiceError, match="closed"):
+            await asyncio.wait_for(task, 5)
+
+    asyncio.run(call())
+
+
+def test_a_thread_that_asks_while_another_closes_gets_the_clients_own_error() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    with stub(hold) as server, ThreadPoolExecutor(1) as threads:
+        client = RewardClient(server.url)
+        asked = threads.submit(client.info)
+        started.wait(10)
+        client.close()
+        with pytest.raises(RewardServiceError, match="closed"):
+            asked.result(timeout=5)
+        release.set()
+
+
+def test_a_client_that_is_dropped_takes_its_thread_along() -> None:
+    with stub() as server:
+        before = threading.active_count()
+        RewardClient(server.url).score("p", ["x"])
+        deadline = time.monotonic() + 5
+        while any(t.name == "reward-client" for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert threading.active_count() <= before + 2  # the server's connections
+
+
+def test_an_async_client_lives_through_several_loops_but_not_in_two_at_once() -> None:
+    with stub() as server:
+        client = AsyncRewardClient(server.url)
+        for _ in range(2):
+            assert asyncio.run(client.score("p", ["xy"])).rewards == [2.0]
+
+        async def here() -> None:
+            await client.score("p", ["x"])
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, client.score("p", ["x"]))
+            await client.close()
+
+        asyncio.run(here())
+
+
+def test_a_client_works_in_a_process_that_is_forked_off() -> None:
+    with stub() as server, RewardClient(server.url) as client:
+        client.score("p", ["x"])
+        pid = os.fork()
+        if pid == 0:
+            is_right = client.score("p", ["xyz"]).rewards == [3.0]
+            os._exit(0 if is_right else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert client.score("p", ["xy"]).rewards == [2.0]
+
+
+def test_a_call_inside_a_running_loop_is_possible() -> None:
+    """In a notebook, say."""
+    with stub() as server, RewardClient(server.url) as client:
+
+        async def blocking() -> list[float | None]:
+            return client.score("p", ["xyz"]).rewards
+
+        assert asyncio.run(blocking()) == [3.0]

@@ -1,0 +1,157 @@
+"""The way to an endpoint: token, TLS, proxy, and connections whose other end has vanished."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import httpx
+import pytest
+from stub_service import error, stub
+
+from reward_actor import RewardClient, transport
+from reward_actor.errors import RewardServiceError
+
+SECRET = "secret-token-0123456789"
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_the_token_is_sent_and_never_shown(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {}
+    if by == "argument":
+        options["token"] = SECRET
+    else:
+        monkeypatch.setenv("RAYWARD_TOKEN", SECRET + "\n")  # as a file ends
+    with (
+        stub(lambda _: error("unauthenticated")) as server,
+        RewardClient(server.url, **options) as client,
+    ):
+        with pytest.raises(RewardServiceError) as refused:
+            client.score("a secret prompt", ["a secret completion"])
+        assert server.received[0].headers["authorization"] == f"Bearer {SECRET}"
+        shown = f"{refused.value!r} {refused.value} {client!r} {client._client!r}"
+    with (
+        RewardClient(server.url, timeout_s=0.5, **options) as client,
+        pytest.raises(RewardServiceError) as gone,
+    ):
+        client.score("a secret prompt", ["a secret completion"])
+    assert "secret" not in shown + repr(gone.value)
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "ünïcode", "\x00"])
+def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as refused:
+        RewardClient("http://127.0.0.1:1", token=token)
+    assert token not in str(refused.value)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, key_pem = tmp_path / "cert.pem", tmp_path / "key.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_pem.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return pem, key_pem
+
+
+def test_https_trusts_the_authorities_that_it_is_given(certificate: tuple[Path, Path]) -> None:
+    pem, key = certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+    with stub(context=context) as server:
+        for verify in (str(pem), False, ssl.create_default_context(cafile=pem)):
+            with RewardClient(server.url, verify=verify) as client:
+                assert client.score("p", ["xyz"]).rewards == [3.0]
+        started = time.monotonic()
+        with RewardClient(server.url) as client, pytest.raises(RewardServiceError) as refused:
+            client.score("p", ["x"])
+        assert "certificate is not trusted" in refused.value.message
+        assert time.monotonic() - started < 5
+    with pytest.raises(ValueError, match="verify is"):
+        RewardClient("https://127.0.0.1", verify="/nowhere.pem")
+
+
+def test_the_environments_proxy_is_used_but_not_past_no_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stub(lambda _: error("forbidden")) as proxy, stub() as server:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with (
+            RewardClient("http://rewards.invalid") as client,
+            pytest.raises(RewardServiceError, match="forbidden"),
+        ):
+            client.score("p", ["x"])
+        assert proxy.received[0].path == "http://rewards.invalid/v1/score"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with RewardClient(server.url) as client:
+            assert client.score("p", ["xyz"]).rewards == [3.0]
+        assert len(proxy.received) == 1
+
+
+def test_data_that_nobody_acknowledges_ends_its_connection() -> None:
+    """A machine that has vanished gets no probes while it owes acknowledgements."""
+    with stub() as server:
+
+        async def call() -> None:
+            async with (
+                transport.connect(server.url, None, True) as connection,
+                connection.stream("GET", "/info") as reply,
+            ):
+                found = reply.extensions["network_stream"].get_extra_info("socket")
+                for name, value in {"TCP_USER_TIMEOUT": 30_000, "TCP_KEEPIDLE": 10}.items():
+                    assert found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+                assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+        asyncio.run(call())
+
+
+def test_a_request_that_is_stuck_on_its_way_is_an_error_of_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a second instead of half a minute, and a peer that takes in nothing."""
+    monkeypatch.setitem(transport._PROBES, "TCP_USER_TIMEOUT", 1000)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+
+        async def call() -> None:
+            async with transport.connect(url, None, True) as connection:
+                with pytest.raises(httpx.TransportError):
+                    await connection.post("/", content=b"x" * 2**24)
+
+        asyncio.run(asyncio.wait_for(call(), 20))
+
+
+def test_a_system_without_these_options_has_connections_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in transport._PROBES:
+        monkeypatch.delattr(socket, name)
+    with stub() as server, RewardClient(server.url) as client:
+        assert client.score("p", ["xyz"]).rewards == [3.0]
