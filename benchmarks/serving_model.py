@@ -81,7 +81,7 @@ def save_model(shape: Shape, directory: Path) -> None:
     """Export a reward model of this shape, float32, with golden samples in every dtype."""
     import torch
 
-    from reward_actor.checkpoint import export
+    from reward_actor.export import export
 
     network = build_network(shape, torch.float32, "cpu")
     tokenizer = make_tokenizer(shape)

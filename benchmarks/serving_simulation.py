@@ -38,8 +38,8 @@ from benchmarks.serving_workloads import PROTOCOLS, id_groups, singles, text_req
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.simulated_fleet import SimulatedFleet, describe
 from benchmarks.workloads import Range
+from serve.api import build_api
 from serve.config import ServeConfig
-from serve.http import build_api
 from serve.service import RewardService
 from serve.swap import Swapper
 

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
-from reward_actor.contract import CONTRACT_FILE, ScoringContract, model_version, sha256_file
+from reward_actor.contract import CONTRACT_FILE, ScoringContract, model_version
 from reward_actor.extract import RewardModel
 from reward_actor.headers import CheckpointError as CheckpointError
 from reward_actor.layouts import Layout, recognise
+from reward_actor.manifest import check_manifest
 from reward_actor.networks import load_network, own_score
 from reward_actor.new_contract import contract_for
 from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-MANIFEST_FILE = "MANIFEST.json"
-
-# vLLM finds a network by the name of its class, and some families by another than `transformers`
-# gives; `transformers` goes by model_type, so that either name serves it.
-_VLLM_NAMES = {"Gemma3TextForSequenceClassification": "Gemma3ForSequenceClassification"}
 
 
 @dataclass(frozen=True)
@@ -187,92 +177,3 @@ def resolve_device(device: str) -> str:
 def check_directory(path: str | Path) -> Path:
     """The directory as a path. Raises CheckpointError unless it holds a trained reward model."""
     return recognise(path).directory
-
-
-def check_manifest(directory: Path) -> None:
-    """Raise CheckpointError if a file differs from the digest that the export recorded.
-
-    Files about the model, which decide no reward, may be left out of a copy.
-    """
-    path = directory / MANIFEST_FILE
-    if not path.exists():
-        return
-    manifest = json.loads(path.read_text())
-    for name, expected in manifest["sha256"].items():
-        file = directory / name
-        if not file.exists():
-            if name in manifest.get("optional", []):
-                continue
-            raise CheckpointError(f"{file} is in {MANIFEST_FILE} but not in the directory")
-        if sha256_file(file) != expected:
-            raise CheckpointError(
-                f"{file} differs from its digest in {MANIFEST_FILE}: it was damaged or edited "
-                "after the export. Copy or export it again."
-            )
-
-
-def export(
-    directory: Path,
-    config: PretrainedConfig,
-    network: PreTrainedModel,
-    state_dict: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    contract: ScoringContract,
-    files: Mapping[str, str | Path],
-    device: str = "auto",
-) -> ScoringContract:
-    """Write a directory that Rayward, plain `transformers` and vLLM load, and replace `directory`.
-
-    `state_dict` are the whole weights as they were computed with; `files` are files about the
-    model, by name: their text, or a path to copy. Everything is written beside `directory` first
-    and checked by its golden samples, so an interrupted export leaves what was there before.
-    """
-    from reward_actor.golden import record
-
-    staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    config.num_labels = len(contract.heads)
-    config.id2label = dict(enumerate(contract.heads))
-    config.label2id = {name: index for index, name in enumerate(contract.heads)}
-    config.problem_type = "regression"  # without it vLLM puts a sigmoid on the reward
-    config.pad_token_id = contract.pad_token_id
-    config.use_cache = True
-    network.config = config
-    network.save_pretrained(staging, state_dict=dict(state_dict))
-    _name_for_vllm(staging / "config.json")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
-    tokenizer.save_pretrained(staging)
-    contract = record(staging, contract, device)
-    for name, content in files.items():
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, staging / name)
-        else:
-            (staging / name).write_text(content, encoding="utf-8")
-    write_manifest(staging, optional=files)
-    previous = directory.with_name(directory.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, previous)
-    os.replace(staging, directory)
-    shutil.rmtree(previous, ignore_errors=True)
-    return contract
-
-
-def _name_for_vllm(config_file: Path) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["architectures"] = [_VLLM_NAMES.get(name, name) for name in config["architectures"]]
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def write_manifest(directory: Path, optional: Iterable[str] = ()) -> None:
-    """Record the sha256 of every file of the directory in MANIFEST.json, and which of them a copy
-    may lack."""
-    files: dict[str, Any] = {
-        str(path.relative_to(directory)): sha256_file(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_FILE
-    }
-    text = json.dumps({"sha256": files, "optional": sorted(optional)}, indent=2)
-    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")

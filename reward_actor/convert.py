@@ -15,17 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from reward_actor.checkpoint import (
-    CheckpointError,
-    check_manifest,
-    export,
-    infer_contract,
-    load_contract,
-)
+from reward_actor.checkpoint import CheckpointError, infer_contract, load_contract
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
+from reward_actor.export import export
 from reward_actor.extract import head_name
 from reward_actor.headers import BODY_PREFIXES, PICKLED_WEIGHTS, is_deepspeed_chat, read_config
 from reward_actor.layouts import ADAPTER_CONFIG, Layout, recognise
+from reward_actor.manifest import check_manifest
 from reward_actor.networks import CUSTOM_SETTINGS, load_network
 from reward_actor.new_contract import contract_for
 from reward_actor.plain import is_plain, network_of

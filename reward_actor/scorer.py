@@ -18,6 +18,7 @@ from reward_actor.checkpoint import LoadedModel, load, resolve_device
 from reward_actor.contract import Combine
 from reward_actor.engine import Attention, Engine, Plan
 from reward_actor.ensemble import Ensemble, ensemble_readout, ensemble_version, shared_contract
+from reward_actor.golden import replay
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
 from reward_actor.memory import limit_to_share
 from reward_actor.readout import Reading
@@ -125,8 +126,6 @@ class RewardScorer:
         for engine in scorer.engines:
             engine.freeze()  # nobody else has these networks
         if check_golden:
-            from reward_actor.golden import replay
-
             for member, engine in zip(scorer.members, scorer.engines, strict=True):
                 renderer = Renderer(member.tokenizer, member.contract)
                 replay(renderer, member.dtype, engine.raw_scores, f"the {engine.path} path")

@@ -59,9 +59,10 @@ def app(args: dict[str, Any]) -> Application:
 
 def resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths and a name, its model checked. Raises ValueError."""
-    from reward_actor.checkpoint import check_manifest, load_contract
+    from reward_actor.checkpoint import load_contract
     from reward_actor.ensemble import model_directories
     from reward_actor.layouts import recognise
+    from reward_actor.manifest import check_manifest
 
     directory = Path(config.model).expanduser().resolve()
     for member in model_directories(directory):

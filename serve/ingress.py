@@ -14,9 +14,9 @@ from reward_actor import schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.registry import Registry
+from serve.api import build_api
 from serve.auth import require_guard
 from serve.config import ServeConfig
-from serve.http import build_api
 from serve.service import RewardService
 from serve.swap import Swapper
 

@@ -29,9 +29,9 @@ from serve.monitor import Monitor
 from serve.pointer import NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
-    from serve.service import Scored
+    from reward_actor.groups import GroupScores
     from serve.wire import Description
 
 logger = logging.getLogger("ray.serve")
@@ -85,26 +85,32 @@ class Observer:
         reference = None if held_out is None else Reference(held_out, contract.mean, contract.std)
         self._monitor.serve(newest.model_version, reference)
 
-    def scored(self, scored: Scored) -> None:
-        """A request has its scores."""
+    def scored(
+        self,
+        results: Iterable[GroupScores],
+        model_version: str,
+        timings_ms: Mapping[str, float],
+        computed_tokens: int,
+    ) -> None:
+        """A request has its scores; `computed_tokens` counts shared prefixes once."""
         num_samples = num_tokens = 0
-        for group in scored.results:
+        for group in results:
             num_samples += len(group.rewards)
             num_tokens += sum(group.num_tokens)
             for error in filter(None, group.errors):
                 self._recorder.count(metrics.SAMPLE_ERRORS, 1, error.type)
-            self._monitor.add(scored.model_version, group.rewards, group.num_tokens)
-        for stage, ms in scored.timings_ms.items():
+            self._monitor.add(model_version, group.rewards, group.num_tokens)
+        for stage, ms in timings_ms.items():
             self._recorder.observe(metrics.LATENCY, ms / 1e3, stage)
         self._recorder.count(metrics.SAMPLES, num_samples)
         self._recorder.count(metrics.TOKENS, num_tokens)
-        self._recorder.count(metrics.COMPUTED_TOKENS, scored.computed_tokens)
-        self._recorder.count(metrics.SAVED_TOKENS, num_tokens - scored.computed_tokens)
+        self._recorder.count(metrics.COMPUTED_TOKENS, computed_tokens)
+        self._recorder.count(metrics.SAVED_TOKENS, num_tokens - computed_tokens)
         answered = CURRENT.get()
         if answered is not None:
             answered.num_samples += num_samples
             answered.num_tokens += num_tokens
-            answered.model_version = scored.model_version
+            answered.model_version = model_version
 
     def answered(self, answered: Answered) -> None:
         """An HTTP request is over."""

@@ -82,7 +82,9 @@ class RewardService:
         started = time.perf_counter()
         scored = await self.within_deadline(self._score(groups, token_rewards))
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
-        self.observer.scored(scored)
+        self.observer.scored(
+            scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
+        )
         return scored
 
     async def model(self) -> Model:

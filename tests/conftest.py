@@ -135,7 +135,7 @@ def make_export(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from reward_actor.checkpoint import export
+    from reward_actor.export import export
     from reward_actor.new_contract import contract_for
     from reward_actor.tokenizer import load_tokenizer
 

@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 import rayward
+from serve.api import build_api
 from serve.auth import RULES, Guard, Tokens, add_token, comes_from_elsewhere, require_guard, rule_of
 from serve.config import ServeConfig
-from serve.http import build_api
 from serve.service import RewardService
 from serve.swap import Swapper
 

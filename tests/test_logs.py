@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
 
 from serve import logs
+from serve.api import build_api
 from serve.config import ServeConfig
-from serve.http import build_api
 from serve.logs import CURRENT, Answered, LogFile, RequestLog, json_line
 from serve.service import RewardService
 from serve.swap import Swapper

@@ -129,10 +129,10 @@ def resume(model: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
     built = trainer(settings(model, **changes))
     for i in range(2):
         built.step(i)
-    zero.save(built.engine, folder)
+    zero.save(built.engine, folder, "state")
     through = last_two(built)
     built = trainer(settings(model, **changes))
-    zero.load(built.engine, folder)
+    zero.load(built.engine, folder, "state")
     return {"through": through, "resumed": last_two(built)}
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.comparisons import Comparison, Comparisons
+from trainer.comparisons import Comparison, Comparisons, holds_ties
 from trainer.config import LossConfig
 from trainer.loss import davidson, plackett_luce
-from trainer.objective import Labels, comparison_losses, holds_ties, pair_counts
+from trainer.objective import Labels, comparison_losses, pair_counts
 
 FEW = settings(max_examples=40, deadline=None)
 CLOSE = {"rtol": 0, "atol": 1e-12}

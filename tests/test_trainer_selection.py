@@ -14,7 +14,7 @@ import pytest
 from engines import comparisons, on_workers, settings, train_without_ray
 from safetensors.numpy import load_file
 
-from reward_actor.checkpoint import check_manifest
+from reward_actor.manifest import check_manifest
 from trainer.comparisons import Comparison, Comparisons
 from trainer.config import EvaluationConfig
 from trainer.hub import PRIVATE

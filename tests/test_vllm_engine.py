@@ -23,11 +23,12 @@ from conftest import make_export
 from foreign import openrlhf
 
 from reward_actor import RewardScorer
-from reward_actor.checkpoint import CheckpointError, write_manifest
+from reward_actor.checkpoint import CheckpointError
 from reward_actor.contract import ContractError
 from reward_actor.ensemble import write_ensemble
 from reward_actor.errors import EngineDied
 from reward_actor.golden import replay
+from reward_actor.manifest import write_manifest
 from reward_actor.render import Renderer
 from reward_actor.vllm_scorer import VllmScorer
 

@@ -16,7 +16,7 @@ import torch
 from families import FAMILIES, make_network
 
 from reward_actor import RewardScorer
-from reward_actor.checkpoint import export
+from reward_actor.export import export
 from reward_actor.new_contract import contract_for
 from reward_actor.tokenizer import load_tokenizer
 from reward_actor.vllm_scorer import VllmScorer

@@ -175,3 +175,9 @@ def _saved() -> list[str]:
 
 def _size(path: Path) -> int:
     return len(np.load(path, mmap_mode="r"))
+
+
+def holds_ties(comparisons: Comparisons) -> bool:
+    """Whether any pair of the data set is a tie: then all its pairs need a model of ties."""
+    first = comparisons.starts[:-1][np.diff(comparisons.starts) == 2]
+    return bool((comparisons.scores[first] == comparisons.scores[first + 1]).any())

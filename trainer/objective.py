@@ -80,12 +80,6 @@ class PairCounts:
     """Of reward_chosen - reward_rejected."""
 
 
-def holds_ties(comparisons: Comparisons) -> bool:
-    """Whether any pair of the data set is a tie: then all its pairs need a model of ties."""
-    first = comparisons.starts[:-1][np.diff(comparisons.starts) == 2]
-    return bool((comparisons.scores[first] == comparisons.scores[first + 1]).any())
-
-
 def comparison_losses(
     outputs: Tensor, labels: Labels, config: LossConfig, has_ties: bool
 ) -> Losses:

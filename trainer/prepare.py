@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reward_actor.contract import sha256_text
-from trainer.comparisons import Comparisons
+from trainer.comparisons import Comparisons, holds_ties
 from trainer.config import TrainConfig
 from trainer.gather import Gathered, first_uses, num_contradictions
 from trainer.rendered import Dropped, Rules, Tally
@@ -80,8 +80,6 @@ class Prepared(TrainingData):
     ) -> Prepared:
         """Raises ValueError if the weights of the sources leave nothing to train on."""
         sources = config.data.sources("train")
-        from trainer.objective import holds_ties  # with torch, which only a training needs
-
         prepared = cls(
             train=train,
             heldout=heldout,

@@ -87,7 +87,7 @@ class Checkpoints:
         folder = from_first(new_folder(step, uuid.uuid4().hex[:8]))
         shutil.rmtree(self._staging / TAG, ignore_errors=True)
         with _collected_errors(self._engine) as errors:
-            zero.save(self._engine, self._staging)
+            zero.save(self._engine, self._staging, TAG)
         outcome = self._thread.submit(
             self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
         )
@@ -174,7 +174,10 @@ class Checkpoints:
                 if not problems:
                     is_other = state.num_workers != dist.get_world_size()
                     zero.load(
-                        self._engine, place, universal=is_other and zero.is_sharded(self._engine)
+                        self._engine,
+                        place,
+                        TAG,
+                        universal=is_other and zero.is_sharded(self._engine),
                     )
                     chosen = state
                     break

@@ -280,7 +280,8 @@ def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
 
 def finished(output_dir: Path) -> dict[str, Any] | None:
     """The result of a run whose export is there and whole, else None."""
-    from reward_actor.checkpoint import CheckpointError, check_manifest
+    from reward_actor.checkpoint import CheckpointError
+    from reward_actor.manifest import check_manifest
 
     path = output_dir / "result.json"
     if not path.exists() or not (output_dir / "export" / "MANIFEST.json").exists():

@@ -24,7 +24,6 @@ from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.network import build_model
 from trainer.optimizers import make_optimizer, make_schedule
-from trainer.saved import TAG
 from trainer.zero_settings import deepspeed_config
 
 if TYPE_CHECKING:
@@ -108,10 +107,10 @@ def _check_norm(norm: float, index: int) -> None:
         )
 
 
-def save(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Write what is trained, the optimizer and the schedule into `folder`, on every worker at once;
-    what is frozen comes from `model.path` again."""
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+def save(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Write what is trained, the optimizer and the schedule into `folder/tag`, on every worker at
+    once; what is frozen comes from `model.path` again."""
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
 
 def is_sharded(engine: DeepSpeedEngine) -> bool:
@@ -119,12 +118,12 @@ def is_sharded(engine: DeepSpeedEngine) -> bool:
     return bool(engine.zero_optimization())
 
 
-def load(engine: DeepSpeedEngine, folder: Path, *, universal: bool = False) -> None:
+def load(engine: DeepSpeedEngine, folder: Path, tag: str, *, universal: bool = False) -> None:
     """Go on from what `save` wrote, or what was made of that in the universal format, on every
     worker at once. By pickle: only from trusted files."""
     engine._config.load_universal_checkpoint = universal
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load_trained)
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained)
     engine._config.load_universal_checkpoint = False
     assert loaded is not None, "DeepSpeed did not find what it has saved"
 

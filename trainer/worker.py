@@ -1,0 +1,54 @@
+"""What Ray Train's workers and its evaluation tasks run. Light: the trainer loads when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+
+from trainer.config import TrainConfig
+from trainer.job import EVALUATION, REASON, Job
+from trainer.prepare import TrainingData
+from trainer.saved import SavedState
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+
+def train(job: Job) -> dict[str, Any]:
+    """`trainer.loop.train`, on a worker."""
+    from trainer import loop
+
+    return loop.train(job)
+
+
+@dataclass(frozen=True)
+class Validator:
+    """What Ray Train's task for an evaluation beside the training runs: a checkpoint to metrics.
+
+    They are computed in a task of its own, with these `resources`: Ray ends the training if its own
+    task dies, of a lack of memory for example.
+    """
+
+    config: TrainConfig
+    data: ray.ObjectRef[TrainingData]
+    resources: Mapping[str, Any]
+
+    def __call__(self, checkpoint: Checkpoint, **saved: Any) -> dict[str, Any]:
+        """`checkpoint` is but the name of ours; `saved` are the other fields of a `SavedState`."""
+        state = SavedState(PurePosixPath(checkpoint.path).name, **saved)
+        task = ray.remote(_evaluate).options(**self.resources, max_retries=1)
+        try:
+            return {EVALUATION: ray.get(task.remote(self.config, state, self.data))}
+        except ray.exceptions.RayError as error:
+            return {EVALUATION: None, REASON: str(error).strip().splitlines()[-1]}
+
+
+def _evaluate(config: TrainConfig, state: SavedState, data: TrainingData) -> dict[str, Any]:
+    from trainer.validation import evaluate_checkpoint
+
+    return evaluate_checkpoint(config, state, data)
