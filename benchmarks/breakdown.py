@@ -24,8 +24,8 @@ if not __package__:  # started as a file: the checkout is not importable yet
 from benchmarks import machine
 from benchmarks.scoring import make_parser, make_workload
 from benchmarks.shapes import SHAPES, build_network
-from reward_actor.engine import Engine
-from reward_actor.extract import RewardModel
+from reward_actor.engine.engine import Engine
+from reward_actor.model.reward_model import RewardModel
 
 # By the beginning of an operator's name.
 _KINDS = {

@@ -21,12 +21,12 @@ def main() -> None:
     parser.add_argument("--warm-up-s", type=seconds, default=2.0)
     parser.add_argument("--duration-s", type=positive_float, default=10.0)
     args = parser.parse_args()
-    from serve import fast_path
+    from serve.haproxy import settings
 
-    fast_path.enable()
+    settings.enable()
+    from reward_actor.client.handle import RewardHandle
     from reward_actor.cluster import connect
     from reward_actor.groups import Group
-    from reward_actor.handle import RewardHandle
 
     connect(0, address=args.address, log_to_driver=False)
     handle = RewardHandle()

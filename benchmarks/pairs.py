@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.tokens import FIRST_ID, trained_tokenizer
 from benchmarks.workloads import Range, count_prefix_tokens
-from trainer.comparisons import Comparison, Comparisons
+from trainer.data.comparisons import Comparison, Comparisons
 
 if TYPE_CHECKING:
     from benchmarks.shapes import Shape

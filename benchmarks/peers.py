@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.channel import Answer, Message, serve
 from benchmarks.shapes import SHAPES, build_network
-from reward_actor.extract import RewardModel, get_reward, head_name
+from reward_actor.model.reward_model import RewardModel, get_reward, head_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +123,7 @@ def _make(order: Message) -> Peer:
 
 
 def _ours(model: RewardModel) -> Peer:
-    from reward_actor.engine import Engine
+    from reward_actor.engine.engine import Engine
 
     engine = Engine(model, attention="auto", max_batch_tokens=None)
     engine.freeze()

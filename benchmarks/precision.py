@@ -28,8 +28,8 @@ if not __package__:  # started as a file: the checkout is not importable yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
-from reward_actor.engine import Engine
-from reward_actor.extract import RewardModel
+from reward_actor.engine.engine import Engine
+from reward_actor.model.reward_model import RewardModel
 from tests.families import FAMILIES, VOCAB_SIZE, make_network
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def make_contract(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> ScoringCo
     """Text as it comes; no golden samples yet."""
     from transformers import AutoConfig
 
-    from reward_actor.new_contract import contract_for
+    from reward_actor.model.inferred import contract_for
 
     config = AutoConfig.for_model(shape.model_type, **shape.config_settings())
     return contract_for(tokenizer, config, format="text", append_eos=False)

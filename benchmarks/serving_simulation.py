@@ -40,8 +40,8 @@ from benchmarks.simulated_fleet import SimulatedFleet, describe
 from benchmarks.workloads import Range
 from serve.api import build_api
 from serve.config import ServeConfig
-from serve.service import RewardService
-from serve.swap import Swapper
+from serve.ingress.service import RewardService
+from serve.ingress.swap import Swapper
 
 if TYPE_CHECKING:
     from serve.wire import Description
@@ -189,7 +189,9 @@ async def _load(
 ) -> dict[str, Any]:
     config = ServeConfig.model_validate({"model": "simulated", "name": "simulated"})
     service = RewardService(config, cast("Any", fleet), "simulated", "simulated")
-    api = build_api(service, Swapper(service.fleet, "simulated", "", None, config.swap_timeout_s))
+    api = build_api(
+        service, Swapper(service.replicas, "simulated", "", None, config.swap_timeout_s)
+    )
     await service.model()  # knows its replicas from now on
     records: list[Record] = []
     begin = time.monotonic() + window.warm_up_s

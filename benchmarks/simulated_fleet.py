@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.serving_model import make_contract, make_tokenizer
+from reward_actor.model.tokenizer import identity
 from reward_actor.readout import Readout
 from reward_actor.render import tokenizer_fingerprint
-from reward_actor.tokenizer import identity
-from serve.batcher import Batcher
+from serve.replica.batcher import Batcher
 from serve.wire import Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Sleep:
 
 
 class SimulatedReplica:
-    """`RewardModelReplica` without Ray and without a model."""
+    """`Replica` without Ray and without a model."""
 
     def __init__(self, description: Description, s_per_token: float) -> None:
         self._work = Sleep(s_per_token)
@@ -130,7 +130,7 @@ class _Answer:
 
 
 class SimulatedFleet:
-    """So many replicas under the methods that `serve.fleet` calls of a DeploymentHandle."""
+    """Replicas under the methods that `serve.ingress.replicas` calls of a DeploymentHandle."""
 
     is_initialized = True
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reward_actor.extract import RewardModel
-from trainer.forward import TrainedModel
+from reward_actor.model.reward_model import RewardModel
+from trainer.network.packed import TrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,8 +133,8 @@ def deepspeed_engine(
         rank=0,
         world_size=1,
     )
-    from trainer import zero
-    from trainer.config_file import load_config
+    from trainer.config.config_file import load_config
+    from trainer.network import zero
 
     model_dir = scratch / "model"
     network.save_pretrained(model_dir)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from benchmarks import machine
-from reward_actor.extract import RewardModel
-from reward_actor.paths import pad_right
-from trainer.batches import plan
-from trainer.forward import Passes
+from reward_actor.engine.packing import pad_right
+from reward_actor.model.reward_model import RewardModel
+from trainer.data.micro_batches import plan
 from trainer.loss import bradley_terry
+from trainer.network.packed import Passes
 
 if TYPE_CHECKING:
     from benchmarks.training_engines import Engine
-    from trainer.comparisons import Comparisons
+    from trainer.data.comparisons import Comparisons
 
 PEERS = ("ours", "padded", "padded_sorted")
 MICRO_BATCH_PAIRS = 8
@@ -51,7 +51,7 @@ class PaddedPairs:
     """Pairs as one padded batch: what `TrainedModel.forward` takes, as Open Instruct computes it.
 
     The chosen sides with the rejected ones below them, padded on the right to the longest, with the
-    mask and the positions that `reward_actor.extract.get_reward` makes.
+    mask and the positions that `reward_actor.model.reward_model.get_reward` makes.
     """
 
     def __init__(self, model: RewardModel, sequences: Sequence[Sequence[int]]) -> None:

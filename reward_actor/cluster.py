@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import (
-    maybe_enable_token_auth_if_token_available,
-)
 
-# Ray's name for the setting; it holds on every system. 0: a node's address is 127.0.0.1.
-_REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+from reward_actor import ray_internals
+from reward_actor.ray_internals import REACHABLE_VARIABLE
+
 _LISTENER_TIMEOUT_S = 5.0
 _FREE_TIMEOUT_S = 10.0
 
@@ -43,10 +40,9 @@ def connect(
     take_loopback_as_it_is()
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        # Ray looks for its token by itself only when it finds the cluster by itself. A cluster of
-        # `rayward serve` asks for the token; one without authentication ignores it.
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        # A cluster of `rayward serve` asks for the token; one without authentication ignores it.
+        ray_internals.silence_authentication()
+        ray_internals.look_for_token()
         _require_listener(address)
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
@@ -57,11 +53,10 @@ def connect(
             ) from error
         return
     # Anyone who reaches a Ray port without authentication can run code (CVE-2023-48022). Ray turns
-    # its token on for a cluster that it starts here, unless RAY_AUTH_MODE says otherwise, and warns
-    # that it did; that it is on is what we want.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    os.environ.setdefault(_REACHABLE, "0")
-    if os.environ[_REACHABLE] == "0":
+    # its token on for a cluster that it starts here, unless RAY_AUTH_MODE says otherwise.
+    ray_internals.silence_authentication()
+    os.environ.setdefault(REACHABLE_VARIABLE, "0")
+    if os.environ[REACHABLE_VARIABLE] == "0":
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its engines' own ports
     ray.init(
         address="local",  # Ray would otherwise join a cluster that happens to run on this machine
@@ -80,13 +75,9 @@ def connect(
 
 
 def take_loopback_as_it_is() -> None:
-    """Let this process join a cluster that listens on 127.0.0.1 only.
-
-    On Linux, Ray replaces 127.0.0.1 by the address of this machine in the network, and would look
-    for the cluster there.
-    """
-    if _REACHABLE not in os.environ:
-        ray_constants.ENABLE_RAY_CLUSTER = False
+    """Let this process join a cluster that listens on 127.0.0.1 only."""
+    if REACHABLE_VARIABLE not in os.environ:
+        ray_internals.keep_loopback()
 
 
 def _require_listener(address: str) -> None:
@@ -106,7 +97,7 @@ def _require_listener(address: str) -> None:
 def capacity(name: str) -> float:
     """How much of a resource the cluster has, or may grow to if it scales by itself."""
     now = float(ray.cluster_resources().get(name, 0.0))
-    return max(now, float(_may_grow_to().get(name, 0.0)))
+    return max(now, float(ray_internals.may_grow_to().get(name, 0.0)))
 
 
 def require_resources(bundles: Sequence[dict[str, float]]) -> None:
@@ -123,20 +114,13 @@ def require_resources(bundles: Sequence[dict[str, float]]) -> None:
     if any(there[name] < asked[name] for name in asked):
         raise ValueError(_too_small(asked, there))
     deadline = time.monotonic() + _FREE_TIMEOUT_S  # what just ended is given back with a delay
-    while not _may_grow_to():
+    while not ray_internals.may_grow_to():
         free = {name: float(ray.available_resources().get(name, 0.0)) for name in asked}
         if all(free[name] >= asked[name] for name in asked):
             return
         if time.monotonic() > deadline:
             raise ValueError(_too_small(asked, there, free))
         time.sleep(0.2)
-
-
-def _may_grow_to() -> dict[str, float]:
-    """The largest size of a cluster that scales by itself; empty for any other."""
-    from ray._private.state import state
-
-    return dict(state.get_max_resources_from_cluster_config() or {})
 
 
 def _too_small(

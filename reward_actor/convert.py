@@ -15,18 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from reward_actor.checkpoint import CheckpointError, infer_contract, load_contract
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
 from reward_actor.export import export
-from reward_actor.extract import head_name
-from reward_actor.headers import BODY_PREFIXES, PICKLED_WEIGHTS, is_deepspeed_chat, read_config
-from reward_actor.layouts import ADAPTER_CONFIG, Layout, recognise
-from reward_actor.manifest import check_manifest
-from reward_actor.networks import CUSTOM_SETTINGS, load_network
-from reward_actor.new_contract import contract_for
-from reward_actor.plain import is_plain, network_of
+from reward_actor.model.inferred import contract_for, infer_contract
+from reward_actor.model.layouts import (
+    ADAPTER_CONFIG,
+    BODY_PREFIXES,
+    PICKLED_WEIGHTS,
+    CheckpointError,
+    Layout,
+    is_deepspeed_chat,
+    read_config,
+    recognise,
+)
+from reward_actor.model.load import load_contract
+from reward_actor.model.manifest import check_manifest
+from reward_actor.model.reward_model import head_name
+from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.model.weights import CUSTOM_SETTINGS, is_plain, load_network, network_of
 from reward_actor.readout import Readout
-from reward_actor.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,7 +22,7 @@ from reward_actor.contract import (
     ScoringContract,
 )
 from reward_actor.golden import golden_samples
-from reward_actor.manifest import write_manifest
+from reward_actor.model.manifest import write_manifest
 from reward_actor.scorer import RewardScorer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from reward_actor.groups import Group, GroupScores, Prompt
 
 if TYPE_CHECKING:
-    from reward_actor.rollout import RolloutGroup
+    from reward_actor.rollout.records import RolloutGroup
 
 Row = dict[str, Any]
 

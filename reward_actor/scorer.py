@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from reward_actor.cache import RewardCache
-from reward_actor.checkpoint import LoadedModel, load, resolve_device
 from reward_actor.contract import Combine
-from reward_actor.engine import Attention, Engine, Plan
-from reward_actor.ensemble import Ensemble, ensemble_readout, ensemble_version, shared_contract
+from reward_actor.engine.cache import RewardCache
+from reward_actor.engine.engine import Attention, Engine, Plan
+from reward_actor.engine.memory import limit_to_share
 from reward_actor.golden import replay
 from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
-from reward_actor.memory import limit_to_share
+from reward_actor.model.ensemble import (
+    Ensemble,
+    ensemble_readout,
+    ensemble_version,
+    shared_contract,
+)
+from reward_actor.model.load import LoadedModel, load, resolve_device
 from reward_actor.readout import Reading
 from reward_actor.render import Renderer
 

@@ -12,20 +12,20 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
-from serve import routes
-from serve.auth import Tokens, guard, rule_of
-from serve.faults import Faults
-from serve.http import DESCRIBED, SCHEMA_REF
-from serve.limits import Limits, OwnRequests
-from serve.logs import RequestLog
-from serve.origin import OwnOrigin
+from serve.errors import answer_http_error, answer_invalid, answer_service_error
+from serve.http import routes
+from serve.http.auth import Tokens, guard, rule_of
+from serve.http.faults import Faults
+from serve.http.limits import Limits, OwnRequests
+from serve.http.origin import OwnOrigin
+from serve.http.requests import DESCRIBED, SCHEMA_REF
+from serve.monitoring.request_log import RequestLog
 from serve.playground import routes as playground
 from serve.protocols import kserve, llama_factory, openrlhf, shared, slime, tei, vllm
-from serve.replies import answer_http_error, answer_invalid, answer_service_error
 
 if TYPE_CHECKING:
-    from serve.service import RewardService
-    from serve.swap import Swapper
+    from serve.ingress.service import RewardService
+    from serve.ingress.swap import Swapper
 
 
 def build_api(service: RewardService, swapper: Swapper) -> FastAPI:

@@ -15,17 +15,17 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
+from reward_actor.client.handle import DEFAULT_APP_NAME
 from reward_actor.cluster import capacity, connect, require_resources
-from reward_actor.handle import DEFAULT_APP_NAME
-from reward_actor.registry import Registry
-from reward_actor.settings import validate
-from serve import fast_path
-from serve.auth import Tokens, require_guard
+from reward_actor.config_errors import validate
+from reward_actor.ray_internals import serve_http_options
 from serve.config import ServeConfig
-from serve.deployment import RewardModelReplica
-from serve.ingress import Ingress
-from serve.metrics import publish_targets
-from serve.pointer import forget
+from serve.current_model import forget
+from serve.deployments import Ingress, RewardModel
+from serve.haproxy import settings as haproxy
+from serve.http.auth import Tokens, require_guard
+from serve.monitoring.metrics import publish_targets
+from serve.registry import Registry
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -59,10 +59,10 @@ def app(args: dict[str, Any]) -> Application:
 
 def resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths and a name, its model checked. Raises ValueError."""
-    from reward_actor.checkpoint import load_contract
-    from reward_actor.ensemble import model_directories
-    from reward_actor.layouts import recognise
-    from reward_actor.manifest import check_manifest
+    from reward_actor.model.ensemble import model_directories
+    from reward_actor.model.layouts import recognise
+    from reward_actor.model.load import load_contract
+    from reward_actor.model.manifest import check_manifest
 
     directory = Path(config.model).expanduser().resolve()
     for member in model_directories(directory):
@@ -70,7 +70,7 @@ def resolve(config: ServeConfig) -> ServeConfig:
         load_contract(member, trust_remote_code=config.trust_remote_code)
         check_manifest(member)
     if config.engine == "vllm":
-        from reward_actor.vllm_scorer import check_supported
+        from reward_actor.vllm.scorer import check_supported
 
         check_supported(directory)
     name = config.name or directory.name
@@ -90,7 +90,7 @@ def resolve(config: ServeConfig) -> ServeConfig:
 
 
 def build(config: ServeConfig, use_gpu: bool) -> Application:
-    replica: Any = RewardModelReplica
+    replica: Any = RewardModel
     front: Any = Ingress
     options: dict[str, Any] = {
         "ray_actor_options": _replica_resources(config, use_gpu),
@@ -153,7 +153,7 @@ def start(
             "proxy speak TLS in front of the service (docs/clusters.md)"
         )
     http_options = {"host": host, "port": port, "request_timeout_s": None}
-    if is_private and fast_path.front(host, port, config.tls_cert, config.tls_key):
+    if is_private and haproxy.front(host, port, config.tls_cert, config.tls_key):
         # HAProxy alone faces the network; what it leads to stays on this machine.
         http_options["host"] = "127.0.0.1"
     elif config.tls_cert is not None:
@@ -211,10 +211,7 @@ def _replica_resources(config: ServeConfig, use_gpu: bool) -> dict[str, float]:
 
 def _require_own_address(host: str, port: int) -> None:
     """Raise ValueError if the cluster's Serve listens elsewhere: its first start decided that."""
-    from ray.serve.context import _get_global_client
-
-    client: Any = _get_global_client()
-    options = client.http_config
+    options = serve_http_options()
     if (options.host, options.port) != (host, port):
         raise ValueError(
             f"Ray Serve listens on {options.host} port {options.port} in this cluster already; "

@@ -76,7 +76,7 @@ class Description:
     """What an ingress must know of the model that a replica holds as the current one.
 
     directory holds its tokenizer (the first member's, of an ensemble), tokenizer is its identity
-    (`reward_actor.tokenizer`); path is the way that sequences take through the network,
+    (`reward_actor.model.tokenizer`); path is the way that sequences take through the network,
     fallback_reason why it is not the fastest; max_batch_tokens is what was chosen where it was
     left open.
     """

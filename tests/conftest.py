@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from serve import fast_path
+from serve.haproxy import settings
 
 if TYPE_CHECKING:
     import httpx
@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports Ray Serve: the tests run what `rayward serve` runs.
-fast_path.enable()
+settings.enable()
 
 # Machines are shared: how long one example takes says nothing.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -78,9 +78,9 @@ def renderers(base_model: Path) -> dict[str, Renderer]:
     """One for each format, of at most 64 tokens."""
     from transformers import AutoConfig
 
-    from reward_actor.new_contract import contract_for
+    from reward_actor.model.inferred import contract_for
+    from reward_actor.model.tokenizer import load_tokenizer
     from reward_actor.render import Renderer
-    from reward_actor.tokenizer import load_tokenizer
 
     tokenizer, network = load_tokenizer(base_model), AutoConfig.from_pretrained(base_model)
     return {
@@ -136,8 +136,8 @@ def make_export(
     from transformers import AutoModelForSequenceClassification
 
     from reward_actor.export import export
-    from reward_actor.new_contract import contract_for
-    from reward_actor.tokenizer import load_tokenizer
+    from reward_actor.model.inferred import contract_for
+    from reward_actor.model.tokenizer import load_tokenizer
 
     torch.manual_seed(seed)
     network = AutoModelForSequenceClassification.from_pretrained(
@@ -158,7 +158,7 @@ def export_dir(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def free_port() -> int:
-    return fast_path.free_ports(1)[0]
+    return settings.free_ports(1)[0]
 
 
 def environment_for_a_cluster() -> dict[str, str]:

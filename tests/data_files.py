@@ -6,18 +6,21 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reward_actor.render import Renderer
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.data import gather_rows
-from trainer.data_config import Source
-from trainer.gather import Gathered
-from trainer.prepare import Prepared
-from trainer.rendered import Rules
-from trainer.rows import Row
-from trainer.run import prepare, resolve_paths
+from trainer.config.config_file import load_config
+from trainer.config.data import Source
+from trainer.config.train import TrainConfig
+from trainer.data.load import gather_rows
+from trainer.data.prepare import prepare
+from trainer.data.render import Rules
+from trainer.run import resolve_paths
+
+if TYPE_CHECKING:
+    from trainer.data.gather import Gathered
+    from trainer.data.rows import Row
+    from trainer.data.split import Prepared
 
 COLUMNS = Source.model_validate({})
 USER, GOOD, BAD = (

@@ -19,9 +19,9 @@ from conftest import free_port
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
-    from trainer.comparisons import Comparisons
-    from trainer.config import TrainConfig
-    from trainer.prepare import TrainingData
+    from trainer.config.train import TrainConfig
+    from trainer.data.comparisons import Comparisons
+    from trainer.data.split import TrainingData
     from trainer.step import Trainer
 
 
@@ -111,7 +111,7 @@ def comparisons(num: int = 32, seed: int = 0) -> Comparisons:
     high, so that there is something to learn."""
     import numpy as np
 
-    from trainer.comparisons import Comparison, Comparisons
+    from trainer.data.comparisons import Comparison, Comparisons
 
     draw = np.random.default_rng(seed)
     items = []
@@ -127,7 +127,7 @@ def comparisons(num: int = 32, seed: int = 0) -> Comparisons:
 
 def settings(model: Path | str, **changes: Any) -> TrainConfig:
     """A small training in float32; `changes` use __ for the dot."""
-    from trainer.config_file import load_config
+    from trainer.config.config_file import load_config
 
     values = {
         "model.path": model,
@@ -160,8 +160,8 @@ def train_without_ray(
 
 def trainer(config: TrainConfig, num_steps: int = 20, weight: float = 1.0) -> Trainer:
     """An engine of this process' rank, with data; release its engine after use."""
-    from trainer import zero
-    from trainer.prepare import TrainingData
+    from trainer.data.split import TrainingData
+    from trainer.network import zero
     from trainer.step import Trainer
 
     data = comparisons()

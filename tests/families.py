@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from reward_actor.engine import Attention, Engine
-from reward_actor.extract import RewardModel
+from reward_actor.engine.engine import Attention, Engine
+from reward_actor.model.reward_model import RewardModel
 
 VOCAB_SIZE = 400
 WINDOW = 8

@@ -12,9 +12,9 @@ import numpy as np
 from conftest import CORPUS
 
 from reward_actor.contract import ScoringContract
-from trainer.comparisons import Comparison, Comparisons
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.data.comparisons import Comparison, Comparisons
 from trainer.init_model import train_tokenizer
 
 if TYPE_CHECKING:

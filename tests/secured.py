@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from serve.auth import add_token
+from serve.http.auth import add_token
 
 
 @dataclass

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reward_actor.attention import attend, cascade_attention, path_attention
-from reward_actor.attention_plan import AttentionPlan
-from reward_actor.forest import Forest, plan_forests
+from reward_actor.engine.attention import attend, cascade_attention, path_attention
+from reward_actor.engine.attention_plan import AttentionPlan
+from reward_actor.engine.forest import Forest, plan_forests
 
 CPU = torch.device("cpu")
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=40)  # long, too: shared runs above 16 rows

@@ -16,10 +16,18 @@ import pytest
 
 import rayward
 from serve.api import build_api
-from serve.auth import RULES, Guard, Tokens, add_token, comes_from_elsewhere, require_guard, rule_of
 from serve.config import ServeConfig
-from serve.service import RewardService
-from serve.swap import Swapper
+from serve.http.auth import (
+    RULES,
+    Guard,
+    Tokens,
+    add_token,
+    comes_from_elsewhere,
+    require_guard,
+    rule_of,
+)
+from serve.ingress.service import RewardService
+from serve.ingress.swap import Swapper
 
 
 def application(**settings: Any) -> Any:
@@ -27,7 +35,7 @@ def application(**settings: Any) -> Any:
     config = ServeConfig(model="nowhere", **settings)
     no_handle: Any = None
     service = RewardService(config, no_handle, "test", "test")
-    return build_api(service, Swapper(service.fleet, "rayward", "", None, 1.0))
+    return build_api(service, Swapper(service.replicas, "rayward", "", None, 1.0))
 
 
 def ask(api: Any, method: str, path: str, **given: Any) -> httpx.Response:
@@ -52,16 +60,16 @@ def token_file(tmp_path: Path) -> Path:
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the tokens see; the file is looked at once in a second of it."""
     clock = [0.0]
-    monkeypatch.setattr("serve.auth.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("serve.http.auth.time.monotonic", lambda: clock[0])
     return clock
 
 
 def test_every_route_has_a_rule_and_its_guard() -> None:
-    """Fails for a new route until it has a line in `serve.auth.RULES`."""
+    """Fails for a new route until it has a line in `serve.http.auth.RULES`."""
     for route in application().routes:
         assert isinstance(route.app, Guard), f"{route.path} is not guarded"
         assert route.app.rule == rule_of(route.path)
-        assert route.app.rule is not None, f"{route.path} has no rule in serve.auth.RULES"
+        assert route.app.rule is not None, f"{route.path} has no rule in serve.http.auth.RULES"
 
 
 def test_only_these_are_public() -> None:
@@ -157,7 +165,7 @@ def test_every_digest_is_compared(token_file: Path, monkeypatch: pytest.MonkeyPa
         compared.append(left)
         return left == right
 
-    monkeypatch.setattr("serve.auth.hmac.compare_digest", noted)
+    monkeypatch.setattr("serve.http.auth.hmac.compare_digest", noted)
     num = len(tokens._entries)
     for token in (first.encode(), b"wrong"):
         compared.clear()

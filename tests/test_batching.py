@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_actor.batching import plan_batches
-from serve.batcher import Batcher, QueueFull, Scored, Sequences
+from reward_actor.engine.packing import plan_batches
+from serve.replica.batcher import Batcher, QueueFull, Scored, Sequences
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))

@@ -161,8 +161,8 @@ def test_our_path_needs_torch_and_transformers_only() -> None:
         "import benchmarks.peers, benchmarks.probe, benchmarks.scoring\n"
         "import torch\n"
         "from benchmarks.shapes import SHAPES, build_network\n"
-        "from reward_actor.engine import Engine\n"
-        "from reward_actor.extract import RewardModel\n"
+        "from reward_actor.engine.engine import Engine\n"
+        "from reward_actor.model.reward_model import RewardModel\n"
         "network = build_network(SHAPES['tiny'], torch.float32, 'cpu')\n"
         "print(Engine(RewardModel(network)).raw_scores([[5, 6, 7], [5, 6]]).shape)\n"
     )

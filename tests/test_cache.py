@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor import Group, RewardScorer
-from reward_actor.cache import RewardCache, cache_key
+from reward_actor.engine.cache import RewardCache, cache_key
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=8)
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import Group, RewardScorer
-from reward_actor.checkpoint import CheckpointError
 from reward_actor.contract import ContractError, ScoringContract
-from reward_actor.manifest import check_manifest, write_manifest
+from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.manifest import check_manifest, write_manifest
 
 GROUP = Group("Name two fruits.", ["An apple and a pear.", "A hammer."])
 
@@ -186,8 +186,8 @@ def test_a_contract_that_is_not_json_is_refused(copy: Path) -> None:
 
 def test_weights_that_are_not_finite_are_never_exported(base_model: Path, tmp_path: Path) -> None:
     from reward_actor.export import export
-    from reward_actor.new_contract import contract_for
-    from reward_actor.tokenizer import load_tokenizer
+    from reward_actor.model.inferred import contract_for
+    from reward_actor.model.tokenizer import load_tokenizer
 
     network = AutoModelForSequenceClassification.from_pretrained(
         base_model, num_labels=1, dtype=torch.float32

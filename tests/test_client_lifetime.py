@@ -14,7 +14,7 @@ import pytest
 from stub_service import Answer, Received, error, stub
 
 from reward_actor import AsyncRewardClient, Group, RewardClient
-from reward_actor.async_client import closed
+from reward_actor.client.aio import closed
 from reward_actor.errors import RewardServiceError
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, make_network
 
-from reward_actor.attention import path_attention, varlen_attention
-from reward_actor.attention_plan import AttentionPlan
-from reward_actor.engine import Engine
-from reward_actor.extract import RewardModel
-from reward_actor.forest import plan_forests
+from reward_actor.engine.attention import path_attention, varlen_attention
+from reward_actor.engine.attention_plan import AttentionPlan
+from reward_actor.engine.engine import Engine
+from reward_actor.engine.forest import plan_forests
+from reward_actor.model.reward_model import RewardModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

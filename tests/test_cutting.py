@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from id_groups import Groups, groups_of_ids
 
-from reward_actor.forest import plan_forests
-from serve.cutting import cut, distinct_tokens, fitting
+from reward_actor.engine.forest import plan_forests
+from serve.ingress.cutting import cut, distinct_tokens, fitting
 
 
 @given(groups_of_ids, st.integers(1, 60))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.metrics import METRICS
+from serve.monitoring.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 LABELS = {
@@ -73,7 +73,7 @@ def test_the_panels_do_not_overlap_and_take_any_data_source() -> None:
 
 
 def test_prometheus_reads_the_file_that_the_service_writes() -> None:
-    from serve.metrics import _TARGETS_FILE
+    from serve.monitoring.metrics import _TARGETS_FILE
 
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     [scrape] = config["scrape_configs"]

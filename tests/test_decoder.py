@@ -9,10 +9,10 @@ import pytest
 import torch
 from families import VOCAB_SIZE, make_network
 
-from reward_actor import decoder
-from reward_actor.decoder import Decoder
-from reward_actor.extract import RewardModel
-from reward_actor.paths import ForestPath
+from reward_actor.engine import decoder
+from reward_actor.engine.decoder import Decoder
+from reward_actor.engine.packing import ForestPath
+from reward_actor.model.reward_model import RewardModel
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.deployment import RewardModelReplica
+from serve.replica.replica import RewardModelReplica
 from serve.wire import FlatSequences, ReplicaReply
 
 

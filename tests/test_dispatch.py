@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from id_groups import Groups, groups_of_ids
 
 from reward_actor.errors import RewardServiceError
-from serve import dispatch
-from serve.dispatch import Dispatcher, OtherVersion, ReplicaLost
+from serve.ingress import dispatch
+from serve.ingress.dispatch import Dispatcher, OtherVersion, ReplicaLost
 from serve.wire import FlatSequences, ReplicaReply
 
 

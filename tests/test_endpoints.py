@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor import AsyncRewardClient
-from reward_actor.endpoints import Endpoints, parse_urls
+from reward_actor.client.endpoints import Endpoints, parse_urls
 from reward_actor.errors import RewardServiceError
 
 outage = RewardServiceError("unavailable", "down", retryable=True)

@@ -22,9 +22,9 @@ from families import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_actor.attention import NAME
-from reward_actor.engine import Engine
-from reward_actor.extract import RewardModel
+from reward_actor.engine.attention import NAME
+from reward_actor.engine.engine import Engine
+from reward_actor.model.reward_model import RewardModel
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,8 +115,8 @@ def test_out_of_memory_halves_the_budget_and_goes_on(attention: str) -> None:
         import numpy as np, torch
         sys.path.insert(0, "tests")
         from families import make_network
-        from reward_actor.engine import Engine
-        from reward_actor.extract import RewardModel
+        from reward_actor.engine.engine import Engine
+        from reward_actor.model.reward_model import RewardModel
         torch.set_num_threads(1)
         model = RewardModel(make_network("llama", hidden_size=256, num_hidden_layers=2)).eval()
         engine = Engine(model, {attention!r}, max_batch_tokens=20_000)

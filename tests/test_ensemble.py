@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from reward_actor import Group, RewardScorer
-from reward_actor.checkpoint import CheckpointError
 from reward_actor.contract import ContractError, HeldOut, ScoringContract
 from reward_actor.convert import convert
-from reward_actor.manifest import write_manifest
-from reward_actor.probe import synthetic_groups
+from reward_actor.engine.probe import synthetic_groups
+from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.manifest import write_manifest
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),

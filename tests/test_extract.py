@@ -12,7 +12,7 @@ from families import FAMILIES, engine, groups, transformers_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_actor.extract import Float32Head, get_reward, last_token_index
+from reward_actor.model.reward_model import Float32Head, get_reward, last_token_index
 from reward_actor.scorer import RewardScorer
 
 PAD = 0

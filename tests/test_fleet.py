@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from reward_actor.readout import Readout
-from serve import fleet as fleet_module
-from serve.dispatch import ReplicaLost
-from serve.fleet import Fleet, Model
+from serve.ingress import replicas as fleet_module
+from serve.ingress.dispatch import ReplicaLost
+from serve.ingress.replicas import Model, Replicas
 from serve.wire import Description, ReplicaReply
 
 
@@ -62,20 +62,20 @@ class Handle:
         return [Result(each) for each in self.replicas]
 
 
-def made(handle: Handle, seen: list[int] | None = None) -> Fleet:
+def made(handle: Handle, seen: list[int] | None = None) -> Replicas:
     def count(found: list[Description]) -> None:
         if seen is not None:
             seen.append(len(found))
 
-    return Fleet(handle, "me", trust_remote_code=False, on_refresh=count)  # type: ignore[arg-type]
+    return Replicas(handle, "me", trust_remote_code=False, on_refresh=count)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(self: Fleet, described: Description) -> Model:
+    def load(self: Replicas, described: Description) -> Model:
         return Model(described, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Fleet, "_load", load)
+    monkeypatch.setattr(Replicas, "_load", load)
     monkeypatch.setattr(fleet_module, "_ANSWER_S", 0.1)
     monkeypatch.setattr(fleet_module, "_OTHER_S", 0.3)
 
@@ -131,8 +131,8 @@ def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
 
 def test_the_highest_generation_counts() -> None:
     async def work() -> None:
-        fleet = made(Handle(description("a", "A", 1), description("b", "B", 2)))
-        assert (await fleet.model()).version == "B"
+        replicas = made(Handle(description("a", "A", 1), description("b", "B", 2)))
+        assert (await replicas.model()).version == "B"
 
     run(work)
 
@@ -142,23 +142,23 @@ def test_a_redeployment_with_another_model_is_followed() -> None:
 
     async def work() -> None:
         handle = Handle(description("old", "A"), description("new", "C"))
-        fleet = made(handle)
-        first = await fleet.model()
+        replicas = made(handle)
+        first = await replicas.model()
         assert first.version == "A"
-        assert (await fleet.refresh()) is first
-        other = await fleet.model(other_than=first)  # a new replica has refused it
+        assert (await replicas.refresh()) is first
+        other = await replicas.model(other_than=first)  # a new replica has refused it
         assert other.version == "C"
         handle.replicas = [description("new", "C"), description("newer", "C")]
-        assert (await fleet.refresh()) is other
+        assert (await replicas.refresh()) is other
 
     run(work)
 
 
 def test_what_replicas_have_refused_comes_back_when_it_is_all_they_hold() -> None:
     async def work() -> None:
-        fleet = made(Handle(description("a", "A")))
-        model = await fleet.model()
-        assert await fleet.model(other_than=model) is model
+        replicas = made(Handle(description("a", "A")))
+        model = await replicas.model()
+        assert await replicas.model(other_than=model) is model
 
     run(work)
 
@@ -171,15 +171,15 @@ def test_one_silent_replica_does_not_make_the_others_look_gone(
     async def work() -> None:
         seen: list[int] = []
         handle = Handle(*(description(name, "A") for name in "abc"))
-        fleet = made(handle, seen)
-        await fleet.refresh()
+        replicas = made(handle, seen)
+        await replicas.refresh()
         handle.replicas[1] = None
-        await fleet.refresh()
+        await replicas.refresh()
         assert seen == [3, 3], "it may have missed one turn"
         await asyncio.sleep(0.5)
-        await fleet.refresh()
+        await replicas.refresh()
         assert seen[2] == 2, "it has been silent for too long"
-        answers = await fleet.ask_all("activate", timeout_s=0.1)
+        answers = await replicas.ask_all("activate", timeout_s=0.1)
         assert [isinstance(each, Exception) for each in answers] == [False, True, False]
 
     run(work)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reward_actor.forest import common_prefix, plan_forests
+from reward_actor.engine.forest import common_prefix, plan_forests
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)  # few letters: many shared prefixes
 batches = st.lists(ids, min_size=1, max_size=12)

@@ -11,8 +11,8 @@ from conftest import environment_for_a_cluster
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reward_actor.memory import allowed_bytes
-from reward_actor.settings import validate
+from reward_actor.config_errors import validate
+from reward_actor.engine.memory import allowed_bytes
 from serve.config import ServeConfig
 
 GIB = 2**30

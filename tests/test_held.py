@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reward_actor import RewardScorer
-from serve.held import HeldModels
+from serve.replica.models import LoadedModels
 
 
 class Scorer(RewardScorer):
@@ -28,16 +28,16 @@ def directories(export_dir: Path, text_model: Path, seeds: list[Path]) -> list[s
     return [str(path) for path in (export_dir, text_model, seeds[1])]
 
 
-def activated(models: HeldModels, directory: str) -> Scorer:
-    held = models.prepare(directory)
-    assert models.activate(held.version, models.generation + 1)
-    assert models.current is held
-    return held.scorer
+def activated(models: LoadedModels, directory: str) -> Scorer:
+    loaded = models.prepare(directory)
+    assert models.activate(loaded.version, models.generation + 1)
+    assert models.current is loaded
+    return loaded.scorer
 
 
 def test_every_model_that_is_let_go_is_closed(directories: list[str]) -> None:
     first, second, third = directories
-    models = HeldModels(first, 0, load, retire_after_s=0.0)
+    models = LoadedModels(first, 0, load, retire_after_s=0.0)
     one = models.current.scorer
     two = activated(models, second)
     assert one.num_closed == 0, "it may be asked for yet"
@@ -56,7 +56,7 @@ def test_every_model_that_is_let_go_is_closed(directories: list[str]) -> None:
 
 def test_a_candidate_that_is_held_anyway_stays_open(directories: list[str]) -> None:
     first, second, third = directories
-    models = HeldModels(first, 0, load, retire_after_s=0.0)
+    models = LoadedModels(first, 0, load, retire_after_s=0.0)
     one = models.current.scorer
     two = activated(models, second)
     assert models.prepare(second).scorer is two

@@ -16,10 +16,10 @@ from foreign import ROWS, scores
 from safetensors.torch import load_file, save_file
 
 from reward_actor import RewardScorer
-from reward_actor.checkpoint import CheckpointError, load
 from reward_actor.contract import ContractError
-from reward_actor.layouts import recognise
-from reward_actor.tokenizer import load_tokenizer
+from reward_actor.model.layouts import CheckpointError, recognise
+from reward_actor.model.load import load
+from reward_actor.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no scoring_contract.json:UserWarning")
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from reward_actor.contract import ScoringContract
+from reward_actor.model.tokenizer import identity, load_tokenizer
 from reward_actor.render import Renderer
-from reward_actor.tokenizer import identity, load_tokenizer
 
 LIGHT = [
     "reward_actor",
-    "reward_actor.batching",
+    "reward_actor.engine.packing",
     "reward_actor.binary",
-    "reward_actor.cache",
-    "reward_actor.client",
+    "reward_actor.engine.cache",
+    "reward_actor.client.sync",
     "reward_actor.contract",
     "reward_actor.errors",
     "reward_actor.files",
@@ -32,15 +32,15 @@ LIGHT = [
     "reward_actor.integrations.trl",
     "reward_actor.integrations.verl",
     "reward_actor.readout",
-    "reward_actor.registry",
+    "serve.registry",
     "reward_actor.schema",
-    "reward_actor.settings",
+    "reward_actor.config_errors",
     "serve.config",
-    "trainer.config",
-    "trainer.config_file",
-    "trainer.data_config",
-    "trainer.metrics",
-    "trainer.options",
+    "trainer.config.train",
+    "trainer.config.config_file",
+    "trainer.config.data",
+    "trainer.evaluation.metrics",
+    "trainer.config.options",
     "rayward",
 ]
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets", "trl")
@@ -55,11 +55,11 @@ def test_importing_a_light_module_loads_nothing_heavy(module: str) -> None:
 
 def test_an_ingress_renders_without_torch(export_dir: Path) -> None:
     code = (
-        "import sys, serve.ingress\n"
+        "import sys, serve.deployments\n"
         "from pathlib import Path\n"
         "from reward_actor.contract import ScoringContract\n"
         "from reward_actor.render import Renderer\n"
-        "from reward_actor.tokenizer import load_like\n"
+        "from reward_actor.model.tokenizer import load_like\n"
         "path = Path(sys.argv[1])\n"
         "tokenizer = load_like(path, sys.argv[2])\n"
         "print(Renderer(tokenizer, ScoringContract.load(path)).render('Hi.', 'Hello.'))\n"
@@ -110,7 +110,7 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
     quiet = ["--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # setuptools writes beside what it builds
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "rayward.py", "rayward_commands.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "rayward"):
         shutil.copy(root / name, source)
     for name in ("reward_actor", "serve", "trainer"):
         shutil.copytree(root / name, source / name)

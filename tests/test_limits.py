@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_auth import application, ask
 
 from serve.config import LIMITS
-from serve.faults import Faults
-from serve.limits import Limits, nests_deeper
+from serve.http.faults import Faults
+from serve.http.limits import Limits, nests_deeper
 
 
 def depth_of(value: Any) -> int:

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
 
-from serve import logs
 from serve.api import build_api
 from serve.config import ServeConfig
-from serve.logs import CURRENT, Answered, LogFile, RequestLog, json_line
-from serve.service import RewardService
-from serve.swap import Swapper
+from serve.ingress.service import RewardService
+from serve.ingress.swap import Swapper
+from serve.monitoring import request_log
+from serve.monitoring.request_log import CURRENT, Answered, LogFile, RequestLog, json_line
 
 CANARY = "canary-in-a-coal-mine"
 
@@ -154,7 +154,7 @@ def test_a_client_that_hung_up_within_its_body_is_no_fault_of_ours(
         tell(one)
 
     service.observer.answered = answered  # type: ignore[method-assign]
-    app = build_api(service, Swapper(service.fleet, "rayward", "", None, 1.0))
+    app = build_api(service, Swapper(service.replicas, "rayward", "", None, 1.0))
     messages = [
         {"type": "http.request", "body": CANARY.encode(), "more_body": True},
         {"type": "http.disconnect"},
@@ -199,7 +199,7 @@ def test_a_file_holds_our_own_failures_or_everything(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_full_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(request_log, "_MAX_FILE_BYTES", 1000)
     log = LogFile(tmp_path / "requests.jsonl", every_request=True)
     for number in range(30):
         log.add(Answered(f"id-{number}", "/v1/score", 200))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import Group
-from reward_actor.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, share, take
+from reward_actor.client.merging import MAX_SAMPLES, MAX_WEIGHT, Part, divide, share, take
 
 sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=12)
 

@@ -146,7 +146,7 @@ OURS = ("route", "status", "type", "stage", "outcome", "model_version", "replica
 
 def scraped() -> tuple[Samples, str]:
     """By name: values by those labels that are ours, summed over the processes."""
-    from serve.metrics import targets
+    from serve.monitoring.metrics import targets
 
     found: Samples = {}
     [target] = targets()
@@ -165,7 +165,7 @@ def scraped() -> tuple[Samples, str]:
 def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
     import ray
 
-    from serve.metrics import METRICS, targets
+    from serve.monitoring.metrics import METRICS, targets
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     [told] = json.loads((session / "prom_metrics_service_discovery.json").read_text())

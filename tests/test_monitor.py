@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reward_actor.contract import HeldOut
 from reward_actor.schema import MonitoredModel
 from serve.config import ServeConfig
-from serve.live_rewards import Histogram, LiveRewards, Reference, dump, load
-from serve.monitor import Monitor, stability_index
+from serve.monitoring.live_rewards import Histogram, LiveRewards, Reference, dump, load
+from serve.monitoring.monitor import Monitor, stability_index
 
 CONFIG = ServeConfig(model="unused")
 LEVELS = np.linspace(0, 1, 101)

@@ -33,9 +33,9 @@ ALLOWED = {
     # DeepSpeed-Chat's weights, by torch's restricted unpickler, in `rayward convert` alone.
     ("reward_actor/convert.py", "torch.load"),
     # What this run's own tasks wrote, within one Ray job.
-    ("trainer/stream.py", "pickle.loads"),
+    ("trainer/data/stream.py", "pickle.loads"),
     # DeepSpeed's own training state, after its digests were checked.
-    ("trainer/validation.py", "torch.load"),
+    ("trainer/evaluation/background.py", "torch.load"),
 }
 
 
@@ -79,7 +79,7 @@ def test_code_of_a_model_runs_nowhere_by_default() -> None:
         if key.arg == "trust_remote_code" and ast.unparse(key.value) == "True"
     ]
     # Behind Layout.require_trust, which the loader calls first.
-    assert {file for file, _ in switched_on} <= {"reward_actor/networks.py"}
+    assert {file for file, _ in switched_on} <= {"reward_actor/model/weights.py"}
 
 
 class Evil:

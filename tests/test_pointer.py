@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from serve import pointer as pointer_module
-from serve.pointer import Pointer, forget
+from serve import current_model as pointer_module
+from serve.current_model import CurrentModel, forget
 
 
 @pytest.fixture(autouse=True)
@@ -34,71 +34,71 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
 
 
 def test_a_replica_that_starts_again_loads_what_was_swapped_in() -> None:
-    assert Pointer.at_start("app", "A").set("app")
-    assert Pointer(1, "B-directory", "b", base="A").set("app")
-    found = Pointer.at_start("app", "A")
+    assert CurrentModel.at_start("app", "A").set("app")
+    assert CurrentModel(1, "B-directory", "b", base="A").set("app")
+    found = CurrentModel.at_start("app", "A")
     assert (found.generation, found.directory) == (1, "B-directory")
 
 
 def test_a_service_that_is_started_with_another_model_serves_that() -> None:
-    Pointer.at_start("app", "A").set("app")
-    Pointer(1, "B-directory", "b", base="A").set("app")
-    found = Pointer.at_start("app", "C")
+    CurrentModel.at_start("app", "A").set("app")
+    CurrentModel(1, "B-directory", "b", base="A").set("app")
+    found = CurrentModel.at_start("app", "C")
     assert (found.generation, found.directory, found.base) == (2, "C", "C")
     assert found.set("app")
-    old = Pointer.get("app")
+    old = CurrentModel.get("app")
     assert old is not None
     assert not old.is_of("A"), "an old replica does not follow"
 
 
 def test_one_of_two_swaps_at_once_is_refused() -> None:
-    assert Pointer(1, "B", base="A").set("app")
-    assert not Pointer(1, "C", base="A").set("app")
-    assert Pointer.get("app") == Pointer(1, "B", base="A")
+    assert CurrentModel(1, "B", base="A").set("app")
+    assert not CurrentModel(1, "C", base="A").set("app")
+    assert CurrentModel.get("app") == CurrentModel(1, "B", base="A")
 
 
 def test_a_start_whose_generation_a_swap_took_meanwhile_takes_the_next() -> None:
-    Pointer.at_start("app", "A").set("app")
-    loading = Pointer.at_start("app", "B")
+    CurrentModel.at_start("app", "A").set("app")
+    loading = CurrentModel.at_start("app", "B")
     assert loading.generation == 1
-    Pointer(1, "A2-directory", "a2", base="A").set("app")
-    assert loading.take_over("app", "B") == Pointer(2, "B", base="B")
-    assert Pointer.get("app") == Pointer(2, "B", base="B")
+    CurrentModel(1, "A2-directory", "a2", base="A").set("app")
+    assert loading.take_over("app", "B") == CurrentModel(2, "B", base="B")
+    assert CurrentModel.get("app") == CurrentModel(2, "B", base="B")
 
 
 def test_replicas_that_start_together_agree() -> None:
-    Pointer.at_start("app", "A").set("app")
-    both = [Pointer.at_start("app", "B") for _ in range(2)]
-    assert [each.take_over("app", "B") for each in both] == [Pointer(1, "B", base="B")] * 2
-    assert Pointer.at_start("app", "B").take_over("app", "B") == Pointer(1, "B", base="B")
+    CurrentModel.at_start("app", "A").set("app")
+    both = [CurrentModel.at_start("app", "B") for _ in range(2)]
+    assert [each.take_over("app", "B") for each in both] == [CurrentModel(1, "B", base="B")] * 2
+    assert CurrentModel.at_start("app", "B").take_over("app", "B") == CurrentModel(1, "B", base="B")
 
 
 def test_a_replica_that_a_swap_went_past_while_it_loaded_stays_behind_it() -> None:
-    Pointer.at_start("app", "A").set("app")
-    loading = Pointer.at_start("app", "A")
-    Pointer(1, "A2-directory", "a2", base="A").set("app")
+    CurrentModel.at_start("app", "A").set("app")
+    loading = CurrentModel.at_start("app", "A")
+    CurrentModel(1, "A2-directory", "a2", base="A").set("app")
     assert loading.take_over("app", "A").generation == 0, "it follows by itself"
 
 
 def test_a_swap_that_died_half_way_is_completed_by_the_next(store: dict[str, bytes]) -> None:
-    Pointer(1, "B", base="A").set("app")
-    half = Pointer(2, "C", base="A")
+    CurrentModel(1, "B", base="A").set("app")
+    half = CurrentModel(2, "C", base="A")
     store["app:swap:2"] = json.dumps(half.__dict__).encode()
-    assert not Pointer(2, "D", base="A").set("app"), "it is told to try again"
-    assert Pointer.get("app") == half
-    assert Pointer(3, "D", base="A").set("app")
+    assert not CurrentModel(2, "D", base="A").set("app"), "it is told to try again"
+    assert CurrentModel.get("app") == half
+    assert CurrentModel(3, "D", base="A").set("app")
 
 
 def test_another_release_may_have_written_more_or_less(store: dict[str, bytes]) -> None:
     store["app:model"] = b'{"generation": 3, "directory": "B", "more": 1}'
-    assert Pointer.get("app") == Pointer(3, "B")
-    assert Pointer(3, "B").is_of("anything")
+    assert CurrentModel.get("app") == CurrentModel(3, "B")
+    assert CurrentModel(3, "B").is_of("anything")
     store["app:model"] = b"nonsense"
-    assert Pointer.get("app") is None
+    assert CurrentModel.get("app") is None
 
 
 def test_a_new_start_forgets_everything_of_its_name() -> None:
-    Pointer(1, "B", base="A").set("app")
+    CurrentModel(1, "B", base="A").set("app")
     forget("app")
-    assert Pointer.get("app") is None
-    assert Pointer(1, "C", base="A").set("app")
+    assert CurrentModel.get("app") is None
+    assert CurrentModel(1, "C", base="A").set("app")

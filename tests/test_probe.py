@@ -7,9 +7,9 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, engine, groups, make_network, transformers_own
 
-from reward_actor import attention, decoder
-from reward_actor.engine import Engine, UnscorableModel
-from reward_actor.extract import RewardModel
+from reward_actor.engine import attention, decoder
+from reward_actor.engine.engine import Engine, UnscorableModel
+from reward_actor.model.reward_model import RewardModel
 
 PADDED = {"gemma2", "bloom"}  # soft-capped attention, ALiBi
 IN_BLOCKS = {"llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from reward_actor.reaper import Reaper
+from reward_actor.vllm.reaper import Reaper
 
 # As an engine core does: a child of another session that ignores requests to end, with one of its
 # own, under a title that covers what /proc shows of the environment.
@@ -29,7 +29,7 @@ time.sleep(600)
 STARTER = """
 import os, subprocess, sys, time
 
-from reward_actor.reaper import Reaper
+from reward_actor.vllm.reaper import Reaper
 
 reaper = Reaper()
 environment = {**os.environ, **reaper.environment}

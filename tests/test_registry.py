@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traversal import NAMES
 
-from reward_actor.registry import Registry
+from serve.registry import Registry
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Group, SampleError, Whole
-from reward_actor.new_contract import contract_for
+from reward_actor.model.inferred import contract_for
+from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
-from reward_actor.tokenizer import load_tokenizer
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

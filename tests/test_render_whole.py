@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_render import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 
 from reward_actor.groups import SampleError, Whole
+from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.render import Renderer
-from reward_actor.tokenizer import load_tokenizer
 
 TEMPLATES = [None, THINKING, LLAMA_LIKE, NO_END_TOKEN]
 rows = st.lists(st.integers(3, 200), min_size=1, max_size=30)

@@ -12,7 +12,7 @@ import pytest
 
 import rayward
 from reward_actor import Group, RewardScorer
-from trainer.rewardbench import (
+from trainer.evaluation.rewardbench import (
     BenchmarkRow,
     evaluate_rewardbench,
     read_benchmark,

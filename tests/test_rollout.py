@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from reward_actor import Group, RewardScorer
-from reward_actor.rollout import Engine, Sampling, sample, start_rollout_actors
+from reward_actor.rollout.pool import sample, start_rollout_actors
+from reward_actor.rollout.records import Sampling, VllmSettings
 
 PROMPTS: list[Any] = ["Name two fruits.", [{"role": "user", "content": "Hi."}], "Count to three."]
 SAMPLING = Sampling(num_completions=3, max_tokens=12, seed=7)
@@ -26,7 +27,9 @@ def actors(service: str, base_model: Path) -> Iterator[list[Any]]:
     import ray
 
     num_gpus = int(torch.cuda.is_available())
-    engine = Engine(str(base_model), num_gpus, max_model_len=128, dtype="float32", cpu_threads=2)
+    engine = VllmSettings(
+        str(base_model), num_gpus, max_model_len=128, dtype="float32", cpu_threads=2
+    )
     started = start_rollout_actors(engine, 1, "rayward")
     yield started
     for actor in started:
@@ -143,6 +146,6 @@ def test_a_policy_that_is_not_there_is_refused(
     ray_cluster: None, tmp_path: Path, base_model: Path
 ) -> None:
     with pytest.raises(ValueError, match="no policy to sample from"):
-        start_rollout_actors(Engine(str(tmp_path)), 1)
+        start_rollout_actors(VllmSettings(str(tmp_path)), 1)
     with pytest.raises(ValueError, match="too small"):
-        start_rollout_actors(Engine(str(base_model)), 1000)
+        start_rollout_actors(VllmSettings(str(base_model)), 1000)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import Group, RewardScorer
-from reward_actor.extract import RewardModel
-from reward_actor.new_contract import contract_for
+from reward_actor.model.inferred import contract_for
+from reward_actor.model.reward_model import RewardModel
 
 rows = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=8)
 

@@ -24,7 +24,7 @@ from secured import Secured, secured_service
 from test_no_pickle import with_pickled_weights
 from traversal import NAMES
 
-from serve.auth import RULES, add_token
+from serve.http.auth import RULES, add_token
 
 CANARY = "canary7f3a"
 # All that a replica's own port answers to; the first of them unpickles what it gets.

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
+from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.errors import RewardServiceError
-from reward_actor.handle import AsyncRewardHandle
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_export
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer
-from reward_actor.ensemble import write_ensemble
+from reward_actor.model.ensemble import write_ensemble
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", "word " * 500]),

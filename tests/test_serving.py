@@ -19,7 +19,7 @@ import pytest
 from conftest import environment_for_a_cluster, free_port
 
 from reward_actor import RewardClient
-from reward_actor.manifest import write_manifest
+from reward_actor.model.manifest import write_manifest
 
 
 def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -> None:

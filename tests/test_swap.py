@@ -17,7 +17,7 @@ from conftest import make_export
 from service_process import Service
 
 from reward_actor import RewardScorer
-from reward_actor.manifest import write_manifest
+from reward_actor.model.manifest import write_manifest
 
 BODY = {
     "groups": [

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
-from reward_actor.extract import RewardModel
-from trainer import adapters, zero
-from trainer.config import TrainConfig
+from reward_actor.model.reward_model import RewardModel
+from trainer.config.train import TrainConfig
+from trainer.network import adapters, zero
 from trainer.step import Trainer
 
 LORA = {"adapter__rank": 4, "adapter__alpha": 16}

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batches import (
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.data.micro_batches import (
     distinct_tokens,
     forest_passes,
     global_batch,
@@ -14,7 +15,6 @@ from trainer.batches import (
     plan,
     steps_per_epoch,
 )
-from trainer.comparisons import Comparison, Comparisons
 
 costs = st.lists(st.integers(1, 500), max_size=60)
 workers = st.integers(1, 5)

@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub import ModelCard
 from reports import CONTRACT, COUNTS, FACTS, config_of, plausible, tokenizer
 
-from trainer.card import model_card
-from trainer.config import LossConfig, TrainConfig
-from trainer.data_config import Source
-from trainer.describe import last_part
-from trainer.metrics import evaluate
+from trainer.config.data import Source
+from trainer.config.train import LossConfig, TrainConfig
+from trainer.evaluation.metrics import evaluate
+from trainer.report.card import model_card
+from trainer.report.describe import last_part
 
 CONFIG = config_of(Path("outputs/polite"))
 

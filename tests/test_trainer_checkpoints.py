@@ -10,12 +10,13 @@ from engines import on_workers, train_without_ray, trainer
 from engines import settings as engine_settings
 from trainer_runs import overrides, settings, write_pairs
 
-from trainer import zero
-from trainer.config_file import load_config
-from trainer.resume import Checkpoints
-from trainer.run import prepare, resolve_paths
-from trainer.saved import manifest_name
-from trainer.storage import checkpoint_storage
+from trainer.checkpoints.checkpoints import Checkpoints
+from trainer.checkpoints.manifest import manifest_name
+from trainer.checkpoints.storage import checkpoint_storage
+from trainer.config.config_file import load_config
+from trainer.data.prepare import prepare
+from trainer.network import zero
+from trainer.run import resolve_paths
 
 
 def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(base_model, tmp_path: Path):

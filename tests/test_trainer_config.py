@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config_file import load_config
-from trainer.options import add_arguments, config_from_arguments, leaves
+from trainer.config.config_file import load_config
+from trainer.config.options import add_arguments, config_from_arguments, leaves
 
 NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]
 

@@ -15,8 +15,8 @@ from engines import comparisons, on_workers, settings, trainer
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from trainer import zero
-from trainer.batches import global_batch
+from trainer.data.micro_batches import global_batch
+from trainer.network import zero
 
 NUM_STEPS, BATCH = 50, 8
 CHANGES = {

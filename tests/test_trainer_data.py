@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,14 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_runs import overrides, write_pairs
 
-from trainer.comparisons import Comparisons
-from trainer.config_file import load_config
-from trainer.data import load_comparisons, read_rows
-from trainer.prepare import split_by_prompt
-from trainer.rendered import hash_key
-from trainer.rows import Row
-from trainer.run import prepare, resolve_paths
-from trainer.sources import check_source
+from trainer.config.config_file import load_config
+from trainer.data.comparisons import Comparisons
+from trainer.data.load import load_comparisons, read_rows
+from trainer.data.prepare import prepare
+from trainer.data.render import hash_key
+from trainer.data.sources import check_source
+from trainer.data.split import split_by_prompt
+from trainer.run import resolve_paths
+
+if TYPE_CHECKING:
+    from trainer.data.rows import Row
 
 
 def test_every_file_type_gives_the_same_rows(tmp_path: Path):
@@ -188,7 +191,7 @@ def test_a_split_that_leaves_nothing_is_refused():
 
 def test_blocks_give_back_their_rows_in_order(many: list[Row], renderers, monkeypatch):
     whole = rendered(many, renderers["chat"]).comparisons
-    monkeypatch.setattr("trainer.rendered.BLOCK_ROWS", 7)
+    monkeypatch.setattr("trainer.data.render.BLOCK_ROWS", 7)
     cut = rendered(many, renderers["chat"])
     assert cut.comparisons.digest() == whole.digest()
     assert cut.comparisons.rows.tolist() == list(range(1, 121))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from trainer_runs import overrides, settings, write_pairs
 
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
 from trainer.run import _locked, resolve_paths, train
 
 

@@ -12,12 +12,12 @@ from engines import on_workers, settings, trainer
 from trainer_runs import log_of, overrides, write_pairs
 from trainer_runs import settings as run_settings
 
-from trainer import zero
-from trainer.config_file import load_config
-from trainer.resume import Checkpoints
+from trainer.checkpoints.checkpoints import Checkpoints
+from trainer.checkpoints.manifest import saved_states
+from trainer.checkpoints.storage import Storage
+from trainer.config.config_file import load_config
+from trainer.network import zero
 from trainer.run import train
-from trainer.saved import saved_states
-from trainer.storage import Storage
 
 DONE, STEPS = 3, 6
 

@@ -13,9 +13,9 @@ from trainer_runs import write_pairs
 
 import rayward
 from reward_actor import Group, RewardScorer
-from trainer import evaluate, metrics
-from trainer.data_config import Columns
-from trainer.evaluate import evaluate_model, scoring
+from trainer.config.data import Columns
+from trainer.evaluation import evaluate, metrics
+from trainer.evaluation.evaluate import evaluate_model, scoring
 
 TOO_LONG = "apple " * 400
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from reports import WORDS, comparisons, tokenizer
 
-from trainer.comparisons import Comparison, Comparisons
-from trainer.hardest import hardest_pairs
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.report.hardest import hardest_pairs
 
 
 def test_the_hardest_pairs_are_the_wrong_ones_the_widest_first() -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from trainer.hub import PATTERNS, PRIVATE, check_push
+from trainer.report.hub import PATTERNS, PRIVATE, check_push
 
 CALL = """from pathlib import Path
-from trainer.config import ReportConfig
-from trainer.hub import push
+from trainer.config.train import ReportConfig
+from trainer.report.hub import push
 """
 
 

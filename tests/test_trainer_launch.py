@@ -10,8 +10,8 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from trainer.errors import TrainingError
-from trainer.launch import _cause
+from trainer.console import TrainingError
+from trainer.ray_train import _cause
 
 OURS = TrainingError("the loss of step 3 is not finite")
 FULL = OSError(28, "No space left on device")

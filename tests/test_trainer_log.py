@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import fill
 
-from trainer.training_log import TrainingLog, read_log
+from trainer.log import TrainingLog, read_log
 
 
 def test_a_log_goes_on_after_a_step(tmp_path: Path):

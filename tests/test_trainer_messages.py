@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from data_files import BAD, COLUMNS, DIALOGUE, GOOD, PAIR, USER, rendered, write
 
-from trainer.data import choose_format, read_rows
-from trainer.parse import parse_row
+from trainer.data.load import choose_format, read_rows
+from trainer.data.parse import parse_row
 
 
 @pytest.mark.parametrize(

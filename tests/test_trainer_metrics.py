@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.comparisons import Comparison, Comparisons
-from trainer.metrics import (
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.evaluation.metrics import (
     EvalResult,
     better,
     check_metric,
@@ -298,7 +298,6 @@ def test_checkpoints_can_be_ordered_by_the_error_of_an_attribute() -> None:
 
 
 def test_metrics_need_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, trainer.metrics; assert not {'torch', 'ray', 'transformers'} & {*sys.modules}"
-    )
+    heavy = "{'torch', 'ray', 'transformers'}"
+    code = f"import sys, trainer.evaluation.metrics; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True)

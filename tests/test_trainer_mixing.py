@@ -14,11 +14,11 @@ from engines import on_workers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_actor.tokenizer import load_tokenizer
-from trainer import zero
-from trainer.objective import Labels, comparison_losses
-from trainer.prepare import epoch_use
-from trainer.run import prepare
+from reward_actor.model.tokenizer import load_tokenizer
+from trainer.data.prepare import prepare
+from trainer.data.split import epoch_use
+from trainer.loss import Labels, comparison_losses
+from trainer.network import zero
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0.01, 4)), min_size=1, max_size=4))

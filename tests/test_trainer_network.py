@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, Qwen3Config
 
-from trainer import zero
-from trainer.network import head_std
+from trainer.network import zero
+from trainer.network.build import head_std
 
 
 @given(st.integers(1, 10_000))

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.comparisons import Comparison, Comparisons, holds_ties
-from trainer.config import LossConfig
-from trainer.loss import davidson, plackett_luce
-from trainer.objective import Labels, comparison_losses, pair_counts
+from trainer.config.train import LossConfig
+from trainer.data.comparisons import Comparison, Comparisons, holds_ties
+from trainer.loss import Labels, comparison_losses, davidson, pair_counts, plackett_luce
 
 FEW = settings(max_examples=40, deadline=None)
 CLOSE = {"rtol": 0, "atol": 1e-12}

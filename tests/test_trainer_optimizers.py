@@ -12,10 +12,10 @@ import pytest
 import torch
 from engines import on_workers, settings, trainer
 
-from trainer import zero
-from trainer.config import OptimizerConfig
-from trainer.errors import TrainingError
-from trainer.optimizers import check_optimizer, make_schedule
+from trainer.config.train import OptimizerConfig
+from trainer.console import TrainingError
+from trainer.network import zero
+from trainer.network.optimizers import check_optimizer, make_schedule
 from trainer.step import Trainer
 
 MUON = {"optimizer__name": "muon", "optimizer__max_grad_norm": 0}

@@ -8,13 +8,12 @@ import torch
 from families import FAMILIES, VOCAB_SIZE, make_network
 from torch import Tensor
 
-from reward_actor.extract import RewardModel
-from reward_actor.paths import ForestPath, PaddedPath, Path
-from trainer.comparisons import Comparison, Comparisons
-from trainer.config_file import load_config
-from trainer.forward import Passes, TrainedModel, row_weights, sequences_of
-from trainer.objective import Labels, comparison_losses
-from trainer.router_loss import router_loss
+from reward_actor.engine.packing import ForestPath, PaddedPath, Path
+from reward_actor.model.reward_model import RewardModel
+from trainer.config.config_file import load_config
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.loss import Labels, comparison_losses, router_loss
+from trainer.network.packed import Passes, TrainedModel, row_weights, sequences_of
 
 PACKED = [family for family in FAMILIES if family not in ("gemma2", "bloom")]
 LOSS = load_config(None, [("data.train", "x")]).loss

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from trainer import progress
-from trainer.progress import Line, follow, plain, show
-from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog
+from trainer.log import EVALUATIONS_FILE, LOG_FILE, TrainingLog
+from trainer.report import progress
+from trainer.report.progress import Line, follow, plain, show
 
 
 def step_line(step: int, num_steps: int = 200, seed: int = 0) -> dict[str, Any]:

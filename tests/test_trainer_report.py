@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from reports import CONTRACT, FACTS, config_of, plausible
 from test_trainer_progress import evaluation_line, step_line
 
-from trainer.comparisons import Comparison, Comparisons
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.data_config import Source
-from trainer.metrics import evaluate
-from trainer.plots import smooth
-from trainer.report import escape, write_report
+from trainer.config.config_file import load_config
+from trainer.config.data import Source
+from trainer.config.train import TrainConfig
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.evaluation.metrics import evaluate
+from trainer.report.page import escape, write_report
+from trainer.report.plots import smooth
 
 Decode = Callable[[Sequence[int]], str]
 PNG = b"\x89PNG\r\n\x1a\n"

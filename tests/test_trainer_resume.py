@@ -21,11 +21,12 @@ from engines import on_workers, train_without_ray
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.run import finished, prepare, resolve_paths, train
-from trainer.saved import SavedState, saved_states
-from trainer.storage import checkpoint_storage
+from trainer.checkpoints.manifest import SavedState, saved_states
+from trainer.checkpoints.storage import checkpoint_storage
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.data.prepare import prepare
+from trainer.run import finished, resolve_paths, train
 
 # Many more than a worker takes while a signal is on its way.
 NUM_STEPS = 240

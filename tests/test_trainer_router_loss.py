@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from reward_actor.extract import RewardModel
-from trainer.forward import TrainedModel
-from trainer.router_loss import router_loss
+from reward_actor.model.reward_model import RewardModel
+from trainer.loss import router_loss
+from trainer.network.packed import TrainedModel
 
 LAYERS, EXPERTS = 3, 5
 FEW = settings(max_examples=40, deadline=None)

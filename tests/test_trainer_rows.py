@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor.render import Renderer, RenderError, Sample
-from trainer.comparisons import Comparisons
-from trainer.data import gather_rows
-from trainer.parse import parse_line, parse_row
-from trainer.rendered import Rules, truncate_left
-from trainer.rows import Row
+from trainer.data.comparisons import Comparisons
+from trainer.data.load import gather_rows
+from trainer.data.parse import parse_line, parse_row
+from trainer.data.render import Rules, truncate_left
+from trainer.data.rows import Row
 
 RANKING = {"prompt": "Name a fruit.", "completions": ["A pan.", "A pear.", "A tree."]}
 SINGLE = {"prompt": "Name a fruit.", "completion": "An apple.", "attributes": {"help": 4}}

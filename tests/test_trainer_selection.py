@@ -14,14 +14,14 @@ import pytest
 from engines import comparisons, on_workers, settings, train_without_ray
 from safetensors.numpy import load_file
 
-from reward_actor.manifest import check_manifest
-from trainer.comparisons import Comparison, Comparisons
-from trainer.config import EvaluationConfig
-from trainer.hub import PRIVATE
-from trainer.prepare import TrainingData
-from trainer.saved import saved_states
-from trainer.selection import Selection
-from trainer.storage import Storage
+from reward_actor.model.manifest import check_manifest
+from trainer.checkpoints.manifest import saved_states
+from trainer.checkpoints.storage import Storage
+from trainer.config.train import EvaluationConfig
+from trainer.data.comparisons import Comparison, Comparisons
+from trainer.data.split import TrainingData
+from trainer.evaluation.selection import Selection
+from trainer.report.hub import PRIVATE
 
 
 def swapped(of: Comparisons) -> Comparisons:
@@ -41,9 +41,9 @@ def train_on_one(
     data: Comparisons,
     heldout: Comparisons,
 ) -> Any:
-    from reward_actor.new_contract import contract_for
-    from reward_actor.tokenizer import load_tokenizer
-    from trainer.network import base_config
+    from reward_actor.model.inferred import contract_for
+    from reward_actor.model.tokenizer import load_tokenizer
+    from trainer.network.build import base_config
 
     config = settings(model, output_dir=output_dir, **changes)
     whole = TrainingData(data, heldout, (1.0,), 0, has_ties=False)
@@ -139,9 +139,9 @@ def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
 
 def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: Comparisons) -> Any:
     """What a Ray task for the run's newest checkpoint would give, without Ray."""
-    import trainer.validation as validation
-    from trainer.saved import saved_states
-    from trainer.storage import checkpoint_storage
+    import trainer.evaluation.background as validation
+    from trainer.checkpoints.manifest import saved_states
+    from trainer.checkpoints.storage import checkpoint_storage
 
     config = settings(model, output_dir=run, **changes)
     state = saved_states(checkpoint_storage(config))[0]
@@ -154,7 +154,7 @@ def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: C
 
 
 def check_what_is_pushed(export: Path, secret: list[Path]) -> None:
-    """A copy without what `trainer.hub` withholds loads, and names no local directory."""
+    """A copy without what `trainer.report.hub` withholds loads, and names no local directory."""
     copy = shutil.copytree(export, export.with_name("pushed"))
     for name in PRIVATE:
         (copy / name).unlink()
@@ -195,7 +195,7 @@ def rated(row: int) -> dict[str, Any]:
 def test_checkpoints_cannot_be_compared_by_what_is_not_held_out(
     base_model: Path, tmp_path: Path, setting: str, given: dict[str, Any], rows: Any, complaint: str
 ) -> None:
-    from trainer.config_file import load_config
+    from trainer.config.config_file import load_config
     from trainer.run import train
 
     (tmp_path / "rows.jsonl").write_text(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from engines import settings
 
-from trainer.zero_settings import check_settings, deepspeed_config
+from trainer.network.zero_settings import check_settings, deepspeed_config
 
 
 def made(**changes: Any) -> dict[str, Any]:

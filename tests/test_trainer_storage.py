@@ -13,11 +13,7 @@ from pyarrow import fs
 from trainer_runs import overrides, settings
 
 from reward_actor.contract import sha256_file
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.identity import IDENTITY_FILE, check_identity, identity
-from trainer.run import _stored_steps
-from trainer.saved import (
+from trainer.checkpoints.manifest import (
     Problem,
     SavedState,
     Survey,
@@ -31,8 +27,12 @@ from trainer.saved import (
     tidy,
     write_manifest,
 )
-from trainer.storage import Storage, checkpoint_storage
-from trainer.training_log import TrainingLog
+from trainer.checkpoints.run_identity import IDENTITY_FILE, check_identity, identity
+from trainer.checkpoints.storage import Storage, checkpoint_storage
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.log import TrainingLog
+from trainer.run import _stored_steps
 
 
 def remote(directory: Path) -> Storage:

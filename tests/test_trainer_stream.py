@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import data_files
 import numpy as np
@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.comparisons import Comparisons
-from trainer.config import TrainConfig
-from trainer.prepare import Prepared
-from trainer.run import prepare
-from trainer.sources import read_split, splits
-from trainer.stream import prepare_stream
+from trainer.config.train import TrainConfig
+from trainer.data.comparisons import Comparisons
+from trainer.data.prepare import prepare
+from trainer.data.sources import read_split, splits
+from trainer.data.stream import prepare_stream
+
+if TYPE_CHECKING:
+    from trainer.data.split import Prepared
 
 THINGS = ("apple", "pear", "knife", "spoon", "pan")
 

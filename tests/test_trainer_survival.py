@@ -18,9 +18,9 @@ from conftest import CORPUS, free_port
 from trainer_victims import Victims
 
 from reward_actor.contract import sha256_file
+from trainer.checkpoints.manifest import saved_states, survey
+from trainer.checkpoints.storage import Storage
 from trainer.init_model import init_model
-from trainer.saved import saved_states, survey
-from trainer.storage import Storage
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:

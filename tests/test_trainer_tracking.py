@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer_progress import evaluation_line, step_line
 
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.progress import Line
-from trainer.tracking import STATE_FILE, Trackers, check_trackers, metrics_of, settings_of
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.report.progress import Line
+from trainer.report.tracking import STATE_FILE, Trackers, check_trackers, metrics_of, settings_of
 
 
 def config_of(output_dir: Path, trackers: Sequence[str]) -> TrainConfig:

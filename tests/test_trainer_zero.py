@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from trainer_runs import log_of, overrides, settings, write_pairs
 
 from reward_actor.scorer import RewardScorer
 from trainer import job as jobs
-from trainer.comparisons import Comparisons
-from trainer.config import TrainConfig
-from trainer.config_file import load_config
-from trainer.errors import TrainingError
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.console import TrainingError
+from trainer.data.prepare import prepare
+from trainer.evaluation.metrics import EvalResult, evaluate
 from trainer.job import Job
-from trainer.metrics import EvalResult, evaluate
-from trainer.run import TrainResult, prepare, train
+from trainer.run import TrainResult, train
+
+if TYPE_CHECKING:
+    from trainer.data.comparisons import Comparisons
 
 STAGES = (0, 1, 2, 3)
 NUM_STEPS = 50

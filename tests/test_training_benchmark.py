@@ -23,7 +23,7 @@ from benchmarks.training_engines import torch_engine
 from benchmarks.training_peers import PEERS, PaddedPairs, Peers, Step, measure_memory
 from benchmarks.training_report import TOLERANCES, Differences, Measured, check, summarize, table
 from benchmarks.workloads import Range
-from reward_actor.extract import RewardModel, get_reward
+from reward_actor.model.reward_model import RewardModel, get_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SHAPES["tiny"]

@@ -14,7 +14,8 @@ import httpx
 import pytest
 from stub_service import error, stub
 
-from reward_actor import RewardClient, transport
+from reward_actor import RewardClient
+from reward_actor.client import connection as sender
 from reward_actor.errors import RewardServiceError
 
 SECRET = "secret-token-0123456789"
@@ -120,7 +121,7 @@ def test_data_that_nobody_acknowledges_ends_its_connection() -> None:
 
         async def call() -> None:
             async with (
-                transport.connect(server.url, None, True) as connection,
+                sender.connect(server.url, None, True) as connection,
                 connection.stream("GET", "/info") as reply,
             ):
                 found = reply.extensions["network_stream"].get_extra_info("socket")
@@ -135,13 +136,13 @@ def test_a_request_that_is_stuck_on_its_way_is_an_error_of_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a second instead of half a minute, and a peer that takes in nothing."""
-    monkeypatch.setitem(transport._PROBES, "TCP_USER_TIMEOUT", 1000)
+    monkeypatch.setitem(sender._PROBES, "TCP_USER_TIMEOUT", 1000)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
 
         async def call() -> None:
-            async with transport.connect(url, None, True) as connection:
+            async with sender.connect(url, None, True) as connection:
                 with pytest.raises(httpx.TransportError):
                     await connection.post("/", content=b"x" * 2**24)
 
@@ -151,7 +152,7 @@ def test_a_request_that_is_stuck_on_its_way_is_an_error_of_the_connection(
 def test_a_system_without_these_options_has_connections_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in transport._PROBES:
+    for name in sender._PROBES:
         monkeypatch.delattr(socket, name)
     with stub() as server, RewardClient(server.url) as client:
         assert client.score("p", ["xyz"]).rewards == [3.0]

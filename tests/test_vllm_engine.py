@@ -23,14 +23,14 @@ from conftest import make_export
 from foreign import openrlhf
 
 from reward_actor import RewardScorer
-from reward_actor.checkpoint import CheckpointError
 from reward_actor.contract import ContractError
-from reward_actor.ensemble import write_ensemble
 from reward_actor.errors import EngineDied
 from reward_actor.golden import replay
-from reward_actor.manifest import write_manifest
+from reward_actor.model.ensemble import write_ensemble
+from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.manifest import write_manifest
 from reward_actor.render import Renderer
-from reward_actor.vllm_scorer import VllmScorer
+from reward_actor.vllm.scorer import VllmScorer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"

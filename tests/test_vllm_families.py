@@ -17,9 +17,9 @@ from families import FAMILIES, make_network
 
 from reward_actor import RewardScorer
 from reward_actor.export import export
-from reward_actor.new_contract import contract_for
-from reward_actor.tokenizer import load_tokenizer
-from reward_actor.vllm_scorer import VllmScorer
+from reward_actor.model.inferred import contract_for
+from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.vllm.scorer import VllmScorer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"

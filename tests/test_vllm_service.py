@@ -201,7 +201,7 @@ def test_the_front_door_serves_with_vllm(export_dir: Path) -> None:
 def test_an_ensemble_is_refused_before_anything_starts(
     export_dir: Path, registry: Path, tmp_path: Path
 ) -> None:
-    from reward_actor.ensemble import write_ensemble
+    from reward_actor.model.ensemble import write_ensemble
     from serve.app import app
 
     write_ensemble(tmp_path / "both", [export_dir, registry / "second"])

@@ -91,11 +91,11 @@ def work(model: str, directory: str, last: int, paced: bool, changes: dict[str, 
     from torch import distributed as dist
     from trainer_runs import overrides, settings
 
-    from trainer import zero
-    from trainer.comparisons import Comparison, Comparisons
-    from trainer.config_file import load_config
-    from trainer.prepare import TrainingData
-    from trainer.resume import Checkpoints
+    from trainer.checkpoints.checkpoints import Checkpoints
+    from trainer.config.config_file import load_config
+    from trainer.data.comparisons import Comparison, Comparisons
+    from trainer.data.split import TrainingData
+    from trainer.network import zero
     from trainer.step import Trainer
 
     rng = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import TrainingError
-from trainer.options import add_arguments, config_from_arguments
+from trainer.config.options import add_arguments, config_from_arguments
+from trainer.console import TrainingError
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:

@@ -7,6 +7,10 @@ import contextlib
 import sys
 
 
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says where it stands and why."""
+
+
 def say(text: str) -> None:
     """Print a line."""
     with contextlib.suppress(OSError):

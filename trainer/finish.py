@@ -15,22 +15,22 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
-from reward_actor import checkpoint
 from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
+from reward_actor.export import export
 from reward_actor.files import replace_text
-from reward_actor.tokenizer import load_tokenizer
-from trainer import adapters, zero
-from trainer.card import model_card
-from trainer.metrics import folded, measure
-from trainer.network import base_config
-from trainer.report import write_report
-from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, read_log
+from reward_actor.model.tokenizer import load_tokenizer
+from trainer.evaluation.metrics import folded, measure
+from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
+from trainer.network import adapters, zero
+from trainer.network.build import base_config
+from trainer.report.card import model_card
+from trainer.report.page import write_report
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from trainer.config import TrainConfig
+    from trainer.config.train import TrainConfig
     from trainer.step import Trainer
 
 EXPORT_DIR = "export"
@@ -134,7 +134,7 @@ def _export(
     network_config.dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):  # only its class and configuration are needed beside the weights
         network = AutoModelForSequenceClassification.from_config(network_config)
-    checkpoint.export(
+    export(
         output_dir / EXPORT_DIR,
         network_config,
         network,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import TOKENIZER_FILES
+from reward_actor.transformers_internals import tied_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -98,7 +99,7 @@ def _save(model: PreTrainedModel, out_dir: Path) -> None:
     weights = {
         name: weight
         for name, weight in model.state_dict().items()
-        if name not in (model._tied_weights_keys or {})
+        if name not in tied_weights(model)
     }
     save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]

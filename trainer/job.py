@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import ScoringContract
-from trainer.config import TrainConfig
-from trainer.prepare import TrainingData
+from trainer.config.train import TrainConfig
+from trainer.data.split import TrainingData
 
 if TYPE_CHECKING:
     import ray

@@ -17,17 +17,18 @@ import ray
 import torch
 from transformers.utils import logging as transformers_logging
 
-from trainer import finish, zero
+from trainer import finish
+from trainer.checkpoints.checkpoints import Checkpoints
+from trainer.checkpoints.manifest import check_not_lost
+from trainer.checkpoints.storage import checkpoint_storage
+from trainer.evaluation.background import MAX_PENDING, Validations
+from trainer.evaluation.metrics import is_measurable
+from trainer.evaluation.selection import Selection
 from trainer.job import Job
-from trainer.metrics import is_measurable
-from trainer.ranks import from_first, is_first
-from trainer.resume import Checkpoints
-from trainer.saved import check_not_lost
-from trainer.selection import Selection
+from trainer.log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
+from trainer.network import zero
+from trainer.network.collectives import from_first, is_first
 from trainer.step import Trainer
-from trainer.storage import checkpoint_storage
-from trainer.training_log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
-from trainer.validation import MAX_PENDING, Validations
 
 
 def train(job: Job) -> dict[str, Any]:

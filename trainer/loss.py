@@ -7,14 +7,20 @@ Shapes: P pairs, R rankings of up to K completions (padded), S sequences, A attr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trainer.config.train import LossConfig
+    from trainer.data.comparisons import Comparisons
 
 
 def bradley_terry(
@@ -185,3 +191,156 @@ def _expected(
 def _wide(values: Tensor) -> Tensor:
     """Float64 stays what it is; everything else becomes float32."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def router_loss(router_logits: Sequence[Tensor], top_k: int, weights: Tensor) -> Tensor:
+    """Each layer's (N, E) router logits and (N,) weights -> () loss: E * sum_e f_e P_e.
+
+    f_e: routings to expert e per token; P_e: its mean probability; both over the tokens of all
+    layers together. Switch Transformers (arXiv:2101.03961, eq. 4 to 6), generalised to `top_k`
+    experts and pooled over the layers as `transformers` does it for Mixtral and Qwen3-MoE; its
+    value is `top_k` when perfectly balanced. A weight says how many sequences share the token, so
+    that a packed forest has the loss of its sequences laid out one by one; 0 leaves a token out,
+    and without any weight the loss is 0. Computed in float32, or in float64 where given it.
+    """
+    routed, probability = [], []
+    for logits in router_logits:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        probabilities = wide.softmax(-1)
+        experts = probabilities.topk(top_k, dim=-1).indices
+        # One-hot sums, not scatter_add, which on CUDA adds up in any order.
+        chosen = torch.zeros_like(probabilities).scatter(1, experts, 1.0)
+        routed.append((chosen * weights[:, None]).sum(0))
+        probability.append((probabilities * weights[:, None]).sum(0))
+    total = len(router_logits) * weights.sum()
+    total = torch.where(total > 0, total, 1)
+    frequencies, means = torch.stack(routed).sum(0) / total, torch.stack(probability).sum(0) / total
+    return len(frequencies) * (frequencies * means).sum()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known about the comparisons of a micro-batch, as `Comparisons` keeps it."""
+
+    starts: Tensor
+    """(C + 1,) int64: the first sequence of each comparison."""
+    scores: Tensor
+    """(S,) the order within a comparison, higher is better, never rising; equal for a tie."""
+    margins: Tensor
+    """(C,) by how much chosen is better."""
+    attributes: Tensor
+    """(S, A) targets of the regression heads, NaN where unknown."""
+
+    @classmethod
+    def of(
+        cls, comparisons: Comparisons, indices: Sequence[int], device: torch.device | str
+    ) -> Labels:
+        """Those of the comparisons at `indices`, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        first, sizes = comparisons.starts[chosen], np.diff(comparisons.starts)[chosen]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        sequences = np.repeat(first - starts[:-1], sizes) + np.arange(starts[-1])
+        return cls(
+            starts=torch.as_tensor(starts, device=device),
+            scores=torch.as_tensor(comparisons.scores[sequences], device=device),
+            margins=torch.as_tensor(comparisons.margins[chosen], device=device),
+            attributes=torch.as_tensor(comparisons.attributes[sequences], device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the network's output for a micro-batch costs."""
+
+    losses: Tensor
+    """(C,) everything that a comparison costs, not reduced."""
+    rewards: Tensor
+    """(S,) one number for each sequence, however many heads there are."""
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Sums over all pairs of a comparison's completions with different scores; () float64."""
+
+    num_pairs: Tensor
+    num_correct: Tensor
+    """Pairs in which the better one has the higher reward; equal rewards count half."""
+    sum_margin: Tensor
+    """Of reward_chosen - reward_rejected."""
+
+
+def comparison_losses(
+    outputs: Tensor, labels: Labels, config: LossConfig, has_ties: bool
+) -> Losses:
+    """(S,) rewards, or (S, A) attributes if the config names any, -> the loss of each comparison.
+
+    A comparison costs its preference loss (of a pair, or of a ranking by `plackett_luce`; none for
+    a single completion), the centring of its rewards, and the mean of its sequences' attribute
+    losses. `has_ties` is a fact of the whole training set (`holds_ties`): only if the model of ties
+    has decided pairs, too, their probabilities and those of the ties add up to 1.
+    """
+    values = outputs if outputs.dtype == torch.float64 else outputs.float()
+    if config.attributes:
+        heads = values.reshape(len(values), len(config.attributes))
+        rewards = (heads * values.new_tensor(list(config.attributes.values()))).sum(-1)
+    else:
+        rewards = values
+    assert rewards.shape == labels.scores.shape, (rewards.shape, labels.scores.shape)
+
+    index, mask = _rows(labels)
+    sizes = labels.starts.diff()
+    losses = rewards.new_zeros(len(sizes))
+    pairs, rankings = sizes == 2, sizes > 2
+    losses = losses.index_put((pairs,), _pair_losses(rewards, labels, pairs, config, has_ties))
+    ranked = index[rankings]
+    losses = losses.index_put(
+        (rankings,), plackett_luce(rewards[ranked], labels.scores[ranked], mask[rankings])
+    )
+    if config.center_rewards_coefficient:
+        losses = losses + config.center_rewards_coefficient * centering(rewards[index], mask)
+    if config.attributes:
+        errors = torch.where(mask, attribute_loss(heads, labels.attributes)[index], 0)
+        losses = losses + config.attribute_coefficient * errors.sum(-1) / sizes
+    return Losses(losses, rewards)
+
+
+@torch.no_grad()
+def pair_counts(rewards: Tensor, labels: Labels) -> PairCounts:
+    """What (S,) rewards make of the micro-batch, for the log."""
+    index, mask = _rows(labels)
+    scores, wide = labels.scores[index], rewards[index].double()
+    # Axis 1: the better one; axis 2: the worse one.
+    decided = mask[:, :, None] & mask[:, None, :] & (scores[:, :, None] > scores[:, None, :])
+    chosen, rejected = wide[:, :, None], wide[:, None, :]
+    return PairCounts(
+        num_pairs=decided.double().sum(),
+        num_correct=torch.where(decided, correct(chosen, rejected).double(), 0).sum(),
+        sum_margin=torch.where(decided, chosen - rejected, 0).sum(),
+    )
+
+
+def _pair_losses(
+    rewards: Tensor, labels: Labels, pairs: Tensor, config: LossConfig, has_ties: bool
+) -> Tensor:
+    """The losses of the comparisons that are `pairs`, (C,) bool."""
+    best = labels.starts[:-1][pairs]
+    chosen, rejected = rewards[best], rewards[best + 1]
+    tied = labels.scores[best] == labels.scores[best + 1]
+    margin = labels.margins[pairs] if config.use_margin else None
+    smoothing = config.label_smoothing
+    if has_ties:
+        of_ties = rao_kupper if config.ties == "rao_kupper" else davidson
+        return of_ties(chosen, rejected, tied, config.tie_parameter, margin, smoothing)
+    of_pairs = log_exp if config.kind == "log_exp" else bradley_terry
+    # A model that knows no ties sees a toss-up in one. Training sets with ties never come here.
+    toss_up = bradley_terry(chosen, rejected, label_smoothing=0.5)
+    return torch.where(tied, toss_up, of_pairs(chosen, rejected, margin, smoothing))
+
+
+def _rows(labels: Labels) -> tuple[Tensor, Tensor]:
+    """(C, K) the sequences of each comparison, padded with sequence 0; (C, K) bool: which are."""
+    sizes = labels.starts.diff()
+    width = int(sizes.max()) if len(sizes) else 1
+    column = torch.arange(width, device=sizes.device)
+    mask = column < sizes[:, None]
+    return torch.where(mask, labels.starts[:-1, None] + column, 0), mask

@@ -6,40 +6,27 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reward_actor.contract import sha256_file, sha256_text
-from reward_actor.files import replace_text
-from trainer import console, hub
-from trainer.batches import steps_per_epoch
-from trainer.config import SCRATCH_DIR, TrainConfig
-from trainer.data import choose_format, gather_rows, iterate_rows, read_rows
-from trainer.data_config import Source
-from trainer.gather import take
-from trainer.identity import check_identity, identity
-from trainer.metrics import check_metric
-from trainer.prepare import Prepared, decide, rules_of
-from trainer.rows import Row, Side
-from trainer.saved import check_not_lost, tidy
-from trainer.selection import check_selection
-from trainer.sources import check_source, is_file_name
-from trainer.storage import StorageError, checkpoint_storage
-from trainer.tracking import check_trackers
-from trainer.training_log import LOG_FILE
-
-if TYPE_CHECKING:
-    from reward_actor.contract import ScoringContract
-    from reward_actor.render import Renderer
-
-DEFAULT_MAX_LENGTH = 2048
-
-_SCRATCH_VOCAB_SIZE = 8192
-# And the day that a chat template writes, if it writes one.
-_DATE_FILE = "template_date.txt"
+from trainer import console
+from trainer.checkpoints.manifest import check_not_lost, tidy
+from trainer.checkpoints.run_identity import check_identity, identity
+from trainer.checkpoints.storage import StorageError, checkpoint_storage
+from trainer.config.data import Source
+from trainer.config.train import SCRATCH_DIR, TrainConfig
+from trainer.data.micro_batches import steps_per_epoch
+from trainer.data.prepare import prepare
+from trainer.data.sources import check_source, is_file_name
+from trainer.evaluation.metrics import check_metric
+from trainer.evaluation.selection import check_selection
+from trainer.log import LOG_FILE
+from trainer.report import hub
+from trainer.report.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
         prepared.num_used, config.training.global_batch_pairs
     )
-    from trainer.optimizers import check_optimizer  # with torch, which `prepare` needed, too
+    from trainer.network.optimizers import (
+        check_optimizer,  # with torch, which `prepare` needed, too
+    )
 
     check_optimizer(config.optimizer, num_steps)
     facts = {
@@ -91,7 +80,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
             start = _stored_steps(config)
             if start:
                 say(f"going on after step {start} of {num_steps}")
-            from trainer.launch import launch  # Ray is not needed, nor imported, before this
+            from trainer.ray_train import launch  # Ray is not needed, nor imported, before this
 
             result = launch(config, contract, prepared, facts, start, say)
         else:
@@ -128,11 +117,11 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"evaluation.metric: {error}") from None
     check_trackers(config.report)
     if config.adapter.rank:
-        from trainer.adapters import check_adapter
+        from trainer.network.adapters import check_adapter
 
         check_adapter(config.adapter)
     if config.distributed.deepspeed:  # our own settings need no check that takes seconds
-        from trainer.zero_settings import check_settings
+        from trainer.network.zero_settings import check_settings
 
         check_settings(config)
     if config.report.push_to_hub:
@@ -207,81 +196,10 @@ def _resolve_model(path: str) -> str:
     return str(model.absolute())
 
 
-def _make_base(directory: Path, rows: Iterable[Row], seed: int) -> None:
-    """A small network from scratch, its tokenizer trained on the texts of `rows`."""
-    from trainer.init_model import init_model, texts_of
-
-    sides = (side for row in rows for side in _texts(row))
-    texts = (text for side in sides for text in texts_of([side.prompt, side.completion]))
-    init_model(directory, texts, vocab_size=_SCRATCH_VOCAB_SIZE, seed=seed)
-
-
-def _texts(row: Row) -> Sequence[Side]:
-    if row.ids:
-        raise ValueError("model.path: rows of token ids need the model whose tokenizer made them")
-    return row.sides
-
-
-def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
-    """Read, check, render and split the data, and say how it is scored. Raises ValueError."""
-    data = config.data
-    sources = data.sources("train")
-    loaded: list[dict[str, list[Row]]] = []  # now, so that an unreadable file is told at once
-    if not data.streaming:
-        loaded = [{name: read_rows(name, sources[name], data.max_pairs) for name in sources}]
-        if data.eval is not None:
-            loaded += [{name: read_rows(name, of) for name, of in data.sources("eval").items()}]
-
-    def rows() -> Iterator[Row]:
-        for name, source in sources.items():
-            yield from loaded[0][name] if loaded else iterate_rows(name, source, data.max_pairs)
-
-    base = Path(config.model.directory)
-    if config.is_from_scratch and not (base / "config.json").exists():
-        _make_base(base, rows(), config.training.seed)
-    renderer = _renderer(config, rows())
-    contract = renderer.contract
-    if data.streaming:
-        from trainer.stream import prepare_stream
-
-        return prepare_stream(config, contract), contract
-    everything = [gather_rows(some, renderer, rules_of(config)) for some in loaded]
-    train, heldout, summary = decide(everything, config, contract)
-    kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
-    return Prepared.of(*kept, summary, config), contract
-
-
-def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
-    """How the rows are rendered, and by the contract how the export will be scored."""
-    from reward_actor.new_contract import contract_for
-    from reward_actor.render import Renderer
-    from reward_actor.tokenizer import load_tokenizer
-    from trainer.network import base_config
-
-    network = base_config(config.model.directory)
-    tokenizer = load_tokenizer(Path(config.model.directory))
-    limit = contract_for(tokenizer, network, format="text").max_length
-    contract = contract_for(
-        tokenizer,
-        network,
-        format=choose_format(config.model.format, rows, tokenizer.chat_template is not None),
-        max_length=config.model.max_length or min(limit, DEFAULT_MAX_LENGTH),
-        dtype=config.model.dtype,
-    )
-    if contract.template_date is not None:
-        # A run that goes on tomorrow must see the same tokens.
-        file = Path(config.output_dir) / _DATE_FILE
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(file, contract.template_date)
-        contract = replace(contract, template_date=file.read_text(encoding="utf-8"))
-    return Renderer(tokenizer, contract)
-
-
 def finished(output_dir: Path) -> dict[str, Any] | None:
     """The result of a run whose export is there and whole, else None."""
-    from reward_actor.checkpoint import CheckpointError
-    from reward_actor.manifest import check_manifest
+    from reward_actor.model.layouts import CheckpointError
+    from reward_actor.model.manifest import check_manifest
 
     path = output_dir / "result.json"
     if not path.exists() or not (output_dir / "export" / "MANIFEST.json").exists():

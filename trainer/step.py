@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from trainer import zero
-from trainer.batches import global_batch, plan, steps_per_epoch
-from trainer.comparisons import Comparisons
-from trainer.config import TrainConfig
-from trainer.errors import TrainingError
-from trainer.forward import Passes, row_weights, sequences_of
-from trainer.objective import Labels, comparison_losses, pair_counts
-from trainer.router_loss import router_loss
+from trainer.config.train import TrainConfig
+from trainer.console import TrainingError
+from trainer.data.comparisons import Comparisons
+from trainer.data.micro_batches import global_batch, plan, steps_per_epoch
+from trainer.loss import Labels, comparison_losses, pair_counts, router_loss
+from trainer.network import zero
+from trainer.network.packed import Passes, row_weights, sequences_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from numpy.typing import NDArray
 
-    from trainer.prepare import TrainingData
+    from trainer.data.split import TrainingData
 
 
 class Trainer:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from trainer.config import TrainConfig
+from trainer.checkpoints.manifest import SavedState
+from trainer.config.train import TrainConfig
+from trainer.data.split import TrainingData
 from trainer.job import EVALUATION, REASON, Job
-from trainer.prepare import TrainingData
-from trainer.saved import SavedState
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -49,6 +49,6 @@ class Validator:
 
 
 def _evaluate(config: TrainConfig, state: SavedState, data: TrainingData) -> dict[str, Any]:
-    from trainer.validation import evaluate_checkpoint
+    from trainer.evaluation.background import evaluate_checkpoint
 
     return evaluate_checkpoint(config, state, data)

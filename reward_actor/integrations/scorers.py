@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
-from reward_actor.client import AsyncRewardClient, RewardClient
+from reward_actor.client.sync import AsyncRewardClient, RewardClient
 from reward_actor.groups import Group, GroupScores, Whole
 
 URL_VARIABLE = "RAYWARD_URL"

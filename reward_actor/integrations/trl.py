@@ -21,7 +21,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
-from reward_actor.client import AsyncRewardClient, RewardClient
+from reward_actor.client.sync import AsyncRewardClient, RewardClient
 from reward_actor.groups import Prompt
 from reward_actor.integrations.grouping import Completion, in_order, to_groups
 from reward_actor.integrations.scorers import AsyncScorer, Scorer

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import GroupScores
-from serve.http import json_reply
+from serve.http.requests import json_reply
+from serve.ingress.service import RewardService, Scored
 from serve.protocols.native import check_model
-from serve.service import RewardService, Scored
 
 if TYPE_CHECKING:
     from fastapi import Response

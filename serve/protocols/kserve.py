@@ -21,12 +21,12 @@ from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
-from serve.http import json_body, parse, service_of
+from serve.errors import answer_error
+from serve.http.requests import json_body, parse, service_of
+from serve.ingress.service import RewardService
 from serve.protocols import kserve_tensors as tensors
 from serve.protocols.drop_in import VERSION_HEADER, DropIn, values
 from serve.protocols.kserve_tensors import InputTensor
-from serve.replies import answer_error
-from serve.service import RewardService
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from reward_actor import schema
 from reward_actor.groups import Whole
-from serve.http import json_body, parse, service_of
+from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, values
 
 router = APIRouter(tags=["LLaMA-Factory"])

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
-from serve.http import json_reply
-from serve.service import RewardService
+from serve.http.requests import json_reply
+from serve.ingress.service import RewardService
 
 
 async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:

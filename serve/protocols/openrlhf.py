@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from reward_actor import schema
 from reward_actor.groups import Whole
-from serve.http import json_body, parse, service_of
+from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, num_tokens, values
 
 router = APIRouter(tags=["OpenRLHF"])

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
+from serve.ingress.service import RewardService
 from serve.protocols.drop_in import (
     DropIn,
     check_drop_in_model,
@@ -24,7 +25,6 @@ from serve.protocols.drop_in import (
     values,
 )
 from serve.protocols.vllm import Usage, usage
-from serve.service import RewardService
 
 if TYPE_CHECKING:
     from fastapi import Response

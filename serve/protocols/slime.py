@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from reward_actor import schema
 from reward_actor.groups import Group, Whole
-from serve.http import json_body, parse, service_of
+from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, shape_of, values
 from serve.protocols.messages import LenientMessage, as_prompt
 

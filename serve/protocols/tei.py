@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from reward_actor import schema
 from reward_actor.groups import Group, Whole
-from serve.http import json_body, parse, service_of
+from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, shape_of, sigmoid, values
 
 router = APIRouter(tags=["text-embeddings-inference"])

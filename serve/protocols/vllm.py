@@ -26,7 +26,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from reward_actor import schema
-from serve.http import json_body, parse, service_of
+from serve.http.requests import json_body, parse, service_of
+from serve.ingress.service import RewardService, Scored
 from serve.protocols.drop_in import (
     check_drop_in_model,
     drop_in_reply,
@@ -36,7 +37,6 @@ from serve.protocols.drop_in import (
     values,
 )
 from serve.protocols.vllm_request import VllmPoolingRequest, VllmRequest, to_group
-from serve.service import RewardService, Scored
 
 router = APIRouter(tags=["vLLM"])
 

@@ -1,0 +1,41 @@
+"""`rayward convert SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "convert"
+HELP = "turn another system's reward model into ours"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="directory of the reward model or adapter")
+    parser.add_argument("destination", metavar="DST", help="directory to write; must not exist")
+    parser.add_argument("--tokenizer-from", metavar="DIR", help="use this directory's tokenizer")
+    parser.add_argument(
+        "--format", choices=("chat", "text"), help="[chat where there is a template]"
+    )
+    parser.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
+    parser.add_argument("--device", default="cpu", help="where the golden samples are scored")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that SRC comes with"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from reward_actor.convert import convert
+
+    contract = convert(
+        arguments.source,
+        arguments.destination,
+        tokenizer_from=arguments.tokenizer_from,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(f"reward model: {arguments.destination}")
+    print(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")
+    if (contract.mean, contract.std) != (0.0, 1.0):
+        print(f"reward = (raw score - {contract.mean:g}) / {contract.std:g}")
+    return 0

@@ -1,0 +1,30 @@
+"""`rayward ensemble DIR MEMBER ...`."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "ensemble"
+HELP = "make several reward models one, for score and serve"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="directory to write ensemble.json into")
+    parser.add_argument("members", metavar="MEMBER", nargs="+", help="directories of reward models")
+    parser.add_argument(
+        "--combine",
+        choices=("mean", "min", "mean_minus_std"),
+        default="mean",
+        help="how their rewards become one [%(default)s]",
+    )
+    parser.add_argument("--k", type=float, default=1.0, help="of mean_minus_std [%(default)s]")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from reward_actor.model.ensemble import write_ensemble
+
+    readout = write_ensemble(arguments.directory, arguments.members, arguments.combine, arguments.k)
+    print(f"ensemble: {arguments.directory}")
+    k = f", k {readout.k:g}" if readout.combine == "mean_minus_std" else ""
+    print(f"{readout.combine} of {len(readout)} members{k}: {', '.join(readout.names)}")
+    return 0

@@ -1,0 +1,99 @@
+"""`rayward rollout POLICY PROMPTS OUTPUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+NAME = "rollout"
+HELP = "sample completions with vLLM and score them"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", metavar="POLICY", help="directory of the policy")
+    parser.add_argument("prompts", metavar="PROMPTS", help=".jsonl rows of prompt")
+    parser.add_argument("output", metavar="OUTPUT", help=".jsonl rows of rollouts")
+    parser.add_argument(
+        "--scorer",
+        help="URL of a service, name of a Serve application, directory of a reward model, or "
+        "nothing: sample only",
+    )
+    parser.add_argument("--num-actors", type=int, default=1)
+    parser.add_argument("--num-completions", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--num-gpus", type=int, help="GPUs per actor [1 where there is one, else 0]"
+    )
+    parser.add_argument("--dtype", default="auto", help="of the policy")
+    parser.add_argument(
+        "--max-model-len", type=int, help="tokens of prompt and completion [what they need]"
+    )
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--cpu-kv-cache-gib", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from reward_actor.cluster import connect
+    from reward_actor.files import prompt_of, read_rows, rollout_row, write_rows
+    from reward_actor.rollout.policy import longest_needed
+    from reward_actor.rollout.pool import sample, start_rollout_actors
+    from reward_actor.rollout.records import Sampling, VllmSettings
+
+    prompts = [prompt_of(row, place) for place, row in read_rows(arguments.prompts)]
+    num_gpus = arguments.num_gpus
+    if num_gpus is None:
+        import torch
+
+        num_gpus = int(torch.cuda.is_available())
+    sampling = Sampling(
+        arguments.num_completions,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.max_tokens,
+        arguments.seed,
+    )
+    engine = VllmSettings(
+        arguments.policy,
+        num_gpus=num_gpus,
+        max_model_len=arguments.max_model_len
+        or longest_needed(arguments.policy, prompts, sampling),
+        dtype=arguments.dtype,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        cpu_kv_cache_gib=arguments.cpu_kv_cache_gib,
+    )
+    connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
+    scorer: Any = arguments.scorer
+    if scorer and Path(scorer).is_dir():
+        from reward_actor.actor import start_scorer_actor
+
+        scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
+    actors = start_rollout_actors(engine, arguments.num_actors, scorer)
+
+    import ray
+
+    print(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
+    rollouts: dict[int, Any] = {}
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("rollouts", total=len(prompts))
+            for index, rollout in sample(actors, prompts, sampling):
+                rollouts[index] = rollout
+                progress.advance(task)
+    finally:  # what was sampled before a failure is kept
+        write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
+    num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
+    print(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    num_failed = sum(rollout.error is not None for rollout in rollouts.values())
+    if num_failed:
+        print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
+    ray.shutdown()
+    return 0

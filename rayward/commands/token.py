@@ -1,0 +1,33 @@
+"""`rayward token NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+NAME = "token"
+HELP = "make a token for callers of the service"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="who will use it")
+    parser.add_argument(
+        "--file", required=True, help="token file of `rayward serve`; made if missing"
+    )
+    parser.add_argument(
+        "--scopes", default="score", help="score, admin or score,admin [%(default)s]"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="end the tokens that NAME has so far at once"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from serve.http.auth import add_token
+
+    scopes = [scope.strip() for scope in arguments.scopes.split(",")]
+    made = add_token(Path(arguments.file), arguments.name, scopes, replace=arguments.replace)
+    print(made)
+    print(f"scopes {', '.join(scopes)}; {arguments.file} holds its digest only", file=sys.stderr)
+    return 0

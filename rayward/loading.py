@@ -1,0 +1,51 @@
+"""The options of commands that load a reward model, or call a service that has loaded one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Options that are absent unless they are given: a service that has its model refuses them."""
+    for name, help in (
+        ("--device", "auto, cpu, cuda, cuda:1, ..."),
+        ("--dtype", "auto (the contract's), float32, bfloat16"),
+        ("--attention", "auto (the fastest exact path), forest, padded"),
+    ):
+        parser.add_argument(name, default=argparse.SUPPRESS, help=help)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="run Python code found in the model",
+    )
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of `add_loading`'s options, as `RewardScorer.from_pretrained` takes it.
+
+    Raises ValueError if the model is a service's.
+    """
+    given = chosen(arguments, ("device", "dtype", "attention", "trust_remote_code"))
+    if given and is_url(arguments.model):
+        raise ValueError(
+            f"{as_options(given)}: these are for loading a model, and the service at "
+            f"{arguments.model} has loaded its own; give them to `rayward serve`"
+        )
+    return given
+
+
+def chosen(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options with a default of SUPPRESS that were given."""
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def as_options(names: Iterable[str]) -> str:
+    """Names of settings as they are typed."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))

@@ -1,0 +1,303 @@
+"""The HTTP client for asyncio. Neither torch nor ray.
+
+Calls that are made while others are under way travel together: when the event loop comes to it,
+what waits is sent, at once while few requests are under way, otherwise as soon as one is done.
+Scoring is a pure function, so a request may be sent again, here or elsewhere, until the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from reward_actor import schema
+from reward_actor.client import bodies
+from reward_actor.client.connection import Sender, Verify, checked_token
+from reward_actor.client.endpoints import parse_urls
+from reward_actor.client.merging import Part, divide, share, take
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import Group, GroupScores, Prompt, Whole
+
+if TYPE_CHECKING:
+    import httpx
+
+Reply = TypeVar("Reply", bound=schema.Wire)
+
+# What the service refuses as a whole though only one of its calls may be to blame.
+_OF_THE_BODY = ("invalid_request", "body_too_large", "too_many_tokens")
+SWAP_TIMEOUT_S = 600.0
+
+
+class AsyncRewardClient:
+    """Calls a running service, from one event loop at a time.
+
+    urls: one address, several in a list, or several in a string with commas; requests go to each in
+    turn, and one that fails is left aside for a while. token: the bearer token, by default
+    $RAYWARD_TOKEN. timeout_s: of a call, whatever it takes: connecting, retries and pauses.
+    max_concurrency: requests that are under way at once; further calls wait and are merged. verify:
+    False, a file of authorities in PEM, or an SSLContext.
+
+    Connection errors, 429 and 5xx are tried again with growing random pauses, or as `Retry-After`
+    says. Everything else, and what lasts until the deadline, raises RewardServiceError. Use it as a
+    context manager or call `close()`.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        max_concurrency: int = 8,
+        verify: Verify = True,
+    ) -> None:
+        if timeout_s <= 0 or max_concurrency < 1:
+            raise ValueError(
+                f"timeout_s is {timeout_s} and max_concurrency is {max_concurrency}; both must be "
+                "positive"
+            )
+        self.urls = parse_urls(urls)
+        self.timeout_s = timeout_s
+        self.max_concurrency = max_concurrency
+        self._make_sender = partial(Sender, self.urls, checked_token(token), verify)
+        self._sender = self._make_sender()
+        self._waiting: deque[Part] = deque()
+        self._requests: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pump_is_due = False
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.urls)})"
+
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+    ) -> GroupScores:
+        """The scores of one prompt's completions."""
+        return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
+
+    async def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+        """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
+        return await self.score(prompt, completions, token_rewards=True)
+
+    async def score_groups(
+        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+    ) -> list[GroupScores]:
+        """The scores of each group. Raises RewardServiceError, and ValueError for groups that no
+        service can be sent.
+
+        Many groups may travel in several requests, which a hot swap can come between: look at
+        `model_version`.
+        """
+        for group in groups:
+            bodies.check(group)
+        loop = self._bind()
+        deadline = time.monotonic() + self.timeout_s
+        parts: list[Part] = []
+        first = 0
+        for some in divide(groups):
+            parts.append(Part(some, first, token_rewards, deadline, loop.create_future()))
+            first += len(some)
+        self._waiting.extend(parts)
+        self._pump_soon()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return [scores for part in parts for scores in await part.done]
+        except TimeoutError:
+            failure = next((part.failure for part in parts if part.failure), None)
+            raise self._sender.too_late(failure) from None
+        finally:
+            for part in parts:
+                if not part.done.cancel() and not part.done.cancelled():
+                    part.done.exception()  # seen; asyncio would complain
+
+    async def info(self) -> schema.Info:
+        """What is served, and every limit."""
+        return await self._ask(schema.Info, "GET", "/info")
+
+    async def models(self) -> schema.RegistryReply:
+        """The models that can be swapped in, for a token with the scope for it."""
+        return await self._ask(schema.RegistryReply, "GET", "/v1/admin/models")
+
+    async def swap(self, name: str, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SwapReply:
+        """Serve another model of the registry from now on, for a token with the scope for it.
+
+        Raises ValueError where several addresses could be several services.
+        """
+        if len(self.urls) > 1:
+            raise ValueError(
+                f"this client has {len(self.urls)} addresses; swap each service by a client of its "
+                "own"
+            )
+        body = schema.SwapRequest(model=name).model_dump_json().encode()
+        path = "/v1/admin/models"
+        return await self._ask(schema.SwapReply, "POST", path, body, timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """End calls that are under way with an error, and the connections."""
+        self._is_closed = True
+        requests = list(self._requests)
+        for request in requests:
+            request.cancel()
+        for part in self._waiting:
+            _fail(part, closed())
+        self._waiting.clear()
+        await asyncio.gather(*requests, return_exceptions=True)
+        if self._loop in (None, asyncio.get_running_loop()):  # others took their connections along
+            await self._sender.close()
+
+    async def __aenter__(self) -> AsyncRewardClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # ---- requests that wait and requests that are under way
+
+    def _bind(self) -> asyncio.AbstractEventLoop:
+        """The running loop. Connections belong to one: a second loop gets its own, once the first
+        is closed."""
+        if self._is_closed:
+            raise closed()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                if not self._loop.is_closed():
+                    raise RuntimeError(
+                        "this AsyncRewardClient is in use in another event loop; make one for each"
+                    )
+                self._sender = self._make_sender()
+                self._waiting.clear()
+                self._requests.clear()
+                self._pump_is_due = False
+            self._loop = loop
+        return loop
+
+    def _pump_soon(self) -> None:
+        """Send what waits when all that can run now has run: calls made together go together."""
+        if not self._pump_is_due and self._loop is not None:
+            self._pump_is_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_is_due = False
+        samples = share(self._waiting, self._sender.endpoints.num_ready(time.monotonic()))
+        while self._waiting and len(self._requests) < self.max_concurrency:
+            parts = take(self._waiting, samples)
+            if not parts:
+                return
+            request = asyncio.get_running_loop().create_task(self._deliver(parts))
+            self._requests.add(request)
+            request.add_done_callback(partial(self._done, parts))
+            self._drop_when_abandoned(parts, request)
+
+    def _done(self, parts: Sequence[Part], request: asyncio.Task[None]) -> None:
+        self._requests.discard(request)
+        if request.cancelled():  # perhaps before it began, or between the halves of a divided one
+            for part in parts:
+                _fail(part, closed())
+        self._pump_soon()
+
+    @staticmethod
+    def _drop_when_abandoned(parts: Sequence[Part], request: asyncio.Task[None]) -> None:
+        """Hang up when the last of the request's callers has."""
+        left = len(parts)
+
+        def one_less(done: asyncio.Future[list[GroupScores]]) -> None:
+            nonlocal left
+            left -= 1
+            if not left and done.cancelled():
+                request.cancel()
+
+        for part in parts:
+            part.done.add_done_callback(one_less)
+
+    async def _deliver(self, parts: list[Part]) -> None:
+        try:
+            scores = iter(await self._scores(parts))
+        except Exception as error:  # whatever it is belongs to the callers
+            waiting = [part for part in parts if not part.done.done()]
+            if len(parts) > 1 and _may_be_one_part(error):
+                middle = (len(waiting) + 1) // 2
+                for half in filter(None, (waiting[:middle], waiting[middle:])):
+                    await self._deliver(half)
+                return
+            for part in waiting:
+                _fail(part, error)
+            return
+        for part in parts:
+            results = [next(scores) for _ in part.groups]
+            if not part.done.done():
+                part.done.set_result(results)
+
+    async def _scores(self, parts: Sequence[Part]) -> list[GroupScores]:
+        groups = [group for part in parts for group in part.groups]
+        body, media_type = bodies.encode(groups, parts[0].token_rewards)
+
+        def failed(error: RewardServiceError) -> None:
+            for part in parts:
+                part.failure = error
+
+        deadline = max(part.deadline for part in parts)
+        reply = await self._sender.send("POST", "/v1/score", body, media_type, deadline, failed)
+        try:
+            media_type = reply.headers.get("Content-Type", "").partition(";")[0]
+            return bodies.decode(reply.content, media_type, groups)
+        except ValueError:
+            raise _strange(reply) from None
+
+    async def _ask(
+        self,
+        model: type[Reply],
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        self._bind()
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        reply = await self._sender.send(method, path, body, bodies.JSON, deadline)
+        try:
+            return model.model_validate_json(reply.content, extra="ignore")
+        except ValueError:
+            raise _strange(reply) from None
+
+
+def _may_be_one_part(error: Exception) -> bool:
+    """Whether a request was refused for something that only one of its parts may hold."""
+    if isinstance(error, RewardServiceError):
+        return error.type in _OF_THE_BODY and not error.retryable
+    return isinstance(error, (ValueError, TypeError))
+
+
+def _fail(part: Part, error: Exception) -> None:
+    """Each caller gets an error of its own: they are raised in several places."""
+    if part.done.done():
+        return
+    mine = copy.copy(error)
+    if isinstance(mine, RewardServiceError) and mine.index is not None:
+        mine.index += part.first
+    part.done.set_exception(mine)
+
+
+def closed() -> RewardServiceError:
+    return RewardServiceError("unavailable", "this client is closed")
+
+
+def _strange(reply: httpx.Response) -> RewardServiceError:
+    where = f"{reply.url.scheme}://{reply.url.netloc.decode()}"
+    return RewardServiceError(
+        "internal",
+        f"{where} replied with something else than this client asked for; is it a Rayward service?",
+    )

@@ -1,0 +1,190 @@
+"""A request's way to an endpoint: connections that stay (TLS, proxies, the token), sent as often as
+it takes until the deadline.
+
+Every request that is sent here may be sent again: scoring is a pure function, and a swap to the
+model that is served already changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from reward_actor.client import bodies
+from reward_actor.client.endpoints import Endpoints
+from reward_actor.errors import RewardServiceError
+
+TOKEN_VARIABLE = "RAYWARD_TOKEN"
+Verify = bool | str | ssl.SSLContext
+
+# A trainer calls in bursts; between them its connections live on.
+_KEEP_ALIVE_S = 30.0
+_CONNECT_S = 10.0
+# A machine that has vanished, by power or network, says nothing: find out within half a minute.
+# Probes tell where a reply is waited for; where data is not acknowledged none are sent, and the
+# last option (in milliseconds) ends the connection.
+_PROBES = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 30_000,
+}
+
+
+def connect(url: str, token: str | None, verify: Verify) -> httpx.AsyncClient:
+    """The connections to one endpoint. Raises ValueError for a token or a file that cannot be."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    options = [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    ]
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):  # not everywhere
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    transport = httpx.AsyncHTTPTransport(
+        verify=_verify(verify),
+        limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
+        proxy=_proxy(url),
+        socket_options=options,
+    )
+    return httpx.AsyncClient(
+        base_url=url,
+        headers=headers,
+        transport=transport,
+        timeout=httpx.Timeout(None, connect=_CONNECT_S),
+    )
+
+
+def checked_token(token: str | None) -> str | None:
+    """The token, by default that of $RAYWARD_TOKEN. Raises ValueError, which does not show it."""
+    token = (os.environ.get(TOKEN_VARIABLE) if token is None else token) or ""
+    token = token.strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("the token must be printable ASCII without spaces")
+    return token or None
+
+
+def unreachable(url: str, error: httpx.TransportError) -> RewardServiceError:
+    """What a request means that got no reply. It may be sent again unless the certificate is to
+    blame, which stays what it is."""
+    if _is_about_certificate(error):
+        message = f"{url}: its certificate is not trusted; name its authority's file as verify="
+        return RewardServiceError("unavailable", message)
+    # The text of other errors may hold a piece of the request.
+    detail = f": {error}" if isinstance(error, httpx.ConnectError) else ""
+    message = f"{url}: {type(error).__name__}{detail}"
+    return RewardServiceError("unavailable", message, retryable=True)
+
+
+def _is_about_certificate(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _verify(verify: Verify) -> bool | ssl.SSLContext:
+    if not isinstance(verify, str):
+        return verify
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"verify is {verify!r}, which cannot be read as PEM: {error}") from None
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for this address."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+class Sender:
+    """The connections of one client in one event loop."""
+
+    def __init__(self, urls: Sequence[str], token: str | None, verify: Verify) -> None:
+        """Raises ValueError as `connect` does."""
+        self.endpoints = Endpoints(urls)
+        make = partial(connect, token=token, verify=verify)
+        self._connections = {url: make(url) for url in urls}
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        media_type: str,
+        deadline: float,
+        on_failure: Callable[[RewardServiceError], None] = lambda _: None,
+    ) -> httpx.Response:
+        """The first reply with status 200. Raises RewardServiceError.
+
+        deadline: of time.monotonic, for everything. on_failure: told of each attempt that failed
+        and is followed by another.
+        """
+        failure: RewardServiceError | None = None
+        while True:
+            now = time.monotonic()
+            pause_s = self.endpoints.pause_s(now, is_first=failure is None)
+            if now + pause_s >= deadline:
+                raise self.too_late(failure or self.endpoints.least_bad().error)
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+            result = await self._attempt(method, path, body, media_type, deadline)
+            if isinstance(result, httpx.Response):
+                return result
+            failure = result
+            on_failure(failure)
+
+    async def _attempt(
+        self, method: str, path: str, body: bytes | None, media_type: str, deadline: float
+    ) -> httpx.Response | RewardServiceError:
+        """The reply, or why to try again. Raises RewardServiceError where that is of no use."""
+        started = time.monotonic()
+        endpoint = self.endpoints.choose(started)
+        try:
+            async with asyncio.timeout(deadline - started):
+                reply = await self._connections[endpoint.url].request(
+                    method, path, content=body, headers={"Content-Type": media_type}
+                )
+        except TimeoutError:
+            failure = self.too_late(None)
+            self.endpoints.failed(endpoint, failure, started, time.monotonic())
+            raise failure from None
+        except httpx.TransportError as error:
+            failure = unreachable(endpoint.url, error)
+        else:
+            if reply.status_code == 200:
+                self.endpoints.succeeded(endpoint)
+                return reply
+            failure = bodies.error_of(endpoint.url, reply.status_code, reply.headers, reply.content)
+        if not failure.retryable:
+            raise failure
+        self.endpoints.failed(endpoint, failure, started, time.monotonic())
+        return failure
+
+    def too_late(self, failure: RewardServiceError | None) -> RewardServiceError:
+        """What a call ends with at its deadline: what kept it from ending well, if it is known."""
+        if failure is not None:
+            return copy.copy(failure)
+        urls = ", ".join(endpoint.url for endpoint in self.endpoints.all)
+        return RewardServiceError(
+            "deadline_exceeded", f"no reply in time from {urls}", retryable=True
+        )
+
+    async def close(self) -> None:
+        for connection in self._connections.values():
+            await connection.aclose()

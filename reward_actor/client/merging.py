@@ -1,0 +1,98 @@
+"""Calls that wait are merged into one request. No network in here.
+
+Legend: a part is what of one call travels together: groups, never a piece of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from reward_actor.client.bodies import is_ids, weight
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import Group, GroupScores, Whole
+
+# Of one request: far below what a service accepts by default, and enough to fill its batches.
+MAX_SAMPLES = 1024
+MAX_WEIGHT = 500_000
+# Below this, a request for every endpoint costs more than it spares.
+_LEAST_SHARE = 32
+
+
+@dataclass(eq=False)
+class Part:
+    """Groups of a call, `first` of which is the place of the first one in the call.
+
+    deadline: the call's, of time.monotonic. failure: of the last attempt, while there are more.
+    """
+
+    groups: list[Group | Whole]
+    first: int
+    token_rewards: bool
+    deadline: float
+    done: asyncio.Future[list[GroupScores]]
+    failure: RewardServiceError | None = None
+
+    @cached_property
+    def num_samples(self) -> int:
+        return sum(map(len, self.groups))
+
+    @cached_property
+    def weight(self) -> int:
+        return sum(map(weight, self.groups))
+
+    @cached_property
+    def is_ids(self) -> bool:
+        return all(map(is_ids, self.groups))
+
+    def is_like(self, other: Part) -> bool:
+        """Whether both can travel in one request."""
+        return (self.token_rewards, self.is_ids) == (other.token_rewards, other.is_ids)
+
+
+def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:
+    """The groups of one call, in order, in as few requests as the bounds allow."""
+    divided: list[list[Group | Whole]] = []
+    num_samples = total = 0
+    for group in groups:
+        num_samples += len(group)
+        total += weight(group)
+        if not divided or num_samples > MAX_SAMPLES or total > MAX_WEIGHT:
+            divided.append([])
+            num_samples, total = len(group), weight(group)
+        divided[-1].append(group)
+    return divided
+
+
+def share(waiting: Iterable[Part], num_endpoints: int) -> int:
+    """Samples of each request, so that every endpoint gets its share of what waits."""
+    num_waiting = sum(part.num_samples for part in waiting)
+    return min(MAX_SAMPLES, max(_LEAST_SHARE, -(-num_waiting // max(1, num_endpoints))))
+
+
+def take(waiting: deque[Part], samples: int) -> list[Part]:
+    """Remove the next request's parts: the oldest, and of those like it as many as fit.
+
+    samples: that fit; the oldest part always does. Parts whose callers have gone are dropped.
+    """
+    room = MAX_WEIGHT
+    taken: list[Part] = []
+    others: list[Part] = []
+    while waiting:
+        part = waiting.popleft()
+        if part.done.done():
+            continue
+        if taken and not part.is_like(taken[0]):
+            others.append(part)
+            continue
+        if taken and (part.num_samples > samples or part.weight > room):
+            waiting.appendleft(part)
+            break
+        taken.append(part)
+        samples -= part.num_samples
+        room -= part.weight
+    waiting.extendleft(reversed(others))
+    return taken

@@ -1,0 +1,1 @@
+"""Token ids to raw scores: every shared prefix is computed once."""

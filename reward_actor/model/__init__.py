@@ -1,0 +1,1 @@
+"""A directory to a reward model: whose it is, its weights, its contract."""

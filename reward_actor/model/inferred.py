@@ -1,0 +1,132 @@
+"""The contract of a model that has none: of a new one, from its tokenizer and its network's
+configuration, and of another system's directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from transformers import AutoConfig
+
+from reward_actor.contract import ScoringContract
+from reward_actor.model.layouts import CheckpointError as CheckpointError
+from reward_actor.model.layouts import Layout
+from reward_actor.model.rope import LengthClasses
+from reward_actor.render import SENTINEL, clock
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+
+def contract_for(
+    tokenizer: PreTrainedTokenizerFast,
+    config: PretrainedConfig,
+    *,
+    format: str,
+    max_length: int | None = None,
+    append_eos: bool | None = None,
+    dtype: str = "float32",
+) -> ScoringContract:
+    """A contract, without golden samples, for a tokenizer and a network.
+
+    `max_length` defaults to what network and tokenizer both allow. `append_eos` defaults to True
+    under "text" where the tokenizer has an EOS. Raises ValueError where the tokenizer has no chat
+    template and `format` is "chat", or has no token that could pad.
+    """
+    if format == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            "format is 'chat' but the tokenizer has no chat template; add chat_template.jinja to "
+            "the model's directory or use format 'text'"
+        )
+    text_config = config.get_text_config()
+    limits = [
+        getattr(text_config, "max_position_embeddings", None),
+        LengthClasses(config).longest,
+        tokenizer.model_max_length,
+    ]
+    limit = min([n for n in limits if n and n < 1e9], default=2048)
+    if max_length is not None and max_length > limit:
+        raise ValueError(f"max_length is {max_length}, but the model's positions end at {limit}")
+    eos = tokenizer.eos_token_id
+    template = tokenizer.chat_template if format == "chat" else None
+    if isinstance(template, dict):
+        template = template["default"]
+    today = date.today().isoformat()
+    turn_end = _turn_end(tokenizer, template, today) if template else ""
+    return ScoringContract(
+        format=cast('Literal["chat", "text"]', format),
+        chat_template=template,
+        template_date=today if template and "strftime_now" in template else None,
+        turn_end=turn_end,
+        add_special_tokens=format == "text",
+        append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=_pad_token_id(tokenizer, turn_end),
+        max_length=max_length or limit,
+        vocab_size=text_config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str) -> int:
+    """A token to pad with that never ends a sequence.
+
+    Ours pools by length, but plain `transformers` pools at the last token that is not this one:
+    with pad == EOS it would read the token before.
+    """
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end or "")}
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id]
+    candidates += [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
+    # The byte 0, as byte-level BPE and SentencePiece write it: no text ends with it, either.
+    candidates += [tokenizer.get_vocab().get(name) for name in ("\u0100", "<0x00>")]
+    fitting = [i for i in candidates if i is not None and i not in ends]
+    if not fitting:
+        raise ValueError(
+            "the tokenizer has no token to pad with that differs from those that end a text; add "
+            'one: tokenizer.add_special_tokens({"pad_token": "<|pad|>"})'
+        )
+    return int(fitting[0])
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str, day: str) -> str:
+    """What the template writes after a completion, up to and with its first special token."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}],
+        chat_template=template,
+        tokenize=False,
+        **clock(day),
+    )
+    assert isinstance(text, str)
+    if SENTINEL not in text:
+        raise ValueError("the chat template does not write the completion that it is given")
+    suffix = text[text.rfind(SENTINEL) + len(SENTINEL) :]
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    ends = [suffix.find(token) + len(token) for token in special if token in suffix]
+    return suffix[: min(ends)] if ends else suffix.rstrip()
+
+
+def infer_contract(
+    layout: Layout, tokenizer: PreTrainedTokenizerFast, format: str | None = None
+) -> ScoringContract:
+    """The contract of a foreign directory, under the rules of the system that wrote it.
+
+    `format` is "chat" by default where the tokenizer has a chat template. The caller has checked
+    that the model's own code may run.
+    """
+    config = AutoConfig.from_pretrained(layout.base, trust_remote_code=layout.kind == "remote_code")
+    mean, std = layout.normalisation
+    # OpenRLHF ends every text with EOS and lets the tokenizer add nothing (reward_dataset.py).
+    # Whoever made another directory decided about EOS without us; its text is scored as it comes.
+    openrlhf = layout.kind == "openrlhf"
+    contract = contract_for(
+        tokenizer,
+        config,
+        format=format or ("chat" if tokenizer.chat_template else "text"),
+        append_eos=openrlhf,
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+    )
+    add_special_tokens = contract.add_special_tokens and not openrlhf
+    return replace(contract, mean=mean, std=std, add_special_tokens=add_special_tokens)

@@ -1,0 +1,322 @@
+"""The weights of a directory of any layout, in `transformers`' plain class wherever that can be."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from reward_actor.contract import weight_files
+from reward_actor.model.layouts import (
+    ADAPTER_WEIGHTS,
+    HEADS,
+    CheckpointError,
+    Layout,
+    code_reference,
+)
+from reward_actor.model.reward_model import Float32Head
+
+# Settings of config.json that mean something to other systems only.
+CUSTOM_SETTINGS = (
+    "architectures",
+    "auto_map",
+    "mean",
+    "normalize_reward",
+    "std",
+    "value_head_prefix",
+)
+
+# How the networks that come with their own code return a score: a tensor, or an output with one of
+# these; the first of a tuple.
+_SCORES = ("logits", "rewards", "reward", "scores", "score", "end_scores", "values", "value")
+
+
+def load_network(
+    layout: Layout, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The network with its trained weights, on the CPU.
+
+    A head with a bias keeps it, also where the plain class has none. Raises CheckpointError for
+    weights that do not fit, code that may not run, an adapter that cannot be merged.
+    """
+    layout.require_trust(trust_remote_code)
+    if layout.kind == "remote_code":
+        return _own_code(layout, dtype)
+    config = AutoConfig.from_pretrained(layout.base, trust_remote_code=False)
+    config.num_labels = layout.num_outputs
+    if layout.kind == "peft":
+        return _merged(layout, config, dtype)
+    if layout.kind == "hf" and layout.head == plain_head(config):
+        return from_directory(layout.base, config, dtype)
+    return network_of(_weights(layout.base), config, layout.head, dtype, str(layout.base))
+
+
+def _weights(directory: Path) -> dict[str, Tensor]:
+    return {name: w for path in weight_files(directory) for name, w in load_file(path).items()}
+
+
+def _stored(directory: Path, name: str) -> Tensor | None:
+    """One weight as it is stored, before any rounding; None where there is none of that name."""
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 -- not a dict
+                return cast("Tensor", file.get_tensor(name))
+    return None
+
+
+def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter added to its weights, in float32, then rounded to `dtype`."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise CheckpointError(
+            f"{layout.directory} is an adapter; loading it needs the peft library: "
+            'pip install "rayward[peft]"'
+        ) from error
+    own = load_file(layout.directory / ADAPTER_WEIGHTS)
+    head = plain_head(config)
+    has_head = f"base_model.model.{head}.weight" in own
+    if has_head or layout.head == head:
+        base = from_directory(layout.base, config, torch.float32, head_elsewhere=has_head)
+    else:
+        weights = _weights(layout.base)
+        base = network_of(weights, config, layout.head, torch.float32, str(layout.base))
+    misfit = f"{layout.directory} does not fit {layout.base}"
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, layout.directory)
+    except RuntimeError as error:  # shapes that differ
+        raise CheckpointError(f"{misfit}: {error}") from error
+    # The library only warns of weights that it finds no place for, and draws missing ones. Left to
+    # itself it also asks the hub whether embeddings belong to the adapter.
+    embeddings = any("embed" in name and "lora" not in name for name in own)
+    known = get_peft_model_state_dict(adapted, save_embedding_layers=embeddings)
+    apart = known.keys() ^ own.keys()
+    if apart:
+        raise CheckpointError(
+            f"{misfit}: {min(apart)} ({len(apart)} in all) is in only one of the two. Check "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise CheckpointError(
+            f"{layout.directory} is a {type(adapted.base_model).__name__}, which cannot be merged "
+            "into its base; only adapters that add to weights (LoRA and its kin) can"
+        )
+    merged = cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
+    for parameter in merged.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def _own_code(layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
+    """A network from the directory's own code; as the plain class if that provably scores alike."""
+    auto, reference = code_reference(layout.config)
+    auto_class = AutoModel if auto == "AutoModel" else AutoModelForSequenceClassification
+    custom, report = auto_class.from_pretrained(
+        layout.directory,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=True,
+        output_loading_info=True,
+    )
+    check_complete(report, str(layout.directory))
+    _fill_normalisation(custom, layout)
+    plain = _plain_twin(custom, layout, dtype)
+    if plain is None:
+        return cast("PreTrainedModel", custom)
+    mean, std = layout.normalisation
+    for first in (5, 11):
+        row = [i for i in range(first, first + 9) if i != plain.config.pad_token_id]
+        own = own_score(custom, row)
+        ours = (own_score(plain, row) - mean) / std
+        # A head in bfloat16 rounds its score to three digits.
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        if not abs(own - ours) <= tolerance * max(1.0, abs(own)):
+            raise CheckpointError(
+                f"{layout.directory}: {reference} scores {own:.4g} where its head at the last "
+                f"token says {ours:.4g}; its code does more than this version knows"
+            )
+    return plain
+
+
+def own_score(network: nn.Module, row: list[int]) -> float:
+    """What a network's own forward says of one row. Raises CheckpointError if it is not one number.
+
+    A value for every token, (1, T) or (1, T, 1), counts by its last.
+    """
+    ids = torch.tensor([row], device=next(network.parameters()).device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    accepted = inspect.signature(network.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    with torch.inference_mode():
+        output = network(**{k: v for k, v in inputs.items() if takes_all or k in accepted})
+    found = [output[name] for name in _SCORES if isinstance(output, dict) and name in output]
+    value = found[0] if found else output[0] if isinstance(output, tuple) else output
+    if not isinstance(value, Tensor) or value.numel() not in (1, len(row)):
+        raise CheckpointError(
+            f"{type(network).__name__} returns no score that this version knows (a tensor, or an "
+            f"output with one of {', '.join(_SCORES)})"
+        )
+    return float(value.flatten()[-1])
+
+
+def _fill_normalisation(network: nn.Module, layout: Layout) -> None:
+    """Write mean and std of config.json into the network's buffers.
+
+    Code that fills them in __init__ loses them: loading leaves buffers that are not saved unset.
+    """
+    for name in ("mean", "std"):
+        buffer = dict(network.named_buffers()).get(name)
+        if buffer is not None and name in layout.config:
+            buffer.fill_(float(layout.config[name]))
+
+
+def _plain_twin(
+    custom: PreTrainedModel, layout: Layout, dtype: torch.dtype
+) -> PreTrainedModel | None:
+    """The plain class with a custom network's weights; None where it is more than body and head."""
+    parts = {name.split(".")[0] for name, _ in custom.named_parameters()}
+    for name, body in custom.named_children():
+        if parts != {name, layout.head}:
+            continue
+        config_class: Any = getattr(type(body), "config_class", None)
+        if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            continue
+        plain: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class]
+        config = _plain_config(cast("PretrainedConfig", body.config), config_class)
+        config.num_labels = layout.num_outputs
+        with torch.device("meta"):
+            twin = getattr(plain(config), plain.base_model_prefix)
+        if type(twin) is not type(body):
+            continue
+        weights = {
+            key if not key.startswith(f"{name}.") else "body." + key[len(name) + 1 :]: weight
+            for key, weight in custom.state_dict().items()
+            if key not in ("mean", "std")  # buffers; in the contract, and compared with below
+        }
+        bias = _stored(layout.directory, f"{layout.head}.bias")
+        if bias is not None:
+            weights[f"{layout.head}.bias"] = bias
+        return network_of(weights, config, layout.head, dtype, str(layout.directory), "body.")
+    return None
+
+
+def _plain_config(config: PretrainedConfig, config_class: Any) -> PretrainedConfig:
+    settings = {k: v for k, v in config.to_dict().items() if k not in CUSTOM_SETTINGS}
+    settings.pop("model_type", None)  # custom code may have given its own
+    return cast("PretrainedConfig", config_class(**settings))
+
+
+# What a network may leave unread: the language model's head, and tables that older versions of
+# `transformers` saved although they are computed.
+_UNUSED = re.compile(
+    r"(^|\.)(lm_head|embed_out)\.|rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$"
+)
+
+
+def network_of(
+    weights: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    head: str,
+    dtype: torch.dtype,
+    source: str,
+    body_prefix: str = "",
+) -> PreTrainedModel:
+    """`transformers`' sequence classifier for `config`, filled with weights under other names.
+
+    `head` is the head's name in the weights, `body_prefix` what stands before the body's names.
+    Raises CheckpointError, naming `source`, unless every weight finds its place.
+    """
+    prefix = plain_class(config).base_model_prefix + "."
+    inside = any(name.startswith(body_prefix + prefix) for name in weights)
+    new_head = plain_head(config)
+    renamed: dict[str, Tensor] = {}
+    bias = None
+    for name, tensor in weights.items():
+        if name == f"{head}.weight":
+            renamed[f"{new_head}.weight"] = tensor
+        elif name == f"{head}.bias":
+            bias = tensor
+        elif body_prefix and not name.startswith(body_prefix):
+            renamed[name] = tensor  # reported as unexpected
+        else:
+            name = name.removeprefix(body_prefix)
+            renamed[name if inside else prefix + name] = tensor
+    network, report = plain_class(config).from_pretrained(
+        None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True
+    )
+    check_complete(report, source)
+    if bias is not None:  # whole, also beside a bfloat16 body: a conversion moves it elsewhere
+        layer = Float32Head.of(getattr(network, new_head))
+        layer.bias = nn.Parameter(bias.float())
+        setattr(network, new_head, layer)
+    return cast("PreTrainedModel", network)
+
+
+def from_directory(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype, head_elsewhere: bool = False
+) -> PreTrainedModel:
+    """The sequence classifier in a directory, which lacks a trained head if `head_elsewhere`.
+
+    Raises CheckpointError unless every weight finds its place.
+    """
+    network, report = plain_class(config).from_pretrained(  # never a class of the directory's own
+        directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if head_elsewhere:
+        head = plain_head(config) + "."
+        report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(head)}
+    check_complete(report, str(directory))
+    return cast("PreTrainedModel", network)
+
+
+def check_complete(report: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError if `from_pretrained` reports weights missing or left over."""
+    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    if absent:
+        raise CheckpointError(
+            f"{source} does not hold the weights of its own config.json: {absent[0]} "
+            f"({len(absent)} in all) is missing or has another shape"
+        )
+    unread = sorted(name for name in report["unexpected_keys"] if not _UNUSED.search(name))
+    if unread:
+        raise CheckpointError(
+            f"{source} holds weights that its config.json knows nothing of: {unread[0]} "
+            f"({len(unread)} in all). Scoring without them would give other rewards"
+        )
+
+
+def is_plain(network: PreTrainedModel) -> bool:
+    """Whether `transformers` alone can load the network."""
+    return type(network).__module__.startswith("transformers.models.")
+
+
+def plain_class(config: PretrainedConfig) -> Any:
+    """The class of `transformers` for a configuration. Raises CheckpointError where it has none."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise CheckpointError(
+            f"transformers has no sequence classifier for model_type {config.model_type!r}"
+        )
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def plain_head(config: PretrainedConfig) -> str:
+    """The head's name in the plain class, which is built without weights to tell."""
+    with torch.device("meta"):
+        network = plain_class(config)(config)
+    return next(name for name in HEADS if isinstance(getattr(network, name, None), nn.Module))

@@ -1,0 +1,152 @@
+"""vLLM rollout actors: sample completions and score them where they are made.
+
+A rollout goes to the scorer as token ids when policy and reward model share their tokenizer and
+chat template, so that what is scored is what was sampled; as text otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from reward_actor import schema
+from reward_actor.client.handle import AsyncRewardHandle
+from reward_actor.client.sync import AsyncRewardClient
+from reward_actor.groups import Group, GroupScores, Prompt
+from reward_actor.render import RenderError, tokenizer_fingerprint
+from reward_actor.rollout.policy import policy_renderer
+from reward_actor.rollout.records import RolloutGroup, Sampling, VllmSettings
+
+_CPU_BATCH_TOKENS = 8192
+
+
+class Scorer(Protocol):
+    """What a rollout actor scores with: an HTTP client, a Serve handle, an actor's handle."""
+
+    async def score_groups(self, groups: Sequence[Group]) -> list[GroupScores]: ...
+
+    async def info(self) -> schema.Info: ...
+
+
+class RolloutActor:
+    """One policy in one vLLM engine. Ask `ready` first; then `rollouts`, as often as you like."""
+
+    def __init__(self, engine: VllmSettings, scorer: Any = None) -> None:
+        """`scorer`: a service's URL, a Serve application's name, an actor's handle, or None."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._renderer = policy_renderer(engine.model)
+        self._max_length = engine.max_model_len or self._renderer.contract.max_length
+        arguments: dict[str, Any] = {
+            "model": engine.model,
+            "dtype": engine.dtype,
+            "max_model_len": self._max_length,
+            "disable_log_stats": True,
+            # vLLM's default is the logits' own distribution, whatever the temperature.
+            "logprobs_mode": "processed_logprobs",
+        }
+        if engine.num_gpus:
+            arguments["tensor_parallel_size"] = engine.num_gpus
+            arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+        else:
+            arguments["enforce_eager"] = True  # compiling costs more than a CPU run gains
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt is only half read,
+            # and PyTorch's CPU generator cannot be rewound: the engine would die.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, self._max_length)
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._scorer = _connect_scorer(scorer)
+        self._by_ids: bool | None = None
+        self._num_requests = 0
+
+    async def ready(self) -> str:
+        """How rollouts travel to the scorer: "token ids", "text", or "no scorer"."""
+        if self._scorer is None:
+            return "no scorer"
+        if self._by_ids is None:
+            info = await self._scorer.info()
+            self._renderer.use_date(info.template_date)
+            own = tokenizer_fingerprint(self._renderer.tokenizer, self._renderer.contract)
+            self._by_ids = info.tokenizer_fingerprint == own
+        return "token ids" if self._by_ids else "text"
+
+    async def rollouts(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        """Sample every prompt and score the completions. Equal seeds give equal rollouts."""
+        rollouts = await asyncio.gather(
+            *(
+                self._sample(prompt, sampling, seed)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            )
+        )
+        if self._scorer is not None:
+            by_ids = await self.ready() == "token ids"
+            sampled = [rollout for rollout in rollouts if rollout.error is None]
+            scores = await self._scorer.score_groups([_group(r, by_ids) for r in sampled])
+            for rollout, score in zip(sampled, scores, strict=True):
+                rollout.scores = score
+        return list(rollouts)
+
+    async def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutGroup:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            prompt_ids = self._renderer.prompt_ids(prompt)
+        except RenderError as error:
+            return RolloutGroup(prompt, [], [], [], [], [], error=str(error))
+        room = self._max_length - len(prompt_ids)
+        if room < 1:
+            too_long = (
+                f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
+            )
+            return RolloutGroup(prompt, prompt_ids, [], [], [], [], error=too_long)
+        parameters = SamplingParams(
+            n=sampling.num_completions,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=min(sampling.max_tokens, room),
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._num_requests += 1
+        request_id = f"rollout-{self._num_requests}"
+        final: Any = None
+        async for output in self._engine.generate(
+            {"prompt_token_ids": prompt_ids}, parameters, request_id
+        ):
+            final = output
+        completions = sorted(final.outputs, key=lambda output: output.index)
+        return RolloutGroup(
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            completions=[output.text for output in completions],
+            completion_ids=[list(output.token_ids) for output in completions],
+            log_probs=[_log_probs(output) for output in completions],
+            finish_reasons=[output.finish_reason for output in completions],
+        )
+
+
+def _connect_scorer(scorer: Any) -> Scorer | None:
+    if scorer is None:
+        return None
+    if isinstance(scorer, str) and scorer.startswith(("http://", "https://")):
+        return AsyncRewardClient(scorer)
+    return AsyncRewardHandle(scorer)
+
+
+def _group(rollout: RolloutGroup, by_ids: bool) -> Group:
+    if by_ids:
+        return Group(prompt_ids=rollout.prompt_ids, completion_ids=rollout.completion_ids)
+    return Group(rollout.prompt, rollout.completions)
+
+
+def _log_probs(output: Any) -> list[float]:
+    return [
+        float(at_token[token].logprob)
+        for token, at_token in zip(output.token_ids, output.logprobs, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Scoring through vLLM, for models that need several GPUs."""

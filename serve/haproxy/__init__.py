@@ -1,0 +1,1 @@
+"""HAProxy in front of the ingress: its settings, and how it stays on this machine."""

@@ -1,0 +1,315 @@
+"""Who may call what: bearer tokens with scopes, and one rule for every route.
+
+A token file holds digests, never tokens:
+
+    {"tokens": [{"name": "trainer", "sha256": "<64 hex digits>", "scopes": ["score"]}, ...]}
+
+It is read again when it changes, so that tokens come and go without a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve.errors import error_response
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from serve.config import ServeConfig
+
+logger = logging.getLogger("ray.serve")
+
+Rule = Literal["public", "score", "admin"]
+TokenScope = Literal["score", "admin"]
+
+# One line for each route; a route without one is refused, with and without tokens.
+RULES: dict[str, Rule] = {
+    # For load balancers and orchestrators: they tell nothing but whether the service can score.
+    "/health": "public",
+    "/ready": "public",
+    "/v2/health/live": "public",
+    "/v2/health/ready": "public",
+    # Pages and a document that are the same in every installation. What they do with the service
+    # they do with the token that their user types in.
+    "/docs": "public",
+    "/openapi.json": "public",
+    "/playground": "public",
+    # What is served and how it does.
+    "/info": "score",
+    "/v1/models": "score",
+    "/v1/monitor": "score",
+    "/v2/models/{name}": "score",
+    "/v2/models/{name}/config": "score",
+    "/v2/models/{name}/ready": "score",
+    # What scores.
+    "/v1/score": "score",
+    "/get_reward": "score",
+    "/classify": "score",
+    "/pooling": "score",
+    "/v1/embeddings": "score",
+    "/predict": "score",
+    "/v1/score/evaluation": "score",
+    "/reward/slime": "score",
+    "/v2/models/{name}/infer": "score",
+    # What changes the service.
+    "/v1/admin/models": "admin",
+}
+# The files that belong to the page.
+_PUBLIC_FILES = re.compile(r"/playground/[a-z]+\.(css|js|svg)")
+
+# How old what is known of the file may be.
+_LOOK_EVERY_S = 1.0
+
+
+def rule_of(path: str) -> Rule | None:
+    """The rule of a route by its path as it was declared; None where there is none."""
+    if _PUBLIC_FILES.fullmatch(path):
+        return "public"
+    return RULES.get(path)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    scopes: Annotated[list[TokenScope], Field(min_length=1)]
+
+
+class _TokenFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: list[_Entry]
+
+
+class Tokens:
+    """The tokens of a file, which is looked at again once a second."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ValueError for a file that cannot be read, or that others may write."""
+        self._path = Path(path)
+        self._entries, self._stamp = _read(self._path)
+        self._looked = time.monotonic()
+
+    def scopes(self, token: bytes) -> frozenset[str] | None:
+        """What the token is good for; None for a token that nobody has."""
+        self._look()
+        digest = hashlib.sha256(token).hexdigest()
+        found = None
+        for entry in self._entries:  # all of them: the time must not tell which one was near
+            if hmac.compare_digest(entry.sha256, digest):
+                found = frozenset[str](entry.scopes)
+        return found
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = now
+        try:
+            if _stamp(self._path) == self._stamp:
+                return
+            self._entries, self._stamp = _read(self._path)
+        except (OSError, ValueError) as error:
+            logger.error("the tokens stay what they were: %s", error)
+            return
+        logger.warning("%d tokens read from %s", len(self._entries), self._path)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Differs once the file has been changed or replaced."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def _read(path: Path) -> tuple[list[_Entry], tuple[int, int, int]]:
+    """The entries, and the stamp of what was read. Raises ValueError."""
+    try:
+        stamp = _stamp(path)
+        mode = path.stat().st_mode
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"token_file {path} cannot be read ({error.strerror})") from None
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"token_file {path} can be written by others, who could let themselves in; "
+            f"run: chmod 600 {path}"
+        )
+    if mode & stat.S_IROTH:
+        logger.warning("%s can be read by everybody on this machine; chmod 600 it", path)
+    try:
+        return _TokenFile.model_validate_json(content).tokens, stamp
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"token_file {path}: {place}: {first['msg']}") from None
+
+
+def add_token(path: Path, name: str, scopes: Sequence[TokenScope], *, replace: bool = False) -> str:
+    """Make a token, write its digest into the file (mode 0600), and return it: it is nowhere else.
+
+    Tokens of the same name stay valid, so that it can be handed out before the old one ends;
+    `replace` ends them at once. Raises ValueError.
+    """
+    entries = _read(path)[0] if path.exists() else []
+    if replace:
+        entries = [entry for entry in entries if entry.name != name]
+    token = f"rw_{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    try:
+        entries = [*entries, _Entry(name=name, sha256=digest, scopes=list(scopes))]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+    text = json.dumps(_TokenFile(tokens=entries).model_dump(), indent=2) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def require_guard(host: str, config: ServeConfig) -> None:
+    """Raise ValueError for a service that other machines could use without a token."""
+    is_open = config.token_file is None and not config.allow_unauthenticated
+    if is_open and not is_loopback(host):
+        raise ValueError(
+            f"a service at {host} can be reached from other machines, so it needs tokens: make one "
+            "with `rayward token NAME --file tokens.json` and start with --token-file tokens.json, "
+            "or say that nobody else can reach it with --allow-unauthenticated true"
+        )
+
+
+def guard(api: FastAPI, tokens: Tokens | None, *, browsers_stay_here: bool) -> None:
+    """Put its rule before each route that the application has by now.
+
+    The check sits inside the route, behind the router: there is no second reading of a path that
+    could disagree with the router's. `browsers_stay_here` is for a service without tokens.
+    """
+    for route in api.routes:
+        path: Any = getattr(route, "path", None)
+        guarded: Any = route
+        guarded.app = Guard(guarded.app, rule_of(path), tokens, browsers_stay_here)
+
+
+class Guard:
+    """One route's rule. Refuses before any of the body is read."""
+
+    def __init__(
+        self, app: ASGIApp, rule: Rule | None, tokens: Tokens | None, browsers_stay_here: bool
+    ) -> None:
+        self._app = app
+        self.rule = rule
+        self._tokens = tokens
+        self._browsers_stay_here = browsers_stay_here
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope)
+        app = self._app if refusal is None else refusal
+        await app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        if self.rule is None:
+            return error_response(
+                "forbidden", "this route has no rule yet that says who may use it"
+            )
+        if self._tokens is None:
+            if self._browsers_stay_here and comes_from_elsewhere(scope["headers"]):
+                return error_response(
+                    "forbidden",
+                    "this comes from a web page of another site; a service without tokens takes "
+                    "requests of its own pages only, by address (start it with --token-file to "
+                    "open it to others)",
+                )
+            return None
+        if self.rule == "public":
+            return None
+        scopes = self._tokens.scopes(token) if (token := _bearer(scope["headers"])) else None
+        if scopes is None:
+            return error_response(
+                "unauthenticated",
+                "this needs a token of the service: Authorization: Bearer TOKEN",
+                headers={"WWW-Authenticate": 'Bearer realm="rayward"'},
+            )
+        if self.rule not in scopes:
+            return error_response(
+                "forbidden",
+                f"the token is good, but has not the scope {self.rule!r}",
+                headers={
+                    "WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{self.rule}"'
+                },
+            )
+        return None
+
+
+def _bearer(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The token of the one Authorization header."""
+    found = [value for name, value in headers if name == b"authorization"]
+    if len(found) != 1:
+        return None
+    scheme, _, token = found[0].partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else None
+
+
+def comes_from_elsewhere(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether a browser sends this for a page that is not the service's own.
+
+    A page of any site can make its reader's browser post to 127.0.0.1 without reading the reply,
+    and one whose name its owner lets resolve to 127.0.0.1 (DNS rebinding) can read it, too. The
+    first shows in `Origin`, the second in a `Host` that is a name instead of an address.
+    """
+    given = dict(headers)
+    host = given.get(b"host", b"").decode("latin-1").lower()
+    if host and not _is_address(host):
+        return True
+    origin = given.get(b"origin")
+    return origin is not None and _netloc(origin) != host
+
+
+def _netloc(origin: bytes) -> str | None:
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc.lower() or None
+    except ValueError:
+        return None
+
+
+def _is_address(host: str) -> bool:
+    """Of a Host header: an IP address or `localhost`, with or without a port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -1,0 +1,153 @@
+"""What an ingress takes in at most: requests at once, bytes, depth of brackets, time for a body."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+from starlette.exceptions import HTTPException
+
+from serve.errors import error_response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from serve.config import ServeConfig
+
+_SERVICE_HEADER = b"x-rayward-service"
+_FULL_RETRY_AFTER_S = 1.0
+# Answered in any case: an ingress that is busy is alive.
+_PROBES = ("/health", "/ready")
+
+# Possessive, and up to the end where the closing quote is missing: each byte is looked at once.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class OwnRequests:
+    """Refuses what the HAProxy of another service sends: to the port of its ingress that died.
+
+    The client tries again, and its service has found another ingress by then.
+    """
+
+    def __init__(self, app: ASGIApp, name: str | None) -> None:
+        self._app = app
+        self._name = None if name is None else name.encode("ascii")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._name is not None:
+            meant = next((v for k, v in scope["headers"] if k == _SERVICE_HEADER), self._name)
+            if meant != self._name:
+                message = "this ingress belongs to another service; try again"
+                await error_response("unavailable", message)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class Limits:
+    """Refuses what is too much before it costs anything, and hands a body on in one piece.
+
+    A body is read when the application asks for it, so after its route has checked the token.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+        self._app = app
+        self._body_limit_bytes = config.body_limit_bytes
+        self._max_nesting = config.max_nesting
+        self._max_requests = config.max_concurrent_requests
+        self._timeout_s = config.request_timeout_s
+        self._num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._num_requests >= self._max_requests and not scope["path"].endswith(_PROBES):
+            message = f"{self._max_requests} requests are under way here; try again soon"
+            reply = error_response("overloaded", message, retry_after_s=_FULL_RETRY_AFTER_S)
+            await reply(scope, receive, send)
+            return
+        self._num_requests += 1
+        try:
+            await self._app(scope, self._whole_body(scope, receive), send)
+        finally:
+            self._num_requests -= 1
+
+    def _whole_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Of a request: what its body's chunks make together, or an HTTPException.
+
+        FastAPI would turn any other exception into a 400 if it is what reads the body.
+        """
+        headers = dict(scope["headers"])
+        is_read = False
+
+        async def received() -> Message:
+            nonlocal is_read
+            if is_read:  # nothing comes after the body, but for the end of the connection
+                return await receive()
+            is_read = True
+            self._check_headers(headers)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    chunks = await self._chunks(receive)
+            except TimeoutError:
+                message = f"the body did not arrive within request_timeout_s = {self._timeout_s:g}"
+                raise HTTPException(408, message) from None
+            if chunks is None:
+                return {"type": "http.disconnect"}
+            body = b"".join(chunks)
+            self._check_nesting(body, headers)
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return received
+
+    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
+        if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
+            raise HTTPException(415, "a body must not be compressed; send it without an encoding")
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._body_limit_bytes:
+            raise self._too_large()
+
+    async def _chunks(self, receive: Receive) -> list[bytes] | None:
+        """None for a client that hung up."""
+        chunks: list[bytes] = []
+        num_bytes = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            num_bytes += len(chunk)
+            if num_bytes > self._body_limit_bytes:
+                raise self._too_large()
+            chunks.append(chunk)
+            more = message.get("more_body", False)
+        return chunks
+
+    def _check_nesting(self, body: bytes, headers: dict[bytes, bytes]) -> None:
+        # KServe's binary tensors follow their JSON. Who lies about it meets the parser's own bound.
+        length = headers.get(b"inference-header-content-length", b"")
+        text = body[: int(length)] if length.isdigit() and len(length) < 10 else body
+        if text.lstrip()[:1] in (b"{", b"[") and nests_deeper(text, self._max_nesting):
+            message = f"the body's brackets nest deeper than max_nesting = {self._max_nesting}"
+            raise HTTPException(422, message)
+
+    def _too_large(self) -> HTTPException:
+        message = f"the body is larger than body_limit_bytes = {self._body_limit_bytes}"
+        return HTTPException(413, message)
+
+
+def nests_deeper(text: bytes, limit: int) -> bool:
+    """Whether brackets of JSON stand deeper than `limit` inside each other.
+
+    Of what is no JSON either answer may come. A megabyte takes a few milliseconds.
+    """
+    if text.count(b"[") + text.count(b"{") <= limit:
+        return False
+    brackets = _STRINGS.sub(b"", text).translate(None, _ALL_BUT_BRACKETS)
+    # Of their codes, the second bit alone tells what opens from what closes.
+    steps = (np.frombuffer(brackets, np.uint8) & 2).astype(np.int32) - 1
+    return bool(np.cumsum(steps).max(initial=0) > limit)

@@ -1,0 +1,109 @@
+"""The FastAPI application: its routes with their guards, and errors as the protocol words them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json, to_json
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from pydantic_core import ErrorDetails
+
+    from serve.ingress.service import RewardService
+    from serve.ingress.swap import Swapper
+
+Body = TypeVar("Body", bound=BaseModel)
+
+SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def service_of(request: Request) -> RewardService:
+    return cast("RewardService", request.app.state.service)
+
+
+def swapper_of(request: Request) -> Swapper:
+    return cast("Swapper", request.app.state.swapper)
+
+
+# ---- bodies: parsed by pydantic as they come, which takes half of FastAPI's way by json.loads
+
+
+def parse(model: type[Body], body: bytes) -> Body:
+    """A JSON body. Raises RequestValidationError."""
+    return check(model, load(body))
+
+
+def load(body: bytes) -> Any:
+    """The value of a JSON body, for a route that tells by its keys what it is. Raises
+    RequestValidationError."""
+    try:
+        return from_json(body)
+    except ValueError as error:
+        message = f"Invalid JSON: {error}"
+    if b"\\u" in body:
+        # A lone surrogate is no reason to refuse the other samples.
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            pass
+    raise RequestValidationError([{"loc": ("body",), "msg": message}])
+
+
+def check(model: type[Body], value: Any) -> Body:
+    """What `load` gave, as this model. Raises RequestValidationError."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        found = [_fault(model, fault) for fault in error.errors(include_input=False)]
+    raise RequestValidationError(found)
+
+
+def _fault(model: type[BaseModel], fault: ErrorDetails) -> dict[str, Any]:
+    """What is wrong and where, without keys of the request: they are input as its values are."""
+    names = _field_names(model)
+    place = [part for part in fault["loc"] if isinstance(part, int) or part in names]
+    message = fault["msg"]
+    if fault["type"] == "extra_forbidden":
+        message = f"there is a field that is not known; known are {', '.join(sorted(names))}"
+    return {"loc": place, "msg": message}
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    """Of a model and all that it holds."""
+    document = model.model_json_schema()
+    described = [document, *document.get("$defs", {}).values()]
+    return frozenset(name for each in described for name in each.get("properties", {}))
+
+
+def json_reply(value: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(value), headers=headers, media_type="application/json")
+
+
+def json_body(*models: type[BaseModel], others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`openapi_extra` of a route that parses its body itself: JSON of one of the models, with their
+    examples, or other media types with their schemas."""
+    refs = [{"$ref": SCHEMA_REF.format(model=model.__name__)} for model in models]
+    examples: dict[str, Any] = {}
+    for model in models:
+        DESCRIBED[model.__name__] = model
+        extra = model.model_config.get("json_schema_extra")
+        assert isinstance(extra, dict), f"{model.__name__} has no examples"
+        found = cast("list[Any]", extra["examples"])
+        for index, example in enumerate(found):
+            name = f"{model.__name__} {index + 1}" if len(found) > 1 else model.__name__
+            examples[name] = {"value": example}
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
+    content.update(others or {})
+    return {"requestBody": {"required": True, "content": content}}
+
+
+DESCRIBED: dict[str, type[BaseModel]] = {}

@@ -1,0 +1,79 @@
+"""The routes that are about the service itself; those that score lie in `serve.protocols`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from reward_actor import schema
+from reward_actor.errors import RewardServiceError
+from serve.http.requests import json_body, parse, service_of, swapper_of
+
+router = APIRouter()
+
+
+@router.get("/v1/models", tags=["service"])
+async def models(request: Request) -> schema.ModelList:
+    """The models that this service scores with."""
+    service = service_of(request)
+    model = await service.model()
+    card = schema.ModelCard(id=service.name, model_version=model.version)
+    return schema.ModelList(data=[card])
+
+
+@router.get("/info", tags=["service"])
+async def info(request: Request) -> schema.Info:
+    """What is served, and every limit."""
+    return await service_of(request).info()
+
+
+@router.get("/v1/monitor", tags=["service"])
+async def monitor(request: Request) -> schema.MonitorReply:
+    """The live rewards beside the held-out ones, by model version."""
+    service = service_of(request)
+    await service.model()
+    return service.observer.monitor()
+
+
+@router.get("/health", tags=["service"])
+async def health() -> schema.Status:
+    """The ingress is alive."""
+    return schema.Status(status="ok")
+
+
+@router.get("/ready", tags=["service"], responses={503: {"model": schema.Status}})
+async def ready(request: Request) -> JSONResponse:
+    """A model is loaded and its golden samples passed."""
+    try:
+        model = await service_of(request).model()
+    except RewardServiceError:
+        reason = "no replica has its model loaded"
+        status = schema.Status(status="not_ready", reason=reason)
+        return JSONResponse(status.model_dump(), status_code=503)
+    return JSONResponse(schema.Status(status="ok", model_version=model.version).model_dump())
+
+
+@router.get("/v1/admin/models", tags=["admin"], responses=schema.ERROR_RESPONSES)
+async def registry(request: Request) -> schema.RegistryReply:
+    """The models that can be swapped in, by name."""
+    return await swapper_of(request).names()
+
+
+@router.post(
+    "/v1/admin/models",
+    tags=["admin"],
+    response_model=schema.SwapReply,
+    responses=schema.ERROR_RESPONSES,
+    openapi_extra=json_body(schema.SwapRequest),
+)
+async def swap(request: Request) -> schema.SwapReply:
+    """Serve another model of the registry from now on, without a pause."""
+    asked = parse(schema.SwapRequest, await request.body())
+    observer = service_of(request).observer
+    try:
+        reply = await swapper_of(request).swap(asked.model)
+    except RewardServiceError as error:
+        observer.swapped(error.type)
+        raise
+    observer.swapped("done")
+    return reply

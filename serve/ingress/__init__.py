@@ -1,0 +1,1 @@
+"""The side that callers meet: groups in, token ids out to the replicas, rewards back."""

@@ -1,0 +1,277 @@
+"""What every route and every handle of the service ends in: groups in, rewards out, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from reward_actor import schema
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import Group, GroupScores, Rendered, SampleError, Whole, assemble
+from serve.config import ServeConfig
+from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion
+from serve.ingress.replicas import Model, Replicas
+from serve.monitoring.observer import Observer
+from serve.wire import Description
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+Result = TypeVar("Result")
+
+# A probe wants to know whether a replica answers now, not whether one will.
+_STATUS_TIMEOUT_S = 3.0
+# Characters that are tokenised at once without a thread: about half a millisecond of work.
+_INLINE_CHARACTERS = 4096
+# No text has so many for each of its tokens, but for runs of blanks.
+_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a request's groups, all by one model; timings in milliseconds, and the tokens
+    that were computed, shared prefixes once."""
+
+    results: list[GroupScores]
+    model_version: str
+    timings_ms: dict[str, float]
+    computed_tokens: int
+
+
+class RewardService:
+    """One ingress's side of the service. Use from one event loop."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        handle: DeploymentHandle[Any],
+        app_name: str,
+        sender: str,
+        log_file: Path | None = None,
+    ) -> None:
+        """log_file: where lines about requests go; none for none."""
+        self.config = config
+        self.name = config.name or Path(config.model).resolve().name
+        self.replicas = Replicas(
+            handle,
+            sender,
+            trust_remote_code=config.trust_remote_code,
+            on_refresh=self._replicas_are,
+        )
+        self.dispatcher = Dispatcher(
+            self.replicas.send,
+            max_queued_tokens=config.max_queued_tokens,
+            max_queue_s=config.max_queue_s,
+            target_batch_s=config.target_batch_s,
+            num_ingress=config.num_ingress,
+        )
+        self.observer = Observer(
+            config, app_name, sender, log_file, queued_tokens=lambda: self.dispatcher.queued_tokens
+        )
+
+    async def score(
+        self, groups: Sequence[Group | Whole], *, token_rewards: bool = False
+    ) -> Scored:
+        """Score groups before the deadline. Raises RewardServiceError."""
+        started = time.perf_counter()
+        scored = await self.within_deadline(self._score(groups, token_rewards))
+        scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
+        self.observer.scored(
+            scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
+        )
+        return scored
+
+    async def model(self) -> Model:
+        """What is served now. Raises RewardServiceError while no replica answers."""
+        self._watch()
+        return await self.within_deadline(self._fresh_model(), _STATUS_TIMEOUT_S)
+
+    async def known_model(self) -> Model:
+        """What was served when the replicas were last asked. Raises RewardServiceError while none
+        has answered yet."""
+        self._watch()
+        return await self.within_deadline(self.replicas.model())
+
+    async def info(self) -> schema.Info:
+        """What is served, and every limit. Raises RewardServiceError while nothing is."""
+        model = await self.model()
+        description, contract = model.description, model.contract
+        return schema.Info(
+            model=self.name,
+            model_version=model.version,
+            generation=model.generation,
+            num_replicas=self.dispatcher.num_replicas,
+            engine=self.config.engine,
+            dtype=description.dtype,
+            path=description.path,
+            fallback_reason=description.fallback_reason,
+            format=contract.format,
+            tokenizer_fingerprint=description.tokenizer_fingerprint,
+            template_date=contract.template_date,
+            normalisation=description.readout.normalisation,
+            limits={
+                **self.config.limits(),
+                "max_batch_tokens": description.max_batch_tokens,
+                "max_length": contract.max_length,
+            },
+            versions=description.versions,
+            ensemble=schema.Info.ensemble_of(description.readout),
+            warnings=self.observer.warnings(),
+        )
+
+    async def within_deadline(
+        self, work: Awaitable[Result], timeout_s: float | None = None
+    ) -> Result:
+        """Raises RewardServiceError ("deadline_exceeded") when the time is over."""
+        timeout_s = timeout_s or self.config.request_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            raise RewardServiceError(
+                "deadline_exceeded",
+                f"no answer of the reward model within {timeout_s:g} s",
+                retryable=True,
+            ) from None
+
+    async def _fresh_model(self) -> Model:
+        while True:
+            model = await self.replicas.refresh()
+            if model is not None:
+                return model
+            await asyncio.sleep(0.1)
+
+    async def _score(self, groups: Sequence[Group | Whole], token_rewards: bool) -> Scored:
+        self._watch()
+        num_samples = sum(len(group) for group in groups)
+        if num_samples > self.config.max_request_samples:
+            raise RewardServiceError(
+                "too_many_tokens",
+                f"{num_samples} completions in one request; max_request_samples is "
+                f"{self.config.max_request_samples}",
+            )
+        _check_given(groups, self.config.max_request_tokens)
+        self.dispatcher.admit(1)  # what will be refused is not rendered
+        model = await self.replicas.model()
+        is_admitted = False
+        while True:  # ends at the deadline; each turn has seen the replicas change their model
+            started = time.perf_counter()
+            rendered = await _render(model, groups)
+            rendered_s = time.perf_counter() - started
+            sequences = [[s for s in g if not isinstance(s, SampleError)] for g in rendered]
+            self._check_size(sequences)
+            try:
+                parts = await self.dispatcher.score(
+                    sequences,
+                    model.version,
+                    model.generation,
+                    token_rewards,
+                    is_admitted=is_admitted,
+                )
+            except OtherVersion:
+                model = await self.replicas.model(other_than=model)
+                is_admitted = True
+                continue
+            timings = {
+                "render": 1e3 * rendered_s,
+                "queue": 1e3 * max((part.queue_s for part in parts), default=0.0),
+                "score": 1e3 * max((part.score_s for part in parts), default=0.0),
+            }
+            reply = groups, rendered, parts, model, token_rewards
+            # What every token reads as takes a while; nobody else should wait for it.
+            results = (
+                (await asyncio.to_thread(_assemble, *reply)) if token_rewards else _assemble(*reply)
+            )
+            return Scored(results, model.version, timings, sum(p.num_tokens for p in parts))
+
+    def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
+        num_tokens = sum(len(ids) for group in groups for ids in group)
+        if num_tokens > self.config.max_request_tokens:
+            raise _too_many(num_tokens, self.config.max_request_tokens)
+
+    def _watch(self) -> None:
+        self.replicas.watch()
+        self.observer.watch()
+
+    def _replicas_are(self, descriptions: list[Description]) -> None:
+        self.observer.replicas_are(descriptions)
+        self.dispatcher.num_replicas = len(descriptions)
+        if descriptions:
+            self.dispatcher.max_batch_tokens = min(d.max_batch_tokens for d in descriptions)
+
+
+async def _render(model: Model, groups: Sequence[Group | Whole]) -> list[list[Rendered]]:
+    def render() -> list[list[Rendered]]:
+        return [model.renderer.sequences(group) for group in groups]
+
+    if sum(map(sum, map(_given, groups))) <= _INLINE_CHARACTERS:
+        return render()
+    return await asyncio.to_thread(render)
+
+
+def _given(group: Group | Whole) -> tuple[int, int]:
+    """The characters of text and the token ids that rendering makes of it; messages count more than
+    they hold, as a template runs."""
+    if isinstance(group, Whole):
+        return sum(map(len, group.texts)), sum(map(len, group.ids))
+    if group.prompt_ids is not None:
+        num = len(group.prompt_ids)
+        return 0, sum(num + len(ids) for ids in group.completion_ids)
+    prompt = group.prompt
+    num = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt or ())
+    return sum(num + len(completion) for completion in group.completions), 0
+
+
+def _check_given(groups: Sequence[Group | Whole], max_tokens: int) -> None:
+    """Raise RewardServiceError for what is too much before it is rendered: a prompt is written out
+    with each of its completions."""
+    characters, ids = (sum(counts) for counts in zip((0, 0), *map(_given, groups), strict=True))
+    if ids > max_tokens:
+        raise _too_many(ids, max_tokens)
+    if characters > _CHARACTERS_PER_TOKEN * max_tokens:
+        raise RewardServiceError(
+            "too_many_tokens",
+            f"{characters} characters in one request, prompts counted with each completion; at "
+            f"max_request_tokens {max_tokens} it may hold {_CHARACTERS_PER_TOKEN * max_tokens}. "
+            "Send fewer groups at a time.",
+        )
+
+
+def _too_many(num_tokens: int, max_tokens: int) -> RewardServiceError:
+    return RewardServiceError(
+        "too_many_tokens",
+        f"{num_tokens} tokens in one request; max_request_tokens is {max_tokens}. Send fewer "
+        "groups at a time.",
+    )
+
+
+def _assemble(
+    groups: Sequence[Group | Whole],
+    rendered: Sequence[Sequence[Rendered]],
+    parts: Sequence[Dispatched],
+    model: Model,
+    token_rewards: bool,
+) -> list[GroupScores]:
+    readout = model.description.readout
+    none = np.empty((0, len(readout)), np.float32)
+    raw = np.concatenate([none, *(part.raw_scores for part in parts)])
+    per_token = None
+    if token_rewards:
+        per_token = [row for part in parts for row in part.token_scores or []]
+    scores = assemble(rendered, raw, readout, model.version, per_token)
+    if not token_rewards:
+        return scores
+    return [
+        replace(
+            score,
+            tokens=[model.tokens(ids) for ids in samples],
+            num_prompt_tokens=model.renderer.num_prompt_tokens(group, samples),
+        )
+        for score, group, samples in zip(scores, groups, rendered, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What the service reports of itself: metrics, request lines, live rewards."""

@@ -1,0 +1,1 @@
+"""The side that has the device: token ids in, raw scores out. No Ray."""

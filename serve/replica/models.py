@@ -1,0 +1,221 @@
+"""The models that a replica holds: the current one and, for a while, the one before. No Ray.
+
+A hot swap has two steps, so that no request meets a replica without its model: every replica
+`prepare`s the candidate beside what it serves, and only when all have done so they `activate` it.
+What was current before stays for requests that were rendered for it, until it is retired.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reward_actor.model.tokenizer import identity
+from reward_actor.render import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from reward_actor.contract import ScoringContract
+    from reward_actor.readout import Readout
+    from reward_actor.render import Renderer
+
+    Scores = NDArray[np.float32]
+
+Sequences = Sequence[Any]
+
+
+class Scorer(Protocol):
+    """What a replica needs of an engine; `RewardScorer` is one, `VllmScorer` another."""
+
+    contract: ScoringContract
+    readout: Readout
+    renderer: Renderer
+    model_version: str
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def fallback_reason(self) -> str | None: ...
+    @property
+    def max_batch_tokens(self) -> int: ...
+    @property
+    def num_cache_misses(self) -> int | None: ...
+    @property
+    def tokenizer_path(self) -> Path: ...
+
+    def plan(self, sequences: Sequences) -> Any: ...
+    def raw_scores(self, sequences: Sequences, plan: Any = None) -> Scores: ...
+    def token_scores(self, sequences: Sequences, plan: Any = None) -> list[Scores]: ...
+    def check(self) -> None:
+        """Raises EngineDied if it can score no more."""
+
+    def close(self) -> None:
+        """Give back what it holds; it scores no more."""
+
+
+class RawScores:
+    """Work of the batcher: (n, K) raw scores of sequences."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.share_computed = 1.0
+
+    def prepare(self, sequences: Sequences) -> tuple[Sequences, Any]:
+        return sequences, self._scorer.plan(sequences)
+
+    def run(self, prepared: tuple[Sequences, Any]) -> Scores:
+        before = self._scorer.num_cache_misses
+        scores = self._scorer.raw_scores(*prepared)
+        after = self._scorer.num_cache_misses
+        if before is not None and after is not None:
+            self.share_computed = (after - before) / max(1, len(prepared[0]))
+        return scores
+
+
+class TokenScores:
+    """Work of the batcher: n arrays (tokens, K), the raw scores of every token."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.share_computed = 1.0
+
+    def prepare(self, sequences: Sequences) -> tuple[Sequences, Any]:
+        return sequences, self._scorer.plan(sequences)
+
+    def run(self, prepared: tuple[Sequences, Any]) -> list[Scores]:
+        return self._scorer.token_scores(*prepared)
+
+
+Stamp = frozenset[tuple[str, int, int]]
+"""The names, sizes and times of change (ns) of a directory's files."""
+
+
+def _stamp(directory: str) -> Stamp:
+    files = [(path, path.stat()) for path in Path(directory).rglob("*") if path.is_file()]
+    return frozenset((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One model, immutable: a batch takes it once and nothing changes it meanwhile.
+
+    stamp: what the directory's files looked like when it was read. tokenizer, fingerprint: what
+    `identity` and `tokenizer_fingerprint` say of the tokenizer, which takes a while to find.
+    """
+
+    directory: str
+    stamp: Stamp
+    scorer: Scorer
+    raw_scores: RawScores
+    token_scores: TokenScores
+    tokenizer: str
+    fingerprint: str
+
+    @classmethod
+    def load(cls, directory: str, load: Callable[[str], Scorer]) -> Loaded:
+        """Raises ValueError as `load` does."""
+        stamp = _stamp(directory)
+        scorer = load(directory)
+        tokenizer = scorer.renderer.tokenizer
+        return cls(
+            directory,
+            stamp,
+            scorer,
+            RawScores(scorer),
+            TokenScores(scorer),
+            identity(tokenizer),
+            tokenizer_fingerprint(tokenizer, scorer.contract),
+        )
+
+    @property
+    def version(self) -> str:
+        return self.scorer.model_version
+
+
+class LoadedModels:
+    """The current model with its generation, a candidate, and what is not retired yet.
+
+    What is let go is closed. All but `find` and `activate` take turns, and as long as a model takes
+    to load or to close.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        generation: int,
+        load: Callable[[str], Scorer],
+        retire_after_s: float,
+    ) -> None:
+        """Raises ValueError as `load` does."""
+        self.current = Loaded.load(directory, load)
+        self.generation = generation
+        self._load = load
+        self._retire_after_s = retire_after_s
+        self._candidate: Loaded | None = None
+        self._previous: Loaded | None = None
+        self._previous_until = 0.0
+        self._turn = threading.Lock()
+
+    def find(self, version: str) -> Loaded | None:
+        """The model of this version, if it is loaded."""
+        for loaded in (self.current, self._previous):
+            if loaded is not None and loaded.version == version:
+                return loaded
+        return None
+
+    def prepare(self, directory: str) -> Loaded:
+        """Load a candidate beside the current model, or find it among what is loaded.
+
+        There are never more than two: the model before the current one has to go first. Raises
+        ValueError.
+        """
+        with self._turn:
+            self._drop_candidate()
+            stamp = _stamp(directory)
+            for loaded in (self.current, self._previous):
+                if loaded is not None and (loaded.directory, loaded.stamp) == (directory, stamp):
+                    self._candidate = loaded
+                    return loaded
+            self._drop_previous()
+            self._candidate = Loaded.load(directory, self._load)
+            return self._candidate
+
+    def activate(self, version: str, generation: int) -> bool:
+        """Make the candidate current; False if it is another than this one."""
+        if self.generation >= generation:
+            return self.current.version == version
+        if self._candidate is None or self._candidate.version != version:
+            return False
+        if self._candidate is not self.current:
+            self._previous, self.current = self.current, self._candidate
+            self._previous_until = time.monotonic() + self._retire_after_s
+        self.generation, self._candidate = generation, None
+        return True
+
+    def discard_candidate(self) -> None:
+        with self._turn:
+            self._drop_candidate()
+
+    def retire(self) -> None:
+        """Let the model before go, if its time is over."""
+        with self._turn:
+            if time.monotonic() > self._previous_until and self._previous is not self._candidate:
+                self._drop_previous()
+
+    def _drop_candidate(self) -> None:
+        candidate, self._candidate = self._candidate, None
+        if candidate is not None and candidate not in (self.current, self._previous):
+            candidate.scorer.close()
+
+    def _drop_previous(self) -> None:
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            previous.scorer.close()

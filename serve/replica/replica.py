@@ -1,0 +1,251 @@
+"""What a replica does: a batcher in front of its device, and the models that are loaded there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reward_actor.errors import EngineDied
+from serve.config import ServeConfig
+from serve.monitoring import metrics
+from serve.replica.batcher import Batcher, QueueFull
+from serve.replica.models import Loaded, LoadedModels, Scorer
+from serve.wire import Description, FlatSequences, ReplicaReply
+
+if TYPE_CHECKING:
+    from serve.current_model import CurrentModel
+
+logger = logging.getLogger("ray.serve")
+
+# How often a replica looks whether a swap went past it.
+_RECONCILE_S = 5.0
+# What a message waits before it goes out again, once the model's processes have died here.
+_LOST_PAUSE_S = 0.5
+# An ingress that has not written for so long has nothing waiting.
+_WAITING_S = 5.0
+
+
+def load_scorer(config: ServeConfig, directory: str) -> Scorer:
+    """The engine of the configuration with this model, its golden samples replayed.
+
+    Raises ValueError.
+    """
+    if config.engine == "vllm":
+        from reward_actor.vllm.scorer import VllmScorer
+
+        scorer: Scorer = VllmScorer.from_pretrained(
+            directory,
+            dtype=config.dtype,
+            tensor_parallel=config.tensor_parallel,
+            gpu_memory_utilization=config.engine_memory_share,
+            max_batch_tokens=config.max_batch_tokens or None,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return scorer
+    from reward_actor.scorer import RewardScorer
+
+    return RewardScorer.from_pretrained(
+        directory,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        max_batch_tokens=config.max_batch_tokens or None,
+        trust_remote_code=config.trust_remote_code,
+        cache_size=config.cache_size,
+        memory_share=config.gpus_per_replica or 1.0,
+    )
+
+
+class Replica:
+    """Scores flat token ids in batches, and follows swaps from one model to the next."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        name: str,
+        models: LoadedModels,
+        recorder: metrics.Recorder,
+        current_model: Callable[[], CurrentModel | None],
+        num_threads: int,
+    ) -> None:
+        """name: of this replica. current_model: what the service remembers of its model; may take a
+        while. num_threads: for the network, on whichever thread it runs."""
+        import torch
+
+        self._name = name
+        self._model = config.model
+        self._models = models
+        self._current_model = current_model
+        self._batcher = Batcher(
+            max_batch_tokens=models.current.scorer.max_batch_tokens,
+            max_queued_tokens=config.max_queued_tokens,
+            target_batch_s=config.target_batch_s,
+            on_batch=self._scored_batch,
+            # OpenMP counts for each thread that asks: what was set for loading holds there alone,
+            # and Ray gives every other thread of a worker one.
+            on_device=partial(torch.set_num_threads, num_threads),
+        )
+        self._recorder = recorder
+        self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
+        if config.engine == "vllm":
+            import vllm  # its distribution has another name on a CPU
+
+            self._versions["vllm"] = vllm.__version__
+        self._waiting: dict[str, tuple[float, int]] = {}
+        self._fault: str | None = None
+        self._has_lost_device = False
+        self._reconciler: asyncio.Task[None] | None = None
+
+    async def score(
+        self, sequences: FlatSequences, token_scores: bool = False, sender: str = ""
+    ) -> ReplicaReply:
+        """Raw scores of the sequences, if they were rendered for a model loaded here.
+
+        `token_scores` asks for those of every token, too, from the same forward pass.
+        """
+        self._start_reconciling()
+        self._waiting[sender] = time.monotonic(), sequences.waiting_tokens
+        generation = self._models.generation
+        lost = ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
+        if self._has_lost_device:
+            return lost
+        loaded = self._models.find(sequences.model_version)
+        if loaded is None:
+            return ReplicaReply("other_version", generation)
+        work = loaded.token_scores if token_scores else loaded.raw_scores
+        try:
+            scored = await self._batcher.submit(sequences.rows(), sequences.num_tokens, work)
+        except QueueFull as full:
+            return ReplicaReply("overloaded", generation, retry_after_s=full.retry_after_s)
+        except MemoryError as error:
+            logger.error("out of memory while scoring: %s", error)
+            return ReplicaReply("failed", generation, reason="the device ran out of memory")
+        except EngineDied as error:
+            logger.error("the model is gone: %s", error)
+            return lost
+        except ValueError as error:  # a sequence that this network cannot take
+            logger.error("no plan to score this: %s", error)
+            return ReplicaReply("failed", generation, reason="the model cannot take this sequence")
+        except RuntimeError as error:
+            logger.error("scoring failed: %s", error)
+            if "CUDA error" in str(error):  # the process has lost its device for good
+                self._has_lost_device = True
+                self._fault = str(error)
+                return lost
+            reason = "the model could not be run"
+            if "out of memory" in str(error):
+                reason = "the device ran out of memory"
+            return ReplicaReply("failed", generation, reason=reason)
+        results = scored.results
+        return ReplicaReply(
+            "ok",
+            generation,
+            raw_scores=np.stack([row[-1] for row in results]) if token_scores else results,
+            token_scores=list(results) if token_scores else None,
+            score_s=scored.score_s,
+            tokens_per_s=self._batcher.tokens_per_s,
+        )
+
+    async def describe(self) -> Description:
+        self._start_reconciling()
+        return self._describe(self._models.current)
+
+    async def prepare(self, directory: str) -> Description | str:
+        """Load a candidate beside the current model; why it cannot be served, if it cannot."""
+        try:
+            loaded = await asyncio.to_thread(self._models.prepare, directory)
+        except (ValueError, OSError) as error:
+            return str(error)
+        except (MemoryError, RuntimeError) as error:
+            logger.error("no candidate could be loaded: %s", error)
+            return "it does not fit in memory beside the current model, or could not be run"
+        return self._describe(loaded)
+
+    async def activate(self, model_version: str, generation: int) -> bool:
+        """Make the candidate the current model."""
+        done = self._models.activate(model_version, generation)
+        self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
+        return done
+
+    async def discard_candidate(self) -> None:
+        await asyncio.to_thread(self._models.discard_candidate)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve hands to the scaling policy: queued work, and how fast it goes."""
+        now = time.monotonic()
+        waiting = [tokens for when, tokens in self._waiting.values() if now - when < _WAITING_S]
+        return {
+            "queued_tokens": float(self._batcher.queued_tokens + sum(waiting)),
+            "tokens_per_s": self._batcher.tokens_per_s,
+        }
+
+    def _scored_batch(self, num_tokens: int, seconds: float) -> None:
+        self._recorder.observe(metrics.BATCH_TOKENS, num_tokens)
+        self._recorder.observe(metrics.BATCH_SECONDS, seconds)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if self._fault is not None:
+            raise RuntimeError(self._fault)
+        self._models.current.scorer.check()
+
+    def _describe(self, loaded: Loaded) -> Description:
+        scorer = loaded.scorer
+        return Description(
+            replica=self._name,
+            generation=self._models.generation,
+            model_version=loaded.version,
+            directory=str(scorer.tokenizer_path),
+            tokenizer=loaded.tokenizer,
+            tokenizer_fingerprint=loaded.fingerprint,
+            dtype=scorer.dtype,
+            path=scorer.path,
+            fallback_reason=scorer.fallback_reason,
+            max_batch_tokens=scorer.max_batch_tokens,
+            contract=scorer.contract.to_json(),
+            readout=scorer.readout,
+            versions=self._versions,
+        )
+
+    def _start_reconciling(self) -> None:
+        if self._reconciler is None:
+            self._reconciler = asyncio.get_running_loop().create_task(self._reconcile())
+
+    async def _reconcile(self) -> None:
+        while self._fault is None:  # after one, this replica is about to be replaced
+            await asyncio.sleep(_RECONCILE_S)
+            try:
+                self._tell()
+                await asyncio.to_thread(self._models.retire)
+                await self._follow()
+            except Exception as error:  # whatever it is must not end it for good
+                logger.warning("no look for swaps this time: %s", type(error).__name__)
+
+    def _tell(self) -> None:
+        queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
+        self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._name)
+        self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._name)
+
+    async def _follow(self) -> None:
+        """Follow a swap that this replica was not asked about, because it was starting then."""
+        current = await asyncio.to_thread(self._current_model)
+        if current is None or not current.is_of(self._model):
+            return
+        if current.generation <= self._models.generation:
+            return
+        await asyncio.sleep(_RECONCILE_S)  # the swap itself may be about to reach it
+        if current.generation <= self._models.generation:
+            return
+        prepared = await self.prepare(current.directory)
+        if isinstance(prepared, str):
+            self._fault = f"generation {current.generation} cannot be loaded: {prepared}"
+            logger.error(self._fault)
+            return
+        await self.activate(prepared.model_version, current.generation)

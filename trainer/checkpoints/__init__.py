@@ -1,0 +1,1 @@
+"""What a training stores to resume from, and how it finds that again."""

@@ -1,0 +1,1 @@
+"""Preferences to comparisons of token ids, and to the micro-batches of a step."""

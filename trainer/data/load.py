@@ -1,0 +1,102 @@
+"""Preference data sets: read, checked and rendered. The one door for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trainer.config.data import Source
+from trainer.data.comparisons import Comparisons
+from trainer.data.gather import Gathered, first_uses, gather, take
+from trainer.data.parse import parse_line
+from trainer.data.render import Dropped, Rules, Tally, render_rows
+from trainer.data.rows import BadRows, Row
+from trainer.data.sources import raw_rows
+
+if TYPE_CHECKING:
+    from reward_actor.render import Renderer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Data sets as token ids: `num_rows` rows were read, `dropped` says what was left out."""
+
+    comparisons: Comparisons
+    num_rows: int
+    dropped: Dropped
+    """`.count` in all, and `str()` for people: "1 too long, 0 with equal sides"."""
+
+
+def read_rows(source_name: str, source: Source, max_rows: int | None = None) -> list[Row]:
+    """The rows of a file, a directory or glob of files, or a hub data set NAME[:SPLIT].
+
+    Relative paths start at the working directory. `trainer.data.parse.parse_row` shows what a row
+    may be; `source` names its columns. Raises ValueError for a source that cannot be read, one
+    without rows, and rows without what is needed, all of them at once.
+    """
+    return list(iterate_rows(source_name, source, max_rows))
+
+
+def iterate_rows(source_name: str, source: Source, max_rows: int | None = None) -> Iterator[Row]:
+    """The same one by one, in constant memory; what is wrong is raised after the last row."""
+    bad = BadRows(source_name)
+    num_rows = 0
+    for number, raw in raw_rows(source_name):
+        if num_rows == max_rows:
+            break
+        num_rows += 1
+        try:
+            row = parse_line(number, raw, source)
+        except ValueError as error:
+            bad.add(number, str(error))
+        else:
+            yield row
+    bad.check(num_rows)
+    if not num_rows:
+        raise ValueError(f"{source_name} holds no rows")
+
+
+def choose_format(
+    wanted: Literal["auto", "chat", "text"], rows: Iterable[Row], has_chat_template: bool
+) -> Literal["chat", "text"]:
+    """Under "auto": chat if the tokenizer has a template, unless the rows are dialogues in text."""
+    if wanted != "auto":
+        return wanted
+    return "chat" if has_chat_template and not all(row.is_dialogue for row in rows) else "text"
+
+
+def load_comparisons(
+    sources: Mapping[str, Source],
+    renderer: Renderer,
+    *,
+    over_long: Literal["drop", "truncate_left"] = "drop",
+    max_rows: int | None = None,
+    deduplicate: bool = False,
+) -> Loaded:
+    """What an evaluation compares: of all sources, in their order, as `renderer` renders it.
+
+    Comparisons of equal sides, over-long ones under "drop", and single completions are left out and
+    counted; with `deduplicate`, of equal ones in a subset, all but the first. `max_rows` are read
+    of each source. Raises ValueError for sources and rows that cannot be used.
+    """
+    loaded = {name: read_rows(name, source, max_rows) for name, source in sources.items()}
+    gathered = gather_rows(loaded, renderer, Rules(over_long=over_long))
+    comparisons = gathered.comparisons
+    if deduplicate:
+        comparisons = take(comparisons, first_uses(gathered, by_subset=True))
+    total = Tally()
+    for tally in gathered.tallies:
+        total.add(tally)
+    return Loaded(comparisons, total.num_rows, total)
+
+
+def gather_rows(rows: Mapping[str, Sequence[Row]], renderer: Renderer, rules: Rules) -> Gathered:
+    """The rows of each source by its name, rendered. Raises ValueError as `gather` does."""
+    names = list(rows)
+    blocks = (
+        (number, block)
+        for number, name in enumerate(names)
+        for block in render_rows(rows[name], renderer, rules, number, names)
+    )
+    return gather(blocks, names, renderer.contract.max_length)

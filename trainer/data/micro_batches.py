@@ -1,0 +1,129 @@
+"""Which comparisons make up a step, and who computes which of them. Pure: NumPy and lists.
+
+Legend: C comparisons, W workers. A pass is one forward and backward pass of a worker: a list of
+comparisons. Every worker makes the same number of passes, because under ZeRO 3 all of them take
+part in each; a worker that has run out of comparisons gets empty ones. A comparison is never split.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reward_actor.engine.forest import common_prefix
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trainer.data.comparisons import Comparisons
+
+Passes = list[list[int]]
+
+
+def steps_per_epoch(num_comparisons: int, global_batch_pairs: int) -> int:
+    return -(-num_comparisons // global_batch_pairs)
+
+
+def global_batch(
+    num_comparisons: int, global_batch_pairs: int, seed: int, step: int
+) -> NDArray[np.int64]:
+    """The comparisons of `step` (from 0), in random order; an epoch's last batch may be smaller.
+
+    A function of the seed and the step alone: the same for any number of workers, and after a
+    resume without any saved state.
+    """
+    epoch, index = divmod(step, steps_per_epoch(num_comparisons, global_batch_pairs))
+    order = _order(num_comparisons, seed, epoch)
+    return order[index * global_batch_pairs : (index + 1) * global_batch_pairs]
+
+
+@lru_cache(maxsize=1)  # seconds for ten million, and every step of an epoch asks for it
+def _order(num_comparisons: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_comparisons)
+    order.flags.writeable = False
+    return order
+
+
+def forest_passes(costs: Sequence[int], max_tokens: int, num_workers: int) -> list[Passes]:
+    """For every worker its passes, as places in `costs`: the distinct tokens of each comparison.
+
+    As few passes as hold `max_tokens` each, filled evenly: the largest comparison first, each into
+    the emptiest pass. A comparison larger than `max_tokens` gets a pass of its own.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    num_passes = max(1, -(-sum(costs) // (max_tokens * num_workers)))
+    while True:
+        bins = _fill(order, costs, num_passes * num_workers)
+        if all(len(items) < 2 or sum(costs[i] for i in items) <= max_tokens for items in bins):
+            return [bins[worker::num_workers] for worker in range(num_workers)]
+        num_passes += 1
+
+
+def _fill(order: Sequence[int], costs: Sequence[int], num_bins: int) -> list[list[int]]:
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    emptiest = [(0, number) for number in range(num_bins)]
+    for item in order:
+        tokens, number = emptiest[0]
+        heapq.heapreplace(emptiest, (tokens + costs[item], number))
+        bins[number].append(item)
+    return bins
+
+
+def padded_passes(
+    longest: Sequence[int], widths: Sequence[int], max_tokens: int, num_workers: int
+) -> list[Passes]:
+    """The same where every sequence is padded to its pass's longest: like lengths together.
+
+    `longest`: tokens of each comparison's longest sequence; `widths`: how many sequences it has.
+    """
+    order = sorted(range(len(longest)), key=lambda i: (-longest[i], i))
+    passes: Passes = []
+    num_rows = 0
+    for item in order:  # the first of a pass is its longest
+        if passes and (num_rows + widths[item]) * longest[passes[-1][0]] <= max_tokens:
+            passes[-1].append(item)
+            num_rows += widths[item]
+        else:
+            passes.append([item])
+            num_rows = widths[item]
+    passes += [[] for _ in range(-len(passes) % num_workers)]
+    return [passes[worker::num_workers] for worker in range(num_workers)]
+
+
+def distinct_tokens(comparisons: Comparisons, index: int) -> int:
+    """Tokens of one comparison's sequences, those of shared prefixes counted once."""
+    first, end = comparisons.starts[index : index + 2]
+    bounds = comparisons.offsets[first : end + 1]
+    # Big-endian bytes sort as the ids do; then neighbours share the most.
+    arrays = sorted(
+        (comparisons.ids[a:b].astype(np.int64) for a, b in pairwise(bounds)),
+        key=lambda ids: ids.astype(">u4").tobytes(),
+    )
+    total = sum(map(len, arrays))
+    return total - sum([common_prefix(a, b) for a, b in pairwise(arrays)])
+
+
+def plan(
+    comparisons: Comparisons,
+    batch: Sequence[int] | NDArray[np.int64],
+    max_tokens: int,
+    num_workers: int,
+    *,
+    packed: bool,
+) -> list[Passes]:
+    """For every worker its passes over `batch`, as indices of `comparisons`."""
+    items = [int(i) for i in batch]
+    if packed:
+        passes = forest_passes(
+            [distinct_tokens(comparisons, i) for i in items], max_tokens, num_workers
+        )
+    else:
+        longest = comparisons.longest_of(items)
+        widths = [int(comparisons.starts[i + 1] - comparisons.starts[i]) for i in items]
+        passes = padded_passes(longest, widths, max_tokens, num_workers)
+    return [[[items[i] for i in one] for one in mine] for mine in passes]

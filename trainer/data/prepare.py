@@ -1,0 +1,99 @@
+"""From the config's data to what a training uses: read, checked, rendered, split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reward_actor.files import replace_text
+from trainer.config.train import TrainConfig
+from trainer.data.gather import take
+from trainer.data.load import choose_format, gather_rows, iterate_rows, read_rows
+from trainer.data.rows import Row, Side
+from trainer.data.split import Prepared, decide, rules_of
+
+if TYPE_CHECKING:
+    from reward_actor.contract import ScoringContract
+    from reward_actor.render import Renderer
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+_SCRATCH_VOCAB_SIZE = 8192
+
+
+# And the day that a chat template writes, if it writes one.
+_DATE_FILE = "template_date.txt"
+
+
+def _make_base(directory: Path, rows: Iterable[Row], seed: int) -> None:
+    """A small network from scratch, its tokenizer trained on the texts of `rows`."""
+    from trainer.init_model import init_model, texts_of
+
+    sides = (side for row in rows for side in _texts(row))
+    texts = (text for side in sides for text in texts_of([side.prompt, side.completion]))
+    init_model(directory, texts, vocab_size=_SCRATCH_VOCAB_SIZE, seed=seed)
+
+
+def _texts(row: Row) -> Sequence[Side]:
+    if row.ids:
+        raise ValueError("model.path: rows of token ids need the model whose tokenizer made them")
+    return row.sides
+
+
+def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
+    """Read, check, render and split the data, and say how it is scored. Raises ValueError."""
+    data = config.data
+    sources = data.sources("train")
+    loaded: list[dict[str, list[Row]]] = []  # now, so that an unreadable file is told at once
+    if not data.streaming:
+        loaded = [{name: read_rows(name, sources[name], data.max_pairs) for name in sources}]
+        if data.eval is not None:
+            loaded += [{name: read_rows(name, of) for name, of in data.sources("eval").items()}]
+
+    def rows() -> Iterator[Row]:
+        for name, source in sources.items():
+            yield from loaded[0][name] if loaded else iterate_rows(name, source, data.max_pairs)
+
+    base = Path(config.model.directory)
+    if config.is_from_scratch and not (base / "config.json").exists():
+        _make_base(base, rows(), config.training.seed)
+    renderer = _renderer(config, rows())
+    contract = renderer.contract
+    if data.streaming:
+        from trainer.data.stream import prepare_stream
+
+        return prepare_stream(config, contract), contract
+    everything = [gather_rows(some, renderer, rules_of(config)) for some in loaded]
+    train, heldout, summary = decide(everything, config, contract)
+    kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
+    return Prepared.of(*kept, summary, config), contract
+
+
+def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
+    """How the rows are rendered, and by the contract how the export will be scored."""
+    from reward_actor.model.inferred import contract_for
+    from reward_actor.model.tokenizer import load_tokenizer
+    from reward_actor.render import Renderer
+    from trainer.network.build import base_config
+
+    network = base_config(config.model.directory)
+    tokenizer = load_tokenizer(Path(config.model.directory))
+    limit = contract_for(tokenizer, network, format="text").max_length
+    contract = contract_for(
+        tokenizer,
+        network,
+        format=choose_format(config.model.format, rows, tokenizer.chat_template is not None),
+        max_length=config.model.max_length or min(limit, DEFAULT_MAX_LENGTH),
+        dtype=config.model.dtype,
+    )
+    if contract.template_date is not None:
+        # A run that goes on tomorrow must see the same tokens.
+        file = Path(config.output_dir) / _DATE_FILE
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, contract.template_date)
+        contract = replace(contract, template_date=file.read_text(encoding="utf-8"))
+    return Renderer(tokenizer, contract)

@@ -1,0 +1,1 @@
+"""What a reward model says about held-out comparisons."""

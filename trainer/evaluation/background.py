@@ -1,0 +1,173 @@
+"""Held-out evaluations beside the training, in a Ray task for each: `evaluation.asynchronous`.
+
+Ray Train starts the task when a checkpoint is reported to it, one at a time and in their order. The
+first worker of the training asks for the results and is the only one that writes them down, so a
+result counts from the step at which it is known: `evaluation.patience` stops the training at the
+next step after that, and `evaluation.keep_best` keeps the checkpoint until then. With more than
+`MAX_PENDING` under way the training waits, lest checkpoints pile up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+import ray.train
+import torch
+from ray.train import CheckpointConsistencyMode, CheckpointUploadMode, ValidationTaskConfig
+from ray.train.v2.api.reported_checkpoint import ReportedCheckpointStatus
+
+from reward_actor.engine.engine import Engine
+from trainer.checkpoints.checkpoints import Checkpoints
+from trainer.checkpoints.manifest import TAG, SavedState, fetched
+from trainer.checkpoints.storage import checkpoint_storage
+from trainer.console import warn
+from trainer.deepspeed_internals import whole_state
+from trainer.evaluation.metrics import measure
+from trainer.job import EVALUATION, REASON
+from trainer.network import zero
+from trainer.network.build import build_model
+from trainer.network.collectives import from_first, is_first
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from trainer.config.train import TrainConfig
+    from trainer.data.split import TrainingData
+
+_PAUSE_S = 0.5
+MAX_PENDING = 4
+
+
+def evaluate_checkpoint(
+    config: TrainConfig, state: SavedState, data: TrainingData
+) -> dict[str, Any]:
+    """The metrics of the held-out comparisons by a stored checkpoint."""
+    torch.set_num_threads(max(1, int(config.distributed.cpus_per_worker)))
+    heldout = data.heldout
+    sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
+    return measure(heldout, checkpoint_scores(config, state, sequences), config.loss.attributes)
+
+
+def checkpoint_scores(
+    config: TrainConfig, state: SavedState, sequences: list[list[int]]
+) -> NDArray[np.float32]:
+    """(S, A) raw scores of every head of a stored checkpoint, with the weights that the training
+    computes with; A is 1 without attributes.
+
+    Raises RuntimeError for a checkpoint that is damaged or gone.
+    """
+    # The network as it is trained, but whole in this process.
+    trained = build_model(config, {"zero_optimization": {"stage": 0}})
+    with fetched(checkpoint_storage(config), state) as (place, problem):
+        if problem is not None:
+            raise RuntimeError(f"the checkpoint of step {state.step}: {problem.text}")
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints how it reads
+            weights = whole_state(place, TAG, config.distributed.zero_stage)
+        zero.load_trained(weights, trained)
+    trained.to("cuda" if ray.get_gpu_ids() else "cpu").eval()
+    engine = Engine(trained.model, max_batch_tokens=config.training.micro_batch_tokens)
+    return engine.raw_scores(sequences)
+
+
+class Validations:
+    """The evaluations that are under way. Every method is called by all workers at once."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, is_due: Callable[[int], bool], known: Iterable[int]
+    ) -> None:
+        """known: the steps of the evaluations that are done; others that are due and that a killed
+        run has left without a result are asked for again."""
+        self._wanted: set[int] = set()
+        self._pending: dict[str, int] = {}
+        done = set(known)
+        checkpoints.on_settled = self._submit
+        left = [
+            state
+            for state in reversed(checkpoints.stored().states)
+            if is_due(state.step) and state.step not in done
+        ]
+        names = [PurePosixPath(one.checkpoint.path).name for one in _reported()] if left else []
+        asked = from_first(names)  # by the workers before a restart
+        for state in left:
+            if state.folder in asked:
+                self._pending[state.folder] = state.step
+            else:
+                self._wanted.add(state.step)
+                self._submit(state.step, state)
+
+    def want(self, step: int) -> None:
+        """Evaluate the checkpoint of this step as soon as it is stored."""
+        self._wanted.add(step)
+
+    @property
+    def steps(self) -> set[int]:
+        """Those whose checkpoints are still needed."""
+        return self._wanted | set(self._pending.values())
+
+    def results(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, metrics) of the evaluations that have ended by now, in order."""
+        if not self._pending:
+            return []
+        ended = from_first(self._ended() if is_first() else [])
+        found = [(self._pending.pop(folder), result) for folder, result in ended]
+        return [(step, result) for step, result in found if result is not None]
+
+    def wait(self, at_most: int = 0) -> list[tuple[int, dict[str, Any]]]:
+        """The same when no more than `at_most` are under way."""
+        found = self.results()
+        while len(self._pending) > at_most:  # never silent for long: collectives would time out
+            time.sleep(_PAUSE_S)
+            found += self.results()
+        return found
+
+    def _ended(self) -> list[tuple[str, dict[str, Any] | None]]:
+        by_name = {PurePosixPath(one.checkpoint.path).name: one for one in _reported()}
+        ended = []
+        for folder, step in self._pending.items():
+            one = by_name.get(folder)
+            if one is None or one.status in _UNDECIDED:
+                break
+            result = one.metrics.get(EVALUATION)
+            if result is None:
+                reason = one.metrics.get(REASON, "the reason is in Ray's log of its task")
+                warn(f"the evaluation of step {step} has failed: {reason}")
+            ended.append((folder, result))
+        return ended
+
+    def _submit(self, step: int, state: SavedState | None) -> None:
+        if step not in self._wanted:
+            return
+        self._wanted.discard(step)
+        if state is None:  # it could not be stored, and that was told
+            return
+        self._pending[state.folder] = step
+        storage = ray.train.get_context().get_storage()
+        # Ray wants a checkpoint in its own storage; this one only has the name of ours.
+        pointer = ray.train.Checkpoint(
+            os.path.join(storage.experiment_fs_path, state.folder), storage.storage_filesystem
+        )
+        ray.train.report(
+            {"step": step},
+            checkpoint=pointer,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=ValidationTaskConfig(
+                fn_kwargs={key: value for key, value in asdict(state).items() if key != "folder"}
+            ),
+        )
+
+
+_UNDECIDED = (ReportedCheckpointStatus.PENDING_VALIDATION, ReportedCheckpointStatus.COMMITTED)
+
+
+def _reported() -> list[Any]:
+    return list(ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 0.001))

@@ -1,0 +1,304 @@
+"""What rewards say about comparisons: accuracy, margins, calibration, length. NumPy only.
+
+Shapes: C comparisons, S sequences, A attributes, P pairs (every two sequences of a comparison whose
+scores differ; a ranking of K has up to K (K - 1) / 2). Every pair counts once. Sums run in the
+order of the values, in float64, so no result depends on the order of the comparisons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.comparisons import Comparisons
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Indices = NDArray[np.int64]
+
+NUM_BINS = 10
+NUM_RESAMPLES = 1000
+_HIGHER = (
+    "accuracy", "accuracy_low", "accuracy_high", "accuracy_shorter", "accuracy_longer",
+    "reward_margin", "min_reward", "mean_reward", "max_reward",
+)  # fmt: skip
+_LOWER = ("log_loss", "calibration_error")
+RMSE = "rmse_"
+"""Before the name of an attribute: the root mean squared error of its head."""
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """The pairs with low < confidence <= high (the first bin has 0.5 too); None without any."""
+
+    low: float
+    high: float
+    num_pairs: int
+    confidence: float | None
+    """The mean of sigmoid(|reward_margin|)."""
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class SubsetResult:
+    num_pairs: int
+    accuracy: float
+    reward_margin: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` found. None is a number that is not defined for these comparisons."""
+
+    num_pairs: int
+    num_ties: int
+    """Pairs with equal scores (labelled as ties): no other number counts them."""
+    accuracy: float
+    """How often the chosen side has the higher reward; equal rewards count half."""
+    accuracy_low: float
+    """2.5th percentile of the accuracy, bootstrapped over comparisons taken as independent: where
+    several share a prompt the interval is too narrow."""
+    accuracy_high: float
+    """97.5th percentile."""
+    reward_margin: float
+    """The mean of reward_chosen - reward_rejected."""
+    log_loss: float
+    """The mean of -log sigmoid(reward_chosen - reward_rejected)."""
+    min_reward: float
+    mean_reward: float
+    """Over all S sequences, each once; as the two others."""
+    max_reward: float
+    calibration_error: float
+    """ECE of sigmoid(reward_chosen - reward_rejected), see `_calibration`."""
+    length_correlation: float | None
+    """Pearson's, of reward and number of tokens (prompt and completion), over all S sequences."""
+    num_shorter: int
+    """Pairs whose chosen side has fewer tokens than the rejected one."""
+    accuracy_shorter: float | None
+    num_longer: int
+    accuracy_longer: float | None
+    calibration_bins: tuple[CalibrationBin, ...] = field(repr=False)
+    subsets: dict[str, SubsetResult] = field(repr=False)
+    """By name; rows without a named subset are in none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `subsets` only where there are some."""
+        values = {**asdict(self), "calibration_bins": [asdict(b) for b in self.calibration_bins]}
+        if not self.subsets:
+            del values["subsets"]
+        return values
+
+
+def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> EvalResult:
+    """Compare rewards (S,) with what is known about their sequences; `seed` is the bootstrap's.
+
+    Before normalisation: the trained probabilities are those of differences of raw scores.
+
+    Raises ValueError for rewards that are not finite, and without pairs.
+    """
+    reward = np.asarray(rewards, dtype=np.float64)
+    if reward.shape != (comparisons.num_sequences,):
+        raise ValueError(
+            f"rewards have the shape {reward.shape}, not ({comparisons.num_sequences},)"
+        )
+    for index in np.flatnonzero(~np.isfinite(reward)):
+        raise ValueError(f"the reward of sequence {index} is {reward[index]}, not finite")
+    chosen, rejected, comparison = pair_indices(comparisons)
+    if not len(chosen):
+        raise ValueError("there is no pair to evaluate")
+    margin = reward[chosen] - reward[rejected]
+    points = (np.sign(margin) + 1) / 2
+    low, high = _bootstrap(points, comparison, seed)
+    lengths = comparisons.lengths
+    shorter, longer = lengths[chosen] < lengths[rejected], lengths[chosen] > lengths[rejected]
+    error, bins = _calibration(margin, points)
+    return EvalResult(
+        num_pairs=len(chosen),
+        num_ties=_num_possible_pairs(comparisons) - len(chosen),
+        accuracy=_mean(points),
+        accuracy_low=low,
+        accuracy_high=high,
+        reward_margin=_mean(margin),
+        log_loss=_mean(np.logaddexp(0.0, -margin)),
+        min_reward=float(reward.min()),
+        mean_reward=_mean(reward),
+        max_reward=float(reward.max()),
+        calibration_error=error,
+        length_correlation=_correlation(reward, lengths.astype(np.float64)),
+        num_shorter=int(shorter.sum()),
+        accuracy_shorter=_mean(points[shorter]) if shorter.any() else None,
+        num_longer=int(longer.sum()),
+        accuracy_longer=_mean(points[longer]) if longer.any() else None,
+        calibration_bins=bins,
+        subsets=_by_subset(comparisons, comparison, points, margin),
+    )
+
+
+def measure(
+    comparisons: Comparisons, scores: NDArray[Any], attributes: Mapping[str, float]
+) -> dict[str, Any]:
+    """The raw scores (S,) of one head, or (S, A) of one for each of `attributes`, given with its
+    weight -> the metrics of `evaluate` if there is a pair, and the error of every head that there
+    is a number for, as `rmse_NAME`. Empty if nothing of this is defined."""
+    result: dict[str, Any] = {}
+    if len(pair_indices(comparisons)[0]):
+        result = evaluate(comparisons, folded(scores, attributes)).as_dict()
+    for index, name in enumerate(attributes):
+        target = comparisons.attributes[:, index].astype(np.float64)
+        known = ~np.isnan(target)
+        if known.any():
+            head = scores.reshape(len(target), -1)[:, index]
+            result[RMSE + name] = math.sqrt(_mean((head[known] - target[known]) ** 2))
+    return result
+
+
+def folded(scores: NDArray[Any], attributes: Mapping[str, float]) -> NDArray[np.float32]:
+    """The raw scores of every head -> (S,) raw scores of the reward, their weighted sum."""
+    weights = np.array(list(attributes.values()) or [1.0], dtype=np.float32)
+    rewards: NDArray[np.float32] = (scores.reshape(-1, len(weights)) * weights).sum(axis=1)
+    return rewards
+
+
+def is_defined(metric: str, comparisons: Comparisons, attributes: Iterable[str]) -> bool:
+    """Whether these comparisons hold what the metric is about: a pair, one whose chosen side is the
+    shorter or the longer one, or a known attribute."""
+    if metric.startswith(RMSE):
+        index = list(attributes).index(metric.removeprefix(RMSE))
+        return not np.isnan(comparisons.attributes[:, index]).all()
+    chosen, rejected, _ = pair_indices(comparisons)
+    lengths = np.diff(comparisons.offsets)
+    if metric == "accuracy_shorter":
+        return bool((lengths[chosen] < lengths[rejected]).any())
+    if metric == "accuracy_longer":
+        return bool((lengths[chosen] > lengths[rejected]).any())
+    return len(chosen) > 0
+
+
+def is_measurable(comparisons: Comparisons) -> bool:
+    """Whether `measure` finds anything: a pair, or any known attribute."""
+    has_attributes = not np.isnan(comparisons.attributes).all()
+    return has_attributes or len(pair_indices(comparisons)[0]) > 0
+
+
+def pair_indices(comparisons: Comparisons) -> tuple[Indices, Indices, Indices]:
+    """Every pair of sequences with different scores in one comparison, ordered by them.
+
+    Returns (P,) the chosen sequence, (P,) the rejected one, (P,) their comparison.
+    """
+    sizes = np.diff(comparisons.starts)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    # A sequence is paired with all that follow it in its comparison: scores never rise there.
+    following = comparisons.starts[1:][owner] - np.arange(len(owner)) - 1
+    chosen = np.repeat(np.arange(len(owner)), following)
+    first = np.cumsum(following) - following
+    rejected = chosen + 1 + np.arange(len(chosen)) - first[chosen]
+    differ = comparisons.scores[chosen] != comparisons.scores[rejected]
+    chosen, rejected = chosen[differ], rejected[differ]
+    return chosen, rejected, owner[chosen]
+
+
+def check_metric(name: str, attributes: Iterable[str] = ()) -> None:
+    """Raise ValueError, with the list, unless checkpoints can be ordered by this metric."""
+    lower = [*_LOWER, *(RMSE + attribute for attribute in attributes)]
+    if name not in (*_HIGHER, *lower):
+        raise ValueError(
+            f"unknown metric {name!r}; metrics are {', '.join(_HIGHER)} (higher is better) and "
+            f"{', '.join(lower)} (lower is better)"
+        )
+
+
+def better(metric: str, new: float | None, old: float | None) -> bool:
+    """Whether `new` is strictly better than `old`; None, an undefined number, is worse than any.
+
+    Raises ValueError as `check_metric` does.
+    """
+    is_error = metric.startswith(RMSE)
+    if not is_error:
+        check_metric(metric)
+    if new is None or old is None:
+        return new is not None
+    return new < old if is_error or metric in _LOWER else new > old
+
+
+def _mean(values: Floats) -> float:
+    return _sum(values) / len(values)
+
+
+def _sum(values: Floats) -> float:
+    return float(np.sort(values).sum())  # faster than math.fsum, and as blind to their order
+
+
+def _num_possible_pairs(comparisons: Comparisons) -> int:
+    sizes = np.diff(comparisons.starts)
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+def _bootstrap(points: Floats, comparison: Indices, seed: int) -> tuple[float, float]:
+    """The 95 % percentile interval of the accuracy (Efron and Tibshirani, 1993, chapter 13).
+
+    Comparisons with as many pairs and as many points are alike, so a resample is one draw of how
+    often each kind comes up: the same distribution as drawing C comparisons one by one.
+    """
+    num_pairs = np.bincount(comparison)
+    # Twice the points of a comparison is an integer, at most twice its pairs.
+    doubled = np.bincount(comparison, weights=2 * points).astype(np.int64)
+    base = 2 * int(num_pairs.max()) + 1
+    kinds, counts = np.unique((num_pairs * base + doubled)[num_pairs > 0], return_counts=True)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
+    accuracies = (drawn @ (kinds % base)) / (2 * (drawn @ (kinds // base)))
+    low, high = np.percentile(accuracies, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _calibration(margin: Floats, points: Floats) -> tuple[float, tuple[CalibrationBin, ...]]:
+    """The expected calibration error over equal-width bins (Guo et al., arXiv:1706.04599, eq. 3).
+
+    The prediction is the side with the higher reward; its confidence, sigmoid(|margin|), lies in
+    [0.5, 1]. A tie is a prediction that is half right with the confidence 0.5.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    width = 0.5 / NUM_BINS
+    of_pair = np.clip(np.ceil((confidence - 0.5) / width).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    bins, errors = [], []
+    for index in range(NUM_BINS):
+        members = of_pair == index
+        count = int(members.sum())
+        sure = _mean(confidence[members]) if count else None
+        right = _mean(points[members]) if count else None
+        low, high = 0.5 + width * index, 0.5 + width * (index + 1)
+        bins.append(CalibrationBin(round(low, 4), round(high, 4), count, sure, right))
+        if sure is not None and right is not None:
+            errors.append(count / len(margin) * abs(right - sure))
+    return sum(errors), tuple(bins)
+
+
+def _correlation(x: Floats, y: Floats) -> float | None:
+    """Pearson's correlation; None where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    x, y = x - _mean(x), y - _mean(y)
+    spread = math.sqrt(_sum(x * x)) * math.sqrt(_sum(y * y))
+    return max(-1.0, min(1.0, _sum(x * y) / spread)) if spread else None
+
+
+def _by_subset(
+    comparisons: Comparisons, comparison: Indices, points: Floats, margin: Floats
+) -> dict[str, SubsetResult]:
+    subset = comparisons.subsets[comparison]
+    order = np.argsort(subset, kind="stable")
+    present, begins = np.unique(subset[order], return_index=True)
+    results = {}
+    for number, members in zip(present, np.split(order, begins[1:]), strict=True):
+        name = comparisons.subset_names[number]
+        if name:
+            results[name] = SubsetResult(
+                len(members), _mean(points[members]), _mean(margin[members])
+            )
+    return dict(sorted(results.items()))

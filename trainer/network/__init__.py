@@ -1,0 +1,1 @@
+"""The network under DeepSpeed: built, packed, adapted, optimized, sharded."""

@@ -1,0 +1,235 @@
+"""Runs the training loop on Ray Train workers and waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
+from ray.train.v2.api.config import LoggingConfig
+
+from reward_actor.cluster import capacity, connect, require_resources
+from reward_actor.contract import ScoringContract
+from trainer import worker
+from trainer.config.train import TrainConfig
+from trainer.console import TrainingError
+from trainer.data.split import Prepared
+from trainer.job import Job
+from trainer.report import progress
+from trainer.report.tracking import Trackers
+
+_ABORT_S = 10
+
+
+def launch(
+    config: TrainConfig,
+    contract: ScoringContract,
+    prepared: Prepared,
+    facts: dict[str, Any],
+    start: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train on a cluster, joined or started for it, and export; the worker's result.
+
+    Raises ValueError if the cluster is too small, TrainingError if the training fails.
+    """
+    settings = config.distributed
+    was_connected = ray.is_initialized()
+    is_private = not os.environ.get("RAY_ADDRESS")
+    # Ray forwards every print of a worker, DeepSpeed's included; this leaves them redirectable.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # How late Ray Train notices that a worker has reported, failed or finished; 2 by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if is_private:  # no node of a cluster that ends with this process is taken away before
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # An evaluation beside the training has the resources of one more worker.
+    num_beside = int(config.evaluation.asynchronous)
+    num_places = settings.num_workers + num_beside
+    connect(
+        num_places * settings.cpus_per_worker + 1,
+        num_places if settings.device == "cuda" else 0,
+    )
+    try:
+        gpus = capacity("GPU")
+        least = settings.min_workers or settings.num_workers
+        enough = gpus >= least
+        use_gpu = settings.device == "cuda" or (settings.device == "auto" and enough)
+        bundle = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+        require_resources([bundle] * (least + num_beside))
+        up_to = "" if settings.min_workers is None else "up to "
+        say(
+            f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
+            f"ZeRO {settings.zero_stage}, {config.model.dtype}"
+        )
+        job = Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
+        with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
+            return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say)
+    finally:
+        if not was_connected:
+            ray.shutdown()
+
+
+def _fit(
+    job: Job,
+    bundle: dict[str, float],
+    use_gpu: bool,
+    start: int,
+    is_private: bool,
+    ray_dir: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    config = job.config
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    least, most = config.distributed.min_workers, config.distributed.num_workers
+    # Any: Ray's annotations are those of its older trainer.
+    run_config: Any = ray.train.RunConfig
+    scaling_config: Any = ray.train.ScalingConfig
+    trainer_class: Any = _Trainer
+    trainer = trainer_class(
+        worker.train,
+        train_loop_config=job,
+        scaling_config=scaling_config(
+            num_workers=(least, most) if least else most,
+            use_gpu=use_gpu,
+            resources_per_worker=bundle,
+        ),
+        run_config=run_config(
+            name="train",
+            # Ray's notes about the run, from which nothing is read: a training ends when Ray cannot
+            # write them.
+            storage_path=ray_dir,
+            failure_config=ray.train.FailureConfig(max_failures=config.distributed.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+        validation_config=_validation(job, bundle) if config.evaluation.asynchronous else None,
+    )
+    trainer.is_private = is_private
+    with Trackers(config, say) as trackers, _following(job, start, trackers):
+        try:
+            result = trainer.fit()
+        except KeyboardInterrupt:
+            trainer.abort()
+            raise
+        except Exception as error:
+            raise _cause(error) from error
+    final: dict[str, Any] = result.return_value
+    return final
+
+
+@contextmanager
+def _following(job: Job, start: int, trackers: Trackers) -> Iterator[None]:
+    """Show, and tell the trackers, what the workers log while this lasts."""
+    ended = threading.Event()
+    follower = threading.Thread(
+        target=progress.show,
+        args=(Path(job.config.output_dir), start, job.num_steps, lambda: not ended.is_set()),
+        kwargs={"also": trackers.log},
+        daemon=True,
+    )
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _validation(job: Job, bundle: dict[str, float]) -> ray.train.ValidationConfig:
+    resources = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0)}
+    return ray.train.ValidationConfig(
+        fn=worker.Validator(job.config, job.data, resources), ray_remote_kwargs={"num_cpus": 0}
+    )
+
+
+class _OnlyLostWorkers(DefaultFailurePolicy):
+    """Restarts after a worker was lost; what our own code has raised would be raised again."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if any(_causes(training_failed_error)):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer with its own idea of failures, and with Ctrl-C left to Python, which ends `fit`
+    with KeyboardInterrupt at once.
+
+    Ray's own handler waits for the workers and exits with status 0. `fit` must run on the main
+    thread: a thread that still waits for Ray when it is shut down makes Ray end the process.
+    """
+
+    is_private = False
+    _controller: Any = None
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        run_config: Any = self.run_config
+        arguments["failure_policy"] = _OnlyLostWorkers(run_config.failure_config)
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers of an interrupted `fit`; after `_ABORT_S`, without their consent."""
+        if self._controller is None:
+            return
+        # RayError: the controller has ended, as asked, or does not answer.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+        ray.kill(self._controller)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if not self.is_private:
+            return callbacks
+        # The actor that cleans up behind a dead controller asks Ray's dashboard, which a private
+        # cluster does not start, and complains every second. There is nothing to clean up.
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def _cause(error: Exception) -> Exception:
+    """What our own code raised on a worker; a TrainingError for a lost worker or a storage that
+    failed; for what nobody foresaw Ray's error, with its traceback."""
+    ours = next(_causes(error), None)
+    if ours is not None:
+        return ours
+    for failure in _failures(error):
+        if isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
+            reason = "a worker was lost, and distributed.max_failures allows no more of that"
+        elif isinstance(failure, OSError):
+            reason = f"{type(failure).__name__}: {failure}"
+        else:
+            continue
+        return TrainingError(f"{reason}. The same command goes on from the last checkpoint")
+    return error
+
+
+def _causes(error: Exception) -> Iterator[Exception]:
+    return (one for one in _failures(error) if isinstance(one, ValueError | TrainingError))
+
+
+def _failures(error: Exception) -> Iterator[Exception]:
+    """What the workers raised, and what that came from."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        while failure is not None:
+            yield failure
+            failure = getattr(failure, "_base_exc", None) or failure.__cause__

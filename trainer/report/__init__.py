@@ -1,0 +1,1 @@
+"""What people see of a training: progress, plots, the report, the model card."""
