@@ -6,7 +6,7 @@ import random
 import time
 
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 10.0
+_MAX_PAUSE_S = 10.0
 
 
 class RewardServiceError(Exception):
@@ -40,7 +40,7 @@ class RewardServiceError(Exception):
 def backoff_s(num_failures: int) -> float:
     """Seconds to wait after so many failures in a row: growing, and random, so that those who
     failed together do not come back together."""
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(num_failures, 16))
+    longest = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(num_failures, 16))
     return random.uniform(longest / 2, longest)
 
 

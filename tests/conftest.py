@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from exports import CORPUS, make_export
+from isolation import free_port
 
 from serve.haproxy import settings
 
@@ -33,13 +35,58 @@ settings.enable()
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
-CORPUS = [
-    "Name two fruits that grow on trees. An apple and a pear.",
-    "How do I boil an egg? Put it into boiling water for seven minutes.",
-    "Which tools belong in a kitchen? A knife, a spoon and a pan, please.",
-    "def add(a, b):\n    return a + b\n",
-    "Ünïcödé, 日本語 and ☀️ must survive the tokenizer.",
-] * 8
+
+# What a test needs beyond its own process follows from its fixtures; `process` is for tests that
+# start one by hand. `make test-fast` runs those without any of these marks.
+_MARK_OF_FIXTURE = {
+    "ray_cluster": "ray",
+    "chrome": "browser",
+    "on_workers": "deepspeed",
+    "vllm_engine": "vllm",
+}
+_MARKS_WITH_PROCESSES = {*_MARK_OF_FIXTURE.values(), "process", "long"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in _MARK_OF_FIXTURE:
+                item.add_marker(_MARK_OF_FIXTURE[fixture])
+
+
+_may_start_processes = True
+
+
+def _watch_processes(event: str, _arguments: tuple[Any, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and not _may_start_processes:
+        raise RuntimeError(f"this test starts a process ({event}): mark it `process`")
+
+
+sys.addaudithook(_watch_processes)
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that starts a process and does not say so: it would slow `make test-fast`."""
+    global _may_start_processes
+    marks = {mark.name for mark in request.node.iter_markers()}
+    _may_start_processes = bool(marks & _MARKS_WITH_PROCESSES)
+    yield
+    _may_start_processes = True
+
+
+@pytest.fixture(scope="session")
+def on_workers() -> Callable[..., list[Any]]:
+    """Runs a function on every rank of DeepSpeed workers that live as long as the session."""
+    from engines import on_workers
+
+    return on_workers
+
+
+@pytest.fixture(scope="session")
+def vllm_engine() -> None:
+    """For fixtures that start vLLM."""
+    pytest.importorskip("vllm")
 
 
 @pytest.fixture(scope="session")
@@ -111,60 +158,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             holder.kill()
 
 
-def fill(disk: Path) -> Path:
-    """A file that leaves no room for others."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(2**20)):
-            pass
-    return ballast
-
-
-def make_export(
-    base: Path,
-    directory: Path,
-    *,
-    seed: int = 0,
-    format: str = "chat",
-    heads: Sequence[str] = ("reward",),
-    **contract_fields: Any,
-) -> Path:
-    """An export of a random reward model on top of `base`, with these fields in its contract."""
-    from dataclasses import replace
-
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from reward_actor.export import export
-    from reward_actor.model.inferred import contract_for
-    from reward_actor.model.tokenizer import load_tokenizer
-
-    torch.manual_seed(seed)
-    network = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=len(heads), dtype=torch.float32
-    )
-    torch.nn.init.normal_(network.score.weight, std=0.5)
-    tokenizer = load_tokenizer(base)
-    contract = contract_for(tokenizer, network.config, format=format)
-    contract = replace(contract, heads=list(heads), **contract_fields)
-    state_dict = network.state_dict()
-    export(directory, network.config, network, state_dict, tokenizer, contract, {}, "cpu")
-    return directory
-
-
 @pytest.fixture(scope="session")
 def export_dir(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_export(base_model, tmp_path_factory.mktemp("export") / "reward-model")
-
-
-def free_port() -> int:
-    return settings.free_ports(1)[0]
-
-
-def environment_for_a_cluster() -> dict[str, str]:
-    """The environment for a process that starts a cluster of its own: without what the tests'
-    cluster has set for itself, the ports of its HAProxy above all."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
 
 
 @pytest.fixture(scope="session")
@@ -236,26 +232,6 @@ def http(service: str) -> Iterator[httpx.Client]:
 
     with httpx.Client(base_url=service, timeout=60) as client:
         yield client
-
-
-def templated(offline: RewardScorer, prompt: str, completion: str) -> str:
-    """A conversation as a client templates it by itself, with what follows the last turn's end."""
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ]
-    text = offline.renderer.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    return text
-
-
-def reward(offline: RewardScorer, prompt: Any, completion: str) -> float:
-    """The reward of one completion, without a service."""
-    from reward_actor import Group
-
-    [found] = offline.score([Group(prompt, [completion])])[0].rewards
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.config.train import TrainConfig
-    from trainer.step import Trainer
+    from trainer.step import Stepper
 
 EXPORT_DIR = "export"
 RESULT_FILE = "result.json"
 
 
-def evaluate_heldout(trainer: Trainer) -> dict[str, Any]:
+def evaluate_heldout(trainer: Stepper) -> dict[str, Any]:
     """The metrics of the held-out comparisons, exact, on every worker at once; see `measure`."""
     heldout = trainer.data.heldout
     return measure(heldout, trainer.score(heldout), trainer.config.loss.attributes)
 
 
-def finish(trainer: Trainer, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
+def finish(trainer: Stepper, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Measure, normalise, export: the result, on every worker. The engine is used up.
 
     Its metrics are of raw scores, as in the log and in `rayward eval`; the export's contract
@@ -95,7 +95,7 @@ def held_out(raw_scores: NDArray[np.float32], num_tokens: NDArray[np.int64]) -> 
 
 def _files(
     folder: Path,
-    trainer: Trainer,
+    trainer: Stepper,
     contract: ScoringContract,
     result: Mapping[str, Any],
     raw_scores: NDArray[np.float32],

@@ -28,16 +28,16 @@ from trainer.job import Job
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, TrainingLog, read_log
 from trainer.network import zero
 from trainer.network.collectives import from_first, is_first
-from trainer.step import Trainer
+from trainer.step import Stepper
 
 
-def train(job: Job) -> dict[str, Any]:
+def training_loop(job: Job) -> dict[str, Any]:
     """Train, evaluate on the held-out pairs, export; the held-out metrics, on every worker."""
     config, output_dir = job.config, Path(job.config.output_dir)
     evaluation, checkpoint = config.evaluation, config.checkpoint
     _prepare_process(config.distributed.cpus_per_worker)
 
-    trainer = Trainer(zero.initialize(config, job.num_steps), config, ray.get(job.data))
+    trainer = Stepper(zero.initialize(config, job.num_steps), config, ray.get(job.data))
     checkpoints = Checkpoints(trainer.engine, config)
     start = checkpoints.restore()
     if not start:  # also after a restart that the command which began the run knows nothing of

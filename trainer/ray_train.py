@@ -105,7 +105,7 @@ def _fit(
     scaling_config: Any = ray.train.ScalingConfig
     trainer_class: Any = _Trainer
     trainer = trainer_class(
-        worker.train,
+        worker.run_training_loop,
         train_loop_config=job,
         scaling_config=scaling_config(
             num_workers=(least, most) if least else most,

@@ -1,6 +1,6 @@
-"""One optimizer step: forward, loss and backward of every pass, then the update.
+"""One optimizer step: forward, loss and backward of every micro-batch, then the update.
 
-Legend: S sequences in a pass, W workers.
+Legend: S sequences in a micro-batch, W workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.data.comparisons import Comparisons
 from trainer.data.micro_batches import global_batch, plan, steps_per_epoch
 from trainer.loss import Labels, comparison_losses, pair_counts, router_loss
 from trainer.network import zero
-from trainer.network.packed import Passes, row_weights, sequences_of
+from trainer.network.packed import PackedForward, row_weights, sequences_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.data.split import TrainingData
 
 
-class Trainer:
+class Stepper:
     """An engine with its data: takes steps."""
 
     def __init__(self, engine: DeepSpeedEngine, config: TrainConfig, data: TrainingData) -> None:
@@ -40,7 +40,7 @@ class Trainer:
         self.config = config
         self.data = data
         self.use = lru_cache(maxsize=1)(data.use)
-        self.passes = Passes(engine, config.training.packing)
+        self.forward = PackedForward(engine, config.training.packing)
         routers = engine.module.routers
         wanted = config.loss.router_coefficient
         self.router_coefficient = routers.coefficient if wanted is None else wanted
@@ -56,8 +56,8 @@ class Trainer:
         as they were, if a loss or a gradient is not finite.
 
         The loss is the mean over the comparisons of the global batch, however they fall into
-        passes. A mixture of experts adds `router_coefficient` times its router loss, which is of
-        each pass by itself, weighted by its comparisons.
+        micro-batches. A mixture of experts adds `router_coefficient` times its router loss, which
+        is of each micro-batch by itself, weighted by its comparisons.
         """
         began = time.perf_counter()
         training, train = self.config.training, self.data.train
@@ -65,13 +65,13 @@ class Trainer:
         num_used, size = self.data.num_used, training.global_batch_pairs
         epoch = index // steps_per_epoch(num_used, size)
         batch = self.use(epoch)[global_batch(num_used, size, training.seed, index)]
-        passes = plan(
-            train, batch, training.micro_batch_tokens, workers, packed=self.passes.packed
+        micro_batches = plan(
+            train, batch, training.micro_batch_tokens, workers, packed=self.forward.packed
         )[rank]
         rates = self.engine.get_lr()
         totals = _Totals(self.engine.device)
-        for number, mine in enumerate(passes):
-            self.engine.set_gradient_accumulation_boundary(number == len(passes) - 1)
+        for number, mine in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
             self._run_pass(mine, len(batch), index, totals)
         grad_norm = zero.step(self.engine, index)
 
@@ -104,8 +104,8 @@ class Trainer:
     ) -> None:
         train, config = self.data.train, self.config.loss
         sequences = [ids for i in mine for ids in train.sequences(i)]
-        batches = self.passes.plan(sequences)
-        outputs = self.passes.run(batches, len(sequences))
+        batches = self.forward.plan(sequences)
+        outputs = self.forward.run(batches, len(sequences))
         labels = Labels.of(train, mine, self.engine.device)
         result = comparison_losses(outputs, labels, config, self.data.has_ties)
         self._check_losses(result.losses, mine, index)
@@ -149,16 +149,18 @@ class Trainer:
         workers, rank = dist.get_world_size(), dist.get_rank()
         everything = range(len(comparisons))
         budget = self.config.training.micro_batch_tokens
-        passes = plan(comparisons, everything, budget, workers, packed=self.passes.packed)[rank]
+        micro_batches = plan(comparisons, everything, budget, workers, packed=self.forward.packed)[
+            rank
+        ]
         num_heads = self.engine.module.model.head.out_features
         # Each worker fills in its sequences and leaves zeros elsewhere: a sum puts them together.
         scores = torch.zeros(comparisons.num_sequences, num_heads, device=self.engine.device)
         self.engine.eval()
         with torch.no_grad():
-            for mine in passes:
+            for mine in micro_batches:
                 where = [n for i in mine for n in range(*comparisons.starts[i : i + 2])]
                 sequences = [comparisons.sequence(n) for n in where]
-                outputs = self.passes.run(self.passes.plan(sequences), len(sequences))
+                outputs = self.forward.run(self.forward.plan(sequences), len(sequences))
                 scores[where] = outputs.view(len(where), num_heads)
         self.engine.train()
         dist.all_reduce(scores)
@@ -173,7 +175,7 @@ _SUMS = (
 
 
 class _Totals:
-    """Sums and extremes over a step's passes, and then over the workers."""
+    """Sums and extremes over a step's micro_batches, and then over the workers."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)

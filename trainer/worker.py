@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
 
 
-def train(job: Job) -> dict[str, Any]:
-    """`trainer.loop.train`, on a worker."""
+def run_training_loop(job: Job) -> dict[str, Any]:
+    """`trainer.loop.training_loop`, on a worker."""
     from trainer import loop
 
-    return loop.train(job)
+    return loop.training_loop(job)
 
 
 @dataclass(frozen=True)

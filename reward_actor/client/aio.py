@@ -20,7 +20,7 @@ from reward_actor import schema
 from reward_actor.client import bodies
 from reward_actor.client.connection import Sender, Verify, checked_token
 from reward_actor.client.endpoints import parse_urls
-from reward_actor.client.merging import Part, divide, share, take
+from reward_actor.client.merging import PendingGroups, divide, share, take
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Prompt, Whole
 
@@ -67,7 +67,7 @@ class AsyncRewardClient:
         self.max_concurrency = max_concurrency
         self._make_sender = partial(Sender, self.urls, checked_token(token), verify)
         self._sender = self._make_sender()
-        self._waiting: deque[Part] = deque()
+        self._waiting: deque[PendingGroups] = deque()
         self._requests: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pump_is_due = False
@@ -99,10 +99,10 @@ class AsyncRewardClient:
             bodies.check(group)
         loop = self._bind()
         deadline = time.monotonic() + self.timeout_s
-        parts: list[Part] = []
+        parts: list[PendingGroups] = []
         first = 0
         for some in divide(groups):
-            parts.append(Part(some, first, token_rewards, deadline, loop.create_future()))
+            parts.append(PendingGroups(some, first, token_rewards, deadline, loop.create_future()))
             first += len(some)
         self._waiting.extend(parts)
         self._pump_soon()
@@ -202,7 +202,7 @@ class AsyncRewardClient:
             request.add_done_callback(partial(self._done, parts))
             self._drop_when_abandoned(parts, request)
 
-    def _done(self, parts: Sequence[Part], request: asyncio.Task[None]) -> None:
+    def _done(self, parts: Sequence[PendingGroups], request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
         if request.cancelled():  # perhaps before it began, or between the halves of a divided one
             for part in parts:
@@ -210,7 +210,7 @@ class AsyncRewardClient:
         self._pump_soon()
 
     @staticmethod
-    def _drop_when_abandoned(parts: Sequence[Part], request: asyncio.Task[None]) -> None:
+    def _drop_when_abandoned(parts: Sequence[PendingGroups], request: asyncio.Task[None]) -> None:
         """Hang up when the last of the request's callers has."""
         left = len(parts)
 
@@ -223,7 +223,7 @@ class AsyncRewardClient:
         for part in parts:
             part.done.add_done_callback(one_less)
 
-    async def _deliver(self, parts: list[Part]) -> None:
+    async def _deliver(self, parts: list[PendingGroups]) -> None:
         try:
             scores = iter(await self._scores(parts))
         except Exception as error:  # whatever it is belongs to the callers
@@ -241,7 +241,7 @@ class AsyncRewardClient:
             if not part.done.done():
                 part.done.set_result(results)
 
-    async def _scores(self, parts: Sequence[Part]) -> list[GroupScores]:
+    async def _scores(self, parts: Sequence[PendingGroups]) -> list[GroupScores]:
         groups = [group for part in parts for group in part.groups]
         body, media_type = bodies.encode(groups, parts[0].token_rewards)
 
@@ -281,7 +281,7 @@ def _may_be_one_part(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError))
 
 
-def _fail(part: Part, error: Exception) -> None:
+def _fail(part: PendingGroups, error: Exception) -> None:
     """Each caller gets an error of its own: they are raised in several places."""
     if part.done.done():
         return

@@ -19,11 +19,11 @@ from reward_actor.groups import Group, GroupScores, Whole
 MAX_SAMPLES = 1024
 MAX_WEIGHT = 500_000
 # Below this, a request for every endpoint costs more than it spares.
-_LEAST_SHARE = 32
+_MIN_SHARE = 32
 
 
 @dataclass(eq=False)
-class Part:
+class PendingGroups:
     """Groups of a call, `first` of which is the place of the first one in the call.
 
     deadline: the call's, of time.monotonic. failure: of the last attempt, while there are more.
@@ -48,7 +48,7 @@ class Part:
     def is_ids(self) -> bool:
         return all(map(is_ids, self.groups))
 
-    def is_like(self, other: Part) -> bool:
+    def is_like(self, other: PendingGroups) -> bool:
         """Whether both can travel in one request."""
         return (self.token_rewards, self.is_ids) == (other.token_rewards, other.is_ids)
 
@@ -67,20 +67,20 @@ def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:
     return divided
 
 
-def share(waiting: Iterable[Part], num_endpoints: int) -> int:
+def share(waiting: Iterable[PendingGroups], num_endpoints: int) -> int:
     """Samples of each request, so that every endpoint gets its share of what waits."""
     num_waiting = sum(part.num_samples for part in waiting)
-    return min(MAX_SAMPLES, max(_LEAST_SHARE, -(-num_waiting // max(1, num_endpoints))))
+    return min(MAX_SAMPLES, max(_MIN_SHARE, -(-num_waiting // max(1, num_endpoints))))
 
 
-def take(waiting: deque[Part], samples: int) -> list[Part]:
+def take(waiting: deque[PendingGroups], samples: int) -> list[PendingGroups]:
     """Remove the next request's parts: the oldest, and of those like it as many as fit.
 
     samples: that fit; the oldest part always does. Parts whose callers have gone are dropped.
     """
     room = MAX_WEIGHT
-    taken: list[Part] = []
-    others: list[Part] = []
+    taken: list[PendingGroups] = []
+    others: list[PendingGroups] = []
     while waiting:
         part = waiting.popleft()
         if part.done.done():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from reward_actor.engine.attention_plan import AttentionPlan, Part
+from reward_actor.engine.attention_plan import AttentionPlan, AttentionProduct
 
 NAME = "rayward_forest"
 """The name under which `transformers` knows the attention of a packed forest."""
@@ -255,7 +255,7 @@ def _joined(
     return output, log_sum
 
 
-def _query_rows(part: Part) -> slice | Tensor:
+def _query_rows(part: AttentionProduct) -> slice | Tensor:
     """The queries of a product. Where a causal part reads rows above its own they are queries, too,
     so that the kernel's causal mask is the right one."""
     return part.keys if part.is_causal and isinstance(part.keys, Tensor) else part.queries

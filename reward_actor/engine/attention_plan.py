@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 # A run of shared keys shorter than this is read again by each segment below it: joining two parts
 # of a softmax costs more than so few keys.
-_LEAST_SHARED_KEYS = 16
+_MIN_SHARED_KEYS = 16
 
 # Keys that are gathered at once for each row of the batch, at most (a single path may be more).
-_MOST_KEYS_PER_ROW = 8
+_MAX_KEYS_PER_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionProduct:
     """One product of the cascade. `keys` are rows, `queries` are places among the queries.
 
     A causal part has the rows `keys` as its queries, too, of which the last ones are `queries`.
@@ -78,7 +78,7 @@ class AttentionPlan:
         gathered keys stay a bounded multiple of the batch."""
         forest = self.forest
         num_keys = forest.position_ids[forest.ends[self._segments] - 1] + 1
-        parts = np.cumsum(num_keys) // (_MOST_KEYS_PER_ROW * forest.num_rows)
+        parts = np.cumsum(num_keys) // (_MAX_KEYS_PER_ROW * forest.num_rows)
         borders = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_keys)]
         return [self._some_runs(first, end) for first, end in pairwise(borders)]
 
@@ -100,11 +100,11 @@ class AttentionPlan:
         )
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[AttentionProduct]:
         """The products of the cascade, such that every query's first one is its own segment's."""
         forest = self.forest
-        own: list[Part] = []
-        shared: list[Part] = []
+        own: list[AttentionProduct] = []
+        shared: list[AttentionProduct] = []
         # The rows above a segment that no shared part covers: each segment reads them itself.
         above: dict[int, NDArray[np.int64]] = {-1: np.empty(0, np.int64)}
         for segment in range(len(forest.starts)):
@@ -114,14 +114,14 @@ class AttentionPlan:
             keys = self._rows(carried, start, end)
             queries = self._queries(start, end)
             if queries.start < queries.stop:
-                own.append(Part(queries, keys, is_causal=not self.pooled))
+                own.append(AttentionProduct(queries, keys, is_causal=not self.pooled))
             below = self._queries(end, tree_end)
-            if len(carried) + end - start < _LEAST_SHARED_KEYS:
+            if len(carried) + end - start < _MIN_SHARED_KEYS:
                 above[segment] = np.concatenate([carried, np.arange(start, end)])
                 continue
             above[segment] = above[-1]
             if below.start < below.stop:
-                shared.append(Part(below, keys, is_causal=False))
+                shared.append(AttentionProduct(below, keys, is_causal=False))
         return own + shared
 
     def _rows(self, carried: NDArray[np.int64], start: int, end: int) -> slice | Tensor:

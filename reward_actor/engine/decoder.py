@@ -84,18 +84,18 @@ class Decoder:
     ) -> Tensor:
         """(N,) ids and positions -> (M, H): the final hidden states of `pooled`'s query rows."""
         hidden, rotary = self._embed(token_ids, position_ids)
-        room = _Room(self.backbone.layers[0], hidden)
+        workspace = _Workspace(self.backbone.layers[0], hidden)
         for layer in self.backbone.layers[:-1]:
-            self._layer(layer, hidden, rotary, forest, room)
-        kept = self._last_layer(hidden, rotary, pooled, room)
+            self._layer(layer, hidden, rotary, forest, workspace)
+        kept = self._last_layer(hidden, rotary, pooled, workspace)
         return cast("Tensor", self.backbone.norm(kept))
 
     def all_rows(self, forest: AttentionPlan, token_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(N,) ids and positions -> (N, H) final hidden states."""
         hidden, rotary = self._embed(token_ids, position_ids)
-        room = _Room(self.backbone.layers[0], hidden)
+        workspace = _Workspace(self.backbone.layers[0], hidden)
         for layer in self.backbone.layers:
-            self._layer(layer, hidden, rotary, forest, room)
+            self._layer(layer, hidden, rotary, forest, workspace)
         for block in _blocks(hidden):
             hidden[block] = self.backbone.norm(hidden[block])
         return hidden
@@ -113,17 +113,21 @@ class Decoder:
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         plan: AttentionPlan,
-        room: _Room,
+        workspace: _Workspace,
     ) -> None:
         """Update `hidden` (N, H) in place."""
         for block in _blocks(hidden):
             turn = rotary[0][block], rotary[1][block]
             query, key, value = self._before(layer, hidden[block], *turn)
-            room.query[block], room.key[block], room.value[block] = query, key, value
-        self._attend(layer, hidden, room.query, plan, room)
+            workspace.query[block], workspace.key[block], workspace.value[block] = query, key, value
+        self._attend(layer, hidden, workspace.query, plan, workspace)
 
     def _last_layer(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, room: _Room
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        workspace: _Workspace,
     ) -> Tensor:
         """(N, H) -> (M, H): the rows that `plan` queries, after the last layer."""
         layer = self.backbone.layers[-1]
@@ -131,23 +135,25 @@ class Decoder:
         kept = hidden[rows]
         for block in _blocks(hidden):
             turn = rotary[0][block], rotary[1][block]
-            room.key[block], room.value[block] = self._keys_values(layer, hidden[block], *turn)
+            workspace.key[block], workspace.value[block] = self._keys_values(
+                layer, hidden[block], *turn
+            )
         query = self._queries(layer, kept, rotary[0][rows], rotary[1][rows])
-        self._attend(layer, kept, query, plan, room)
+        self._attend(layer, kept, query, plan, workspace)
         return kept
 
     def _attend(
-        self, layer: Any, hidden: Tensor, query: Tensor, plan: AttentionPlan, room: _Room
+        self, layer: Any, hidden: Tensor, query: Tensor, plan: AttentionPlan, workspace: _Workspace
     ) -> None:
         """Update the queries' rows `hidden` in place: attention, then the feed-forward."""
         attention = layer.self_attn
         window, scale = _window(attention), attention.scaling
-        seen = attend(query, room.key, room.value, plan, scale, window).flatten(1)
+        seen = attend(query, workspace.key, workspace.value, plan, scale, window).flatten(1)
         for block in _blocks(hidden):
             if self.is_compiled:
                 hidden[block] = self._after(layer, hidden[block], seen[block])
             else:
-                _after_in_place(layer, hidden[block], seen[block], room)
+                _after_in_place(layer, hidden[block], seen[block], workspace)
 
 
 @contextmanager
@@ -192,7 +198,7 @@ def _window(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
-class _Room:
+class _Workspace:
     """Memory that every layer uses again. Fresh memory for each would cost a CPU a tenth of its
     time: the system clears every page that it hands out.
 
@@ -228,21 +234,21 @@ def _before(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """The queries, keys and values of a block of rows."""
     normed = _normed(layer.input_layernorm, hidden)
     attention = layer.self_attn
-    query = _turned(attention, _product(normed, attention.q_proj), "q_norm", cos, sin)
-    key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
+    query = apply_rotary(attention, _product(normed, attention.q_proj), "q_norm", cos, sin)
+    key = apply_rotary(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
     return query, key, _split(attention, _product(normed, attention.v_proj))
 
 
 def _queries(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     attention = layer.self_attn
     query = _product(_normed(layer.input_layernorm, hidden), attention.q_proj)
-    return _turned(attention, query, "q_norm", cos, sin)
+    return apply_rotary(attention, query, "q_norm", cos, sin)
 
 
 def _keys_values(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     normed = _normed(layer.input_layernorm, hidden)
     attention = layer.self_attn
-    key = _turned(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
+    key = apply_rotary(attention, _product(normed, attention.k_proj), "k_norm", cos, sin)
     return key, _split(attention, _product(normed, attention.v_proj))
 
 
@@ -252,7 +258,7 @@ def _after(layer: Any, hidden: Tensor, seen: Tensor) -> Tensor:
     return cast("Tensor", hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0])
 
 
-def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> None:
+def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, workspace: _Workspace) -> None:
     """`_after` into `hidden`, without fresh memory where the feed-forward is a plain gated one."""
     _add_product(hidden, seen, layer.self_attn.o_proj)
     normed = _normed(layer.post_attention_layernorm, hidden)
@@ -264,7 +270,7 @@ def _after_in_place(layer: Any, hidden: Tensor, seen: Tensor, room: _Room) -> No
         gate = cpu.product(normed, mlp.gate_proj, then="swish")
         _add_product(hidden, cpu.product_times(normed, mlp.up_proj, gate), mlp.down_proj)
         return
-    gate, up = room.wide(len(hidden), mlp.gate_proj.out_features)
+    gate, up = workspace.wide(len(hidden), mlp.gate_proj.out_features)
     torch.mm(normed, mlp.gate_proj.weight.t(), out=gate)
     torch.mm(normed, mlp.up_proj.weight.t(), out=up)
     nn.functional.silu(gate, inplace=True).mul_(up)
@@ -324,7 +330,7 @@ def _is_gated(mlp: nn.Module) -> bool:
     return is_silu and all(type(part) is nn.Linear and part.bias is None for part in linear)
 
 
-def _turned(attention: Any, heads: Tensor, norm_name: str, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(attention: Any, heads: Tensor, norm_name: str, cos: Tensor, sin: Tensor) -> Tensor:
     """(n, heads * D) -> (n, heads, D), normed where the network does so and turned by position (Su
     et al., RoFormer, arXiv:2104.09864, in the half-split layout that these networks share)."""
     norm = getattr(attention, norm_name, None)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reward_actor.engine.decoder import Decoder
 from reward_actor.engine.memory import LEAST_BUDGET, default_budget, is_out_of_memory
-from reward_actor.engine.packing import Batch, ForestPath, PaddedPath, Path, Sequences
+from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking, Sequences
 from reward_actor.engine.probe import Probe
 from reward_actor.model.rope import LengthClasses
 
@@ -99,7 +99,7 @@ class Engine:
     def freeze(self) -> None:
         """Say that the weights will not change any more: on a CPU they are copied into a layout
         that it multiplies with faster."""
-        if isinstance(self._path, ForestPath) and self._path.decoder is not None:
+        if isinstance(self._path, ForestPacking) and self._path.decoder is not None:
             self._path.decoder.pack()
 
     def plan(self, sequences: Sequences) -> Plan:
@@ -203,18 +203,18 @@ def _fits(keep: Callable[[list[int], Batch], None], places: list[int], batch: Ba
     return True
 
 
-def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Path, str | None]:
+def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Packing, str | None]:
     """The fastest exact path, and why it is not the first candidate if it is not."""
     name = type(model.network).__name__
     reason: str | None = None
     if attention != "padded":
-        candidates: list[Path] = [ForestPath(model)]
+        candidates: list[Packing] = [ForestPacking(model)]
         try:
-            candidates.insert(0, ForestPath(model, Decoder(model.backbone)))
+            candidates.insert(0, ForestPacking(model, Decoder(model.backbone)))
             # On a CPU the compiler takes a minute at every start for nothing measurable.
             if model.device.type == "cuda":
                 compiled = Decoder(model.backbone, compiled=True)
-                candidates.insert(0, ForestPath(model, compiled))
+                candidates.insert(0, ForestPacking(model, compiled))
         except ValueError as error:
             logger.debug("no forest in blocks: %s", error)
         for path in candidates:
@@ -225,7 +225,7 @@ def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Pat
             logger.warning("%s cannot take the path %r: %s", name, path.name, fault)
         if attention == "forest":
             raise ValueError(f"attention is 'forest', but this model cannot be packed: {reason}")
-    padded = PaddedPath(model)
+    padded = PaddedPacking(model)
     fault = probe.fault(padded)
     if fault is not None:
         raise UnscorableModel(

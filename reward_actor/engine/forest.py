@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 # A batch that is cut early to spare recomputed prefixes still uses this share of its budget.
-_LEAST_FILL = 0.5
+_MIN_FILL = 0.5
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _cuts(lengths: list[int], shared: list[int], budget: int) -> list[tuple[int,
             full = [
                 i
                 for i in range(first + 1, end + 1)
-                if num_rows[i - first - 1] >= budget * _LEAST_FILL
+                if num_rows[i - first - 1] >= budget * _MIN_FILL
             ]
             end = min(full or [end], key=lambda i: (shared[i], -i))
         ranges.append((first, end))

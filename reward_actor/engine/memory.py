@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from reward_actor.model.reward_model import RewardModel
 
 # Beyond these a larger batch is no faster: it takes memory and makes others wait.
-_LARGEST_BUDGET = {"cpu": 16_384, "cuda": 65_536}
+_MAX_BUDGET = {"cpu": 16_384, "cuda": 65_536}
 LEAST_BUDGET = 256
 _CGROUP = "/sys/fs/cgroup"
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.5}
@@ -33,7 +33,7 @@ def default_budget(model: RewardModel, memory_share: float = 1.0) -> int:
     else:
         free = free_host_memory()
     fitting = int(free * _SHARE_OF_FREE_MEMORY[kind] / bytes_per_token(model))
-    return max(LEAST_BUDGET, min(_LARGEST_BUDGET[kind], fitting))
+    return max(LEAST_BUDGET, min(_MAX_BUDGET[kind], fitting))
 
 
 def allowed_bytes(total: int, memory_share: float) -> int:

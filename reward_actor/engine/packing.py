@@ -69,7 +69,7 @@ class Batch(Protocol):
         """R: the tokens that are computed, padding included."""
 
 
-class Path(Protocol):
+class Packing(Protocol):
     @property
     def name(self) -> str: ...
 
@@ -77,7 +77,7 @@ class Path(Protocol):
         """Every sequence in exactly one batch of at most `budget` rows or padded tokens."""
 
 
-class PaddedPath:
+class PaddedPacking:
     """One row a sequence, padded on the right, like lengths together; for every architecture."""
 
     name = "padded"
@@ -121,7 +121,7 @@ class _PaddedBatch:
         return self.model.hidden_states(input_ids.to(self.model.device)), lengths
 
 
-class ForestPath:
+class ForestPacking:
     """Every distinct prefix once: see `reward_actor.engine.forest`.
 
     With a decoder in blocks of rows, otherwise through `transformers`' own forward.

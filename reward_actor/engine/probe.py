@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reward_actor.engine.memory import is_out_of_memory
-from reward_actor.engine.packing import Batch, PaddedPath, Path, Sequences
+from reward_actor.engine.packing import Batch, Packing, PaddedPacking, Sequences
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,7 +31,7 @@ _FLOAT32_LIMIT = 1e-3
 _NOISE_FACTOR = 3.0
 _HALF_LIMIT = 2e-2
 
-_LONGEST = 512
+_MAX_LENGTH = 512
 _WINDOW = 64
 
 
@@ -51,17 +51,17 @@ class Probe:
         self._pooled = pooled
         self._classes = classes
         self._budget = budget
-        self.sequences = synthetic_groups(model.network.config, classes.longest or _LONGEST)
+        self.sequences = synthetic_groups(model.network.config, classes.longest or _MAX_LENGTH)
         self._is_long = torch.tensor([len(row) > _WINDOW for row in self.sequences])
         with torch.no_grad(), _short_window(model):
-            padded = PaddedPath(model)
+            padded = PaddedPacking(model)
             rows = [pooled(padded.plan([row], len(row))[0]) for row in self.sequences]
             self._alone = torch.cat(rows).float()
         # In float32 the limit is known, and there is no need to measure.
         is_float32 = next(model.parameters()).dtype == torch.float32
-        self._noise = None if is_float32 else self._apart(PaddedPath(model))
+        self._noise = None if is_float32 else self._apart(PaddedPacking(model))
 
-    def fault(self, path: Path) -> str | None:
+    def fault(self, path: Packing) -> str | None:
         """Why `path` must not be used for this network, or None.
 
         Whatever the network's own code raises on the way counts as a fault, but for a lack of
@@ -95,7 +95,7 @@ class Probe:
         # Medians: a mixture of experts may send a borderline token to another expert.
         return float(apart.median()), max(_HALF_LIMIT, _NOISE_FACTOR * float(noise.median()))
 
-    def _apart(self, path: Path) -> Tensor:
+    def _apart(self, path: Packing) -> Tensor:
         """(n,) root mean square difference from each sequence alone, over the size of that."""
         hidden = torch.empty_like(self._alone)
         with torch.no_grad(), _short_window(self._model):
@@ -126,11 +126,13 @@ def _short_window(model: RewardModel) -> Iterator[None]:
             holder.sliding_window = window
 
 
-def synthetic_groups(config: PretrainedConfig, longest: int = _LONGEST) -> Sequences:
+def synthetic_groups(config: PretrainedConfig, longest: int = _MAX_LENGTH) -> Sequences:
     """Sequences of several levels, of one token, equal ones, and some past the shortened window."""
     text = config.get_text_config()
     generate = random.Random(0)
-    longest = min(longest, _LONGEST, getattr(text, "max_position_embeddings", None) or _LONGEST)
+    longest = min(
+        longest, _MAX_LENGTH, getattr(text, "max_position_embeddings", None) or _MAX_LENGTH
+    )
 
     def some(count: int) -> list[int]:
         return [generate.randrange(text.vocab_size) for _ in range(count)]

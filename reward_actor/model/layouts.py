@@ -36,7 +36,7 @@ HEADS = ("score", "classifier", "value_head", "v_head", "regression_head", "rewa
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
-_LARGEST_PICKLE_BYTES = 64 * 2**20
+_MAX_PICKLE_BYTES = 64 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -101,7 +101,7 @@ def is_deepspeed_chat(directory: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.filename.endswith("data.pkl") and entry.file_size <= _LARGEST_PICKLE_BYTES:
+            if entry.filename.endswith("data.pkl") and entry.file_size <= _MAX_PICKLE_BYTES:
                 names = archive.read(entry)
                 return any(prefix.encode() in names for prefix in BODY_PREFIXES)
     return False

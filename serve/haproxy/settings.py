@@ -22,7 +22,7 @@ _PORTS = 100
 """Ports of a service's ingresses on one machine."""
 
 # The path of a socket has 97 characters at most for HAProxy; Ray adds a node's id (56) and a name.
-_LONGEST_FOLDER = 97 - len("/admin.sock") - 57
+_MAX_FOLDER_LENGTH = 97 - len("/admin.sock") - 57
 
 _WRAPPER = Path(__file__).with_name("loopback.sh")
 
@@ -108,7 +108,7 @@ def front(host: str, port: int, tls_cert: str | None, tls_key: str | None) -> bo
 def _new_folder() -> Path:
     """For HAProxy's files, for this user alone."""
     folder = Path(tempfile.mkdtemp(prefix="rayward-"))
-    if len(str(folder)) > _LONGEST_FOLDER:
+    if len(str(folder)) > _MAX_FOLDER_LENGTH:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="rayward-", dir="/tmp"))
     return folder

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 # Of its tokens a cut must share this much with another one to be sent before older ones.
-_LEAST_SHARED = 0.25
+_MIN_SHARED = 0.25
 # A message that is less full than this takes some of those that begin alike, though not all fit.
-_LEAST_FILL = 0.5
+_MIN_FILL = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cut:
     num_tokens: int
 
 
-def distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
+def shared_and_distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
     """The tokens of what all sequences begin with, and with it those that are computed at most."""
     if not sequences:
         return 0, 0
@@ -58,7 +58,7 @@ def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
 
 
 def _pieces(group: Sequence[list[int]], max_tokens: int) -> list[Cut]:
-    shared, num_tokens = distinct_tokens(group)
+    shared, num_tokens = shared_and_distinct_tokens(group)
     if num_tokens <= max_tokens or len(group) < 2:
         return [Cut(list(group), num_tokens)] if group else []
     pieces: list[Cut] = []
@@ -84,7 +84,7 @@ def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
     num_tokens = 0
     for family in _families(cuts):
         some, added = _around_oldest(cuts, family, max_tokens - num_tokens)
-        is_divided = len(some) < len(family) and num_tokens >= _LEAST_FILL * max_tokens
+        is_divided = len(some) < len(family) and num_tokens >= _MIN_FILL * max_tokens
         if taken and (is_divided or num_tokens + added > max_tokens):
             break
         taken += some
@@ -105,7 +105,7 @@ def _families(cuts: Sequence[Cut]) -> list[list[int]]:
 
 def _begin_alike(a: Cut, b: Cut) -> bool:
     longer = max(len(a.sequences[0]), len(b.sequences[0]))
-    return _shared(a, b) >= _LEAST_SHARED * longer
+    return _shared(a, b) >= _MIN_SHARED * longer
 
 
 def _shared(a: Cut, b: Cut) -> int:

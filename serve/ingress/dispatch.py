@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_actor.errors import RewardServiceError
-from serve.ingress.cutting import Cut, cut, distinct_tokens, fitting
+from serve.ingress.cutting import Cut, cut, fitting, shared_and_distinct_tokens
 from serve.ingress.tasks import detached
 from serve.wire import FlatSequences, ReplicaReply
 
@@ -45,7 +45,7 @@ _RATE_MEMORY = 0.8
 # that the others are passed over a few times at most.
 _MESSAGES_AHEAD = 4
 # Below this, a share of a request for every replica costs more than it spares.
-_LEAST_PART = 1024
+_MIN_PART = 1024
 
 
 class ReplicaLost(Exception):
@@ -121,7 +121,7 @@ class Dispatcher:
     def message_tokens(self) -> int:
         """As much as a replica scores at once, and in good time."""
         timely = int(self.replica_tokens_per_s * self._target_batch_s)
-        return min(self.max_batch_tokens, max(2 * _LEAST_PART, timely))
+        return min(self.max_batch_tokens, max(2 * _MIN_PART, timely))
 
     async def score(
         self,
@@ -140,10 +140,10 @@ class Dispatcher:
         Raises RewardServiceError ("overloaded", "internal") and OtherVersion. When one part fails
         or the caller is cancelled, the others are dropped.
         """
-        total = sum(distinct_tokens(group)[1] for group in groups)
+        total = sum(shared_and_distinct_tokens(group)[1] for group in groups)
         if not is_admitted:
             self.admit(total)
-        share = max(_LEAST_PART, -(-total // max(1, self.num_replicas)))
+        share = max(_MIN_PART, -(-total // max(1, self.num_replicas)))
         loop = asyncio.get_running_loop()
         parts = [
             _Part(piece, version, generation, token_scores, loop.create_future())
@@ -206,7 +206,7 @@ class Dispatcher:
         """The next message and its tokens: the oldest part, and as many alike as one may hold, but
         no more than one replica's share of what waits."""
         share = -(-self._waiting_tokens // max(1, self.num_replicas))
-        room = min(self.message_tokens, max(_LEAST_PART, share))
+        room = min(self.message_tokens, max(_MIN_PART, share))
         oldest = self._pop(_MESSAGES_AHEAD * self.message_tokens)
         alike = [part for part in oldest if part.is_like(oldest[0])]
         taken, num_tokens = fitting([part.cut for part in alike], room)

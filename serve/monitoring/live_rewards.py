@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _MAX_BINS = 64
 # Narrower bins than 2**-20 tell nothing of a float32 score; wider ones by 2**-50 fit an int64.
-_LEAST_EXPONENT = -20
+_MIN_EXPONENT = -20
 _INDEX_BITS = 50
 # Of the width of the held-out distribution: the same sample scores that close in another batch.
 _ROUNDING = 1e-4
 # Of the squared mean: a smaller variance is rounding.
-_LEAST_VARIANCE = 1e-14
+_MIN_VARIANCE = 1e-14
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Histogram:
     @classmethod
     def of(cls, values: Floats) -> Histogram:
         largest = float(np.abs(values).max(initial=0.0))
-        exponent = max(_LEAST_EXPONENT, math.frexp(largest)[1] - _INDEX_BITS)
+        exponent = max(_MIN_EXPONENT, math.frexp(largest)[1] - _INDEX_BITS)
         low, high = float(values.min()), float(values.max())
         while _bin_of(high, exponent) - _bin_of(low, exponent) >= _MAX_BINS:
             exponent += 1
@@ -207,7 +207,7 @@ class LiveRewards:
     @property
     def length_correlation(self) -> float | None:
         """Pearson's, of reward and number of tokens; None while one of them does not vary."""
-        least = _LEAST_VARIANCE * self.weight
+        least = _MIN_VARIANCE * self.weight
         if self.squares <= least * self.mean**2 or self.token_squares <= least * self.tokens**2:
             return None
         found = self.products / math.sqrt(self.squares * self.token_squares)

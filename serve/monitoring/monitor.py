@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _NUM_VERSIONS = 4
 _STANDARD_ERRORS = 3.0
 # A share below this counts as this: the index of an empty bin would be infinite.
-_LEAST_SHARE = 1e-3
+_MIN_SHARE = 1e-3
 # Rewards that are kept one by one until somebody asks; 16 bytes each.
 _MAX_PENDING = 10_000
 
@@ -41,7 +41,7 @@ def stability_index(shares: Floats, expected: Floats) -> float:
 
     sum (p - q) ln(p / q); below 0.1 is usually called no change, above 0.25 a large one.
     """
-    p, q = np.maximum(shares, _LEAST_SHARE), np.maximum(expected, _LEAST_SHARE)
+    p, q = np.maximum(shares, _MIN_SHARE), np.maximum(expected, _MIN_SHARE)
     return float(((p - q) * np.log(p / q)).sum())
 
 

@@ -24,7 +24,7 @@ _FIRST_TOKENS_PER_S = 10_000.0
 _RATE_MEMORY = 0.8
 
 # Fewer tokens at once waste a device, however slow it is.
-_LEAST_BUDGET = 2048
+_MIN_BUDGET = 2048
 
 
 class Work(Protocol):
@@ -51,7 +51,7 @@ class QueueFull(Exception):
 
 
 @dataclass(frozen=True)
-class Scored:
+class BatchResult:
     """What became of one job's n sequences, and the seconds that it waited and was scored."""
 
     results: Any
@@ -64,7 +64,7 @@ class _Job:
     sequences: Sequences
     num_tokens: int
     work: Work
-    done: asyncio.Future[Scored]
+    done: asyncio.Future[BatchResult]
     submitted: float = field(default_factory=time.monotonic)
     is_queued: bool = True
 
@@ -123,7 +123,7 @@ class Batcher:
         self.queued_tokens = 0
         self.tokens_per_s = _FIRST_TOKENS_PER_S
 
-    async def submit(self, sequences: Sequences, num_tokens: int, work: Work) -> Scored:
+    async def submit(self, sequences: Sequences, num_tokens: int, work: Work) -> BatchResult:
         """Score the sequences of one job, in a batch with others of the same work.
 
         A caller that is cancelled takes its job with it.
@@ -164,7 +164,7 @@ class Batcher:
 
     def _budget(self) -> int:
         """Tokens of one batch: what fits, and takes no longer than it should."""
-        timely = max(_LEAST_BUDGET, int(self.tokens_per_s * self._target_batch_s))
+        timely = max(_MIN_BUDGET, int(self.tokens_per_s * self._target_batch_s))
         return min(self.max_batch_tokens, timely)
 
     def _take(self, *, is_ahead: bool = False) -> _Batch | None:
@@ -216,7 +216,7 @@ class Batcher:
             end = start + len(job.sequences)
             if not job.done.done():
                 waited = started - job.submitted
-                job.done.set_result(Scored(results[start:end], waited, seconds))
+                job.done.set_result(BatchResult(results[start:end], waited, seconds))
             start = end
 
     def _forget(self, job: _Job) -> None:

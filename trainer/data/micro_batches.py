@@ -1,8 +1,9 @@
 """Which comparisons make up a step, and who computes which of them. Pure: NumPy and lists.
 
-Legend: C comparisons, W workers. A pass is one forward and backward pass of a worker: a list of
-comparisons. Every worker makes the same number of passes, because under ZeRO 3 all of them take
-part in each; a worker that has run out of comparisons gets empty ones. A comparison is never split.
+Legend: C comparisons, W workers. A micro-batch is one forward and backward pass of a worker: a list
+of comparisons. Every worker has the same number of micro-batches, because under ZeRO 3 all of them
+take part in each; a worker that has run out of comparisons gets empty ones. A comparison is never
+split.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from trainer.data.comparisons import Comparisons
 
-Passes = list[list[int]]
+MicroBatches = list[list[int]]
 
 
 def steps_per_epoch(num_comparisons: int, global_batch_pairs: int) -> int:
@@ -49,19 +50,21 @@ def _order(num_comparisons: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def forest_passes(costs: Sequence[int], max_tokens: int, num_workers: int) -> list[Passes]:
-    """For every worker its passes, as places in `costs`: the distinct tokens of each comparison.
+def forest_micro_batches(
+    costs: Sequence[int], max_tokens: int, num_workers: int
+) -> list[MicroBatches]:
+    """For every worker its micro-batches, as places in `costs`: each comparison's distinct tokens.
 
-    As few passes as hold `max_tokens` each, filled evenly: the largest comparison first, each into
-    the emptiest pass. A comparison larger than `max_tokens` gets a pass of its own.
+    As few micro-batches as hold `max_tokens` each, filled evenly: the largest comparison first,
+    each into the emptiest micro-batch. A comparison larger than `max_tokens` gets its own.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    num_passes = max(1, -(-sum(costs) // (max_tokens * num_workers)))
+    num_each = max(1, -(-sum(costs) // (max_tokens * num_workers)))
     while True:
-        bins = _fill(order, costs, num_passes * num_workers)
+        bins = _fill(order, costs, num_each * num_workers)
         if all(len(items) < 2 or sum(costs[i] for i in items) <= max_tokens for items in bins):
             return [bins[worker::num_workers] for worker in range(num_workers)]
-        num_passes += 1
+        num_each += 1
 
 
 def _fill(order: Sequence[int], costs: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -74,25 +77,28 @@ def _fill(order: Sequence[int], costs: Sequence[int], num_bins: int) -> list[lis
     return bins
 
 
-def padded_passes(
+def padded_micro_batches(
     longest: Sequence[int], widths: Sequence[int], max_tokens: int, num_workers: int
-) -> list[Passes]:
-    """The same where every sequence is padded to its pass's longest: like lengths together.
+) -> list[MicroBatches]:
+    """The same where every sequence is padded to its micro-batch's longest: like lengths together.
 
     `longest`: tokens of each comparison's longest sequence; `widths`: how many sequences it has.
     """
     order = sorted(range(len(longest)), key=lambda i: (-longest[i], i))
-    passes: Passes = []
+    micro_batches: MicroBatches = []
     num_rows = 0
-    for item in order:  # the first of a pass is its longest
-        if passes and (num_rows + widths[item]) * longest[passes[-1][0]] <= max_tokens:
-            passes[-1].append(item)
+    for item in order:  # the first of a micro-batch is its longest
+        if (
+            micro_batches
+            and (num_rows + widths[item]) * longest[micro_batches[-1][0]] <= max_tokens
+        ):
+            micro_batches[-1].append(item)
             num_rows += widths[item]
         else:
-            passes.append([item])
+            micro_batches.append([item])
             num_rows = widths[item]
-    passes += [[] for _ in range(-len(passes) % num_workers)]
-    return [passes[worker::num_workers] for worker in range(num_workers)]
+    micro_batches += [[] for _ in range(-len(micro_batches) % num_workers)]
+    return [micro_batches[worker::num_workers] for worker in range(num_workers)]
 
 
 def distinct_tokens(comparisons: Comparisons, index: int) -> int:
@@ -115,15 +121,15 @@ def plan(
     num_workers: int,
     *,
     packed: bool,
-) -> list[Passes]:
+) -> list[MicroBatches]:
     """For every worker its passes over `batch`, as indices of `comparisons`."""
     items = [int(i) for i in batch]
     if packed:
-        passes = forest_passes(
+        micro_batches = forest_micro_batches(
             [distinct_tokens(comparisons, i) for i in items], max_tokens, num_workers
         )
     else:
         longest = comparisons.longest_of(items)
         widths = [int(comparisons.starts[i + 1] - comparisons.starts[i]) for i in items]
-        passes = padded_passes(longest, widths, max_tokens, num_workers)
-    return [[[items[i] for i in one] for one in mine] for mine in passes]
+        micro_batches = padded_micro_batches(longest, widths, max_tokens, num_workers)
+    return [[[items[i] for i in one] for one in mine] for mine in micro_batches]

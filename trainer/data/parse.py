@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _PROMPT_IDS = ("prompt_ids", "prompt_input_ids")
 _CHOSEN_IDS = ("chosen_ids", "chosen_input_ids")
 _REJECTED_IDS = ("rejected_ids", "rejected_input_ids")
-_MOST_ID = 2**31 - 1  # of int32, which token ids are kept in
-_LARGEST = 3.4e38  # of float32, which scores, margins and attributes are kept in
+_MAX_ID = 2**31 - 1  # of int32, which token ids are kept in
+_MAX_FLOAT32 = 3.4e38  # of float32, which scores, margins and attributes are kept in
 
 
 def parse_line(number: int, raw: Any, columns: Columns) -> Row:
@@ -142,9 +142,9 @@ def _sequences(raw: Mapping[str, Any], prompt: list[int]) -> tuple[list[int], ..
 def _ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise ValueError(f"{name!r} must hold token ids")
-    if value and not 0 <= min(value) <= max(value) <= _MOST_ID:
+    if value and not 0 <= min(value) <= max(value) <= _MAX_ID:
         wrong = min(value) if min(value) < 0 else max(value)
-        raise ValueError(f"{name!r} holds {wrong}; a token id is from 0 to {_MOST_ID}")
+        raise ValueError(f"{name!r} holds {wrong}; a token id is from 0 to {_MAX_ID}")
     return value
 
 
@@ -181,7 +181,7 @@ def _sides(
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name!r} is {kind_of(value)}, not a number")
-    if not abs(value) < _LARGEST:
+    if not abs(value) < _MAX_FLOAT32:
         raise ValueError(f"{name!r} is {value}, not a finite number")
     return float(value)
 

@@ -44,7 +44,7 @@ _VERSION = 2  # of the files, and of how rows become what is in them
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderTask:
     """What one task reads and renders: splits of one source."""
 
     source: int
@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Part:
+class RenderedPart:
     """What a task returns, again and again; rows are numbered from 1 in each part."""
 
     source: int
@@ -146,7 +146,7 @@ def _write(
                 rules_of(config),
                 tuple(sources),
             )
-            jobs, names = _jobs(sources, max_rows, split_bytes), list(sources)
+            jobs, names = _tasks(sources, max_rows, split_bytes), list(sources)
             with closing(_rendered(jobs, rendering)) as parts:
                 blocks, file = _numbered(parts, len(names)), staged / f"{which}.ids"
                 gathered.append(gather(blocks, names, contract.max_length, file))
@@ -161,17 +161,19 @@ def _write(
     (directory / _SUMMARY_FILE).write_text(text, encoding="utf-8")
 
 
-def _jobs(sources: Mapping[str, Source], max_rows: int | None, split_bytes: int) -> list[Job]:
+def _tasks(
+    sources: Mapping[str, Source], max_rows: int | None, split_bytes: int
+) -> list[RenderTask]:
     jobs = []
     for number, (name, columns) in enumerate(sources.items()):
         whole = splits(name, split_bytes)
         # The first rows of a source can only be told by reading it from its beginning.
         for some in [[split] for split in whole] if max_rows is None else [whole]:
-            jobs.append(Job(number, some, columns, max_rows))
+            jobs.append(RenderTask(number, some, columns, max_rows))
     return jobs
 
 
-def _rendered(jobs: Sequence[Job], rendering: Rendering) -> Generator[Part]:
+def _rendered(jobs: Sequence[RenderTask], rendering: Rendering) -> Generator[RenderedPart]:
     """The parts of all jobs in their order, computed on the cluster as they are asked for."""
     if not jobs:
         return
@@ -195,7 +197,7 @@ def _run_jobs(table: pa.Table, rendering: Rendering) -> Iterator[pa.Table]:
             yield pa.table({"part": column})
 
 
-def _parts(job: Job, rendering: Rendering) -> Iterator[Part]:
+def _parts(job: RenderTask, rendering: Rendering) -> Iterator[RenderedPart]:
     renderer = _renderer(rendering.model, rendering.contract)
     lines = (raw for split in job.splits for raw in read_split(split))
     left = job.max_rows
@@ -203,16 +205,16 @@ def _parts(job: Job, rendering: Rendering) -> Iterator[Part]:
         try:
             some = list(islice(lines, BLOCK_ROWS if left is None else min(left, BLOCK_ROWS)))
         except ValueError as error:
-            yield Part(job.source, 0, None, str(error))
+            yield RenderedPart(job.source, 0, None, str(error))
             return
         if not some:
             return
         block = _block(some, job, renderer, rendering)
         left = None if left is None else left - block.tally.num_rows
-        yield Part(job.source, len(some), block)
+        yield RenderedPart(job.source, len(some), block)
 
 
-def _block(lines: list[Any], job: Job, renderer: Renderer, rendering: Rendering) -> Block:
+def _block(lines: list[Any], job: RenderTask, renderer: Renderer, rendering: Rendering) -> Block:
     rows: list[Row] = []
     bad: list[tuple[int, str]] = []
     for number, raw in enumerate(lines, start=1):
@@ -235,7 +237,7 @@ def _renderer(model: str, contract: str) -> Renderer:
     return Renderer(load_tokenizer(Path(model)), ScoringContract.from_json(json.loads(contract)))
 
 
-def _numbered(parts: Iterator[Part], num_sources: int) -> Iterator[tuple[int, Block]]:
+def _numbered(parts: Iterator[RenderedPart], num_sources: int) -> Iterator[tuple[int, Block]]:
     """Each part's block with its source, its rows numbered as in the whole source."""
     lines = [0] * num_sources
     for part in parts:

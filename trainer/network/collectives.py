@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.01, 0.5
 
 
 def is_first() -> bool:
@@ -38,7 +38,7 @@ def from_all(value: T) -> list[T]:
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Return when it is so, which all workers must say at the same time. None is silent for long
     meanwhile: a collective that waits for another worker's work has a time limit."""
-    pause = _SHORTEST_PAUSE_S
+    pause = _MIN_PAUSE_S
     while not is_so():
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+        pause = min(2 * pause, _MAX_PAUSE_S)

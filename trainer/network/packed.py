@@ -1,7 +1,7 @@
-"""One pass of a training: sequences to raw scores, by the same paths that score.
+"""One micro-batch of a training: sequences to raw scores, packed as for scoring.
 
-Legend: S sequences in a pass, R rows that are computed for them (R < their tokens where prefixes
-are shared), A outputs of the head.
+Legend: S sequences in a micro-batch, R rows that are computed for them (R < their tokens where
+prefixes are shared), A outputs of the head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reward_actor.engine.packing import Batch, ForestPath, PaddedPath, Path
+from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking
 from reward_actor.engine.probe import Probe
 from reward_actor.model.rope import LengthClasses
 from trainer.network.collectives import from_all
@@ -31,7 +31,7 @@ _UNLIMITED = 2**31
 class TrainedModel(nn.Module):
     """A reward model as the root module under DeepSpeed.
 
-    Every pass is one call of its `forward`, whatever the path: ZeRO 3 starts anew at the root.
+    Every micro-batch is one call of its `forward`, however packed: ZeRO 3 starts again at the root.
     """
 
     def __init__(self, model: RewardModel) -> None:
@@ -64,14 +64,14 @@ class TrainedModel(nn.Module):
             embedded.register_hook(look)
 
     def bad_rows(self) -> NDArray[np.bool_] | None:
-        """(R,) which rows' gradients of the last pass are not finite; None where none come down to
-        the embeddings, because they are frozen."""
+        """(R,) which rows' gradients of the last micro-batch are not finite; None where none come
+        down to the embeddings, because they are frozen."""
         bad = [rows.cpu().numpy() for rows in self._bad_rows]
         return np.concatenate(bad) if bad else None
 
 
-class Passes:
-    """How a network's passes are computed: packed where that is exact, else padded."""
+class PackedForward:
+    """How a network's micro-batches are computed: packed where that is exact, else padded."""
 
     def __init__(self, engine: DeepSpeedEngine, packing: str) -> None:
         """Raises ValueError if packing is "forest" and the network cannot be packed.
@@ -81,8 +81,8 @@ class Passes:
         self._engine = engine
         model = engine.module.model
         self._classes = LengthClasses(model.network.config)
-        padded: Path = PaddedPath(model)
-        forest: Path = ForestPath(model)
+        padded: Packing = PaddedPacking(model)
+        forest: Packing = ForestPacking(model)
         self.why_padded: str | None = "training.packing is padded"
         if packing != "padded":
             probe = Probe(model, self._classes, _UNLIMITED, self._hidden)
@@ -104,8 +104,8 @@ class Passes:
         return output.detach()[list(batch.indices)]
 
     def plan(self, sequences: Sequence[Sequence[int]]) -> list[Batch]:
-        """One pass, in as many batches as the rotary positions ask for: the same number in every
-        pass, so that all workers make the same calls. Without sequences, a row of one token."""
+        """One micro-batch, in as many batches as the rotary positions ask for: always the same
+        number, so that all workers make the same calls. Without sequences, a row of one token."""
         num_classes = self._classes.count
         alike = self._classes.split(sequences) if sequences else []
         batches: list[Batch] = []
@@ -125,7 +125,7 @@ class Passes:
 
 
 class _Renumbered:
-    """A batch of some of a pass's sequences, by their numbers in the pass."""
+    """A batch of some of a micro-batch's sequences, by their numbers in the micro-batch."""
 
     def __init__(self, batch: Batch, indices: Sequence[int]) -> None:
         self._batch = batch

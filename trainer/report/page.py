@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.html"
 PLOTS_DIR = "plots"
 _SHOWN_CHARS = 500
-_MOST_CHARS = 20_000
+_MAX_CHARS = 20_000
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -225,7 +225,7 @@ def _text(text: str) -> str:
         return f'<pre class="text" dir="auto">{escape(text)}</pre>'
     return (
         f'<details><summary><span class="text" dir="auto">{_ends(text, _SHOWN_CHARS)}</span>'
-        f'</summary><pre class="text" dir="auto">{_ends(text, _MOST_CHARS)}</pre></details>'
+        f'</summary><pre class="text" dir="auto">{_ends(text, _MAX_CHARS)}</pre></details>'
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
 _CHOSEN: dict[str, Any] = {"color": _BLUE, "label": "chosen"}
 _REJECTED: dict[str, Any] = {"color": _ORANGE, "label": "rejected"}
-_MOST_DOTS = 4000
+_MAX_DOTS = 4000
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 10,
@@ -224,7 +224,7 @@ def _rewards(axes: Axes, heldout: HeldOut) -> None:
 
 def _length(axes: Axes, heldout: HeldOut) -> None:
     # Too many dots hide one another; which ones are drawn is always the same.
-    drawn = np.random.default_rng(0).permutation(len(heldout.chosen))[: _MOST_DOTS // 2]
+    drawn = np.random.default_rng(0).permutation(len(heldout.chosen))[: _MAX_DOTS // 2]
     size = 18 if len(drawn) < 500 else 8
     for rewards, tokens, side in (
         (heldout.chosen, heldout.chosen_tokens, _CHOSEN),

@@ -1,0 +1,1 @@
+"""What the benchmarks share: shapes, workloads, child processes, rounds, the machine."""

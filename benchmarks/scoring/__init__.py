@@ -1,0 +1,1 @@
+"""`python -m benchmarks.scoring`: token sequences to rewards, next to padded batches and vLLM."""

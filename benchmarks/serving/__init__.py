@@ -1,0 +1,1 @@
+"""`python -m benchmarks.serving`: requests to rewards, next to vLLM and plain Ray Serve."""

@@ -1,0 +1,1 @@
+"""What people write by themselves: servers to compare with."""

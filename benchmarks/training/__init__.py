@@ -1,0 +1,1 @@
+"""`python -m benchmarks.training`: optimizer steps, next to a padded loop."""

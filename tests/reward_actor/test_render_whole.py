@@ -1,0 +1,98 @@
+"""Whole sequences: text that others have templated gives the same ids as messages do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
+
+from reward_actor.groups import SampleError, Whole
+from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.render import Renderer
+
+TEMPLATES = [None, THINKING, LLAMA_LIKE, NO_END_TOKEN]
+rows = st.lists(st.integers(3, 200), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_model: Path) -> Any:
+    return load_tokenizer(base_model)
+
+
+@pytest.fixture(scope="module")
+def each(tokenizer: Any, base_model: Path) -> list[Renderer]:
+    return [renderer(tokenizer, base_model, template) for template in TEMPLATES]
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts, texts)
+def test_text_templated_by_its_sender_is_rendered_as_messages_are(
+    each: list[Renderer], prompt: str, completion: str
+) -> None:
+    messages = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+    for own in each:
+        text = own.tokenizer.apply_chat_template(
+            messages, chat_template=own.contract.chat_template, tokenize=False
+        )
+        [ids] = own.sequences(Whole(texts=[text]))
+        assert ids == own.checked(own.render(prompt, completion))
+
+
+def test_only_what_the_template_writes_is_left_out(renderers: dict[str, Renderer]) -> None:
+    chat, text = renderers["chat"], renderers["text"]
+    ended = "<|im_start|>user\nHi.<|im_end|>"
+    for rest in ("\n\n", " ", "\nx"):
+        [ids] = chat.sequences(Whole(texts=[ended + rest]))
+        assert ids == chat.tokenizer(ended + rest)["input_ids"]
+    eos = text.contract.eos_token_id
+    [ids] = text.sequences(Whole(texts=["Hi.\n"]))
+    assert ids == [*text.tokenizer("Hi.\n")["input_ids"], eos]
+    assert text.sequences(Whole(texts=["Hi.\n<|im_end|>"])) == [ids], "EOS is there already"
+
+
+@given(rows, st.integers(0, 40), st.sampled_from(["left", "right"]))
+def test_ids_are_cut_only_when_asked(
+    renderers: dict[str, Renderer], ids: list[int], num: int, keep: Any
+) -> None:
+    chat = renderers["chat"]
+    assert chat.sequences(Whole(ids=[ids])) == [ids]
+    [cut] = chat.sequences(Whole(ids=[ids], max_tokens=num, keep=keep))
+    kept = ids[:num] if keep == "left" else ids[max(0, len(ids) - num) :]
+    if num:
+        assert cut == kept
+    else:
+        assert isinstance(cut, SampleError)
+        assert cut.type == "empty_sequence"
+
+
+def test_the_models_own_length_can_be_asked_for(renderers: dict[str, Renderer]) -> None:
+    chat = renderers["chat"]
+    ids = [*range(3, 103)]
+    [too_long] = chat.sequences(Whole(ids=[ids]))
+    assert isinstance(too_long, SampleError)
+    assert too_long.type == "too_long"
+    assert chat.sequences(Whole(ids=[ids], max_tokens="model", keep="left")) == [ids[:64]]
+    assert chat.sequences(Whole(ids=[ids], max_tokens="model")) == [ids[-64:]]
+
+
+def test_a_text_without_a_form_is_an_error_of_its_own(renderers: dict[str, Renderer]) -> None:
+    fine, bad, empty = renderers["chat"].sequences(Whole(texts=["fine", "\ud800", ""]))
+    assert fine == renderers["chat"].tokenizer("fine")["input_ids"]
+    assert isinstance(bad, SampleError)
+    assert bad.type == "unrenderable"
+    assert isinstance(empty, SampleError)
+    assert empty.type == "empty_sequence"
+
+
+def test_templated_text_is_told_by_its_special_tokens(renderers: dict[str, Renderer]) -> None:
+    templated = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    assert renderers["chat"].is_templated(templated)
+    assert not renderers["chat"].is_templated("im_start Hi.")
+    assert not renderers["text"].is_templated(templated)

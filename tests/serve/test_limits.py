@@ -1,0 +1,238 @@
+"""What an ingress takes in at most, without a cluster: the real application, called as ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import Any
+
+import pytest
+from applications import application, ask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.config import LIMITS
+from serve.http.faults import Faults
+from serve.http.limits import Limits, nests_deeper
+
+
+def depth_of(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(depth_of, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(depth_of, value), default=0)
+    return 0
+
+
+# Text that looks like structure, and escapes that could hide where a string ends.
+awkward = st.text(st.sampled_from('[]{}"\\/u0041,: é'), max_size=12)
+json_values = st.recursive(
+    st.none() | st.integers() | awkward,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(awkward, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(json_values, st.integers(1, 6), st.booleans())
+def test_the_depth_of_json_is_found(value: Any, limit: int, ascii: bool) -> None:
+    text = json.dumps(value, ensure_ascii=ascii).encode()
+    assert nests_deeper(text, limit) == (depth_of(value) > limit)
+
+
+@given(st.binary(max_size=200), st.integers(1, 10))
+def test_anything_at_all_gets_an_answer(text: bytes, limit: int) -> None:
+    nests_deeper(text, limit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 10**6,
+        b"[" * 10**6 + b"]" * 10**6,
+        b'{"a":' * 10**5,
+        b'["\\"[' * 10**5,
+        b"[]" * 10**6,
+        b'"' * 10**6,
+        b'"\\' * 10**6 + b"[" * 100,
+        b"[[]" * 10**5,
+    ],
+    ids=range(8),
+)
+def test_the_worst_texts_are_looked_through_in_no_time(text: bytes) -> None:
+    started = time.process_time()
+    nests_deeper(text, 64)
+    assert time.process_time() - started < 1.0
+
+
+def test_a_deep_body_is_refused_by_its_limit() -> None:
+    api = application(max_nesting=8)
+    deep = b'{"groups":' + b"[" * 8 + b"]" * 8 + b"}"
+    reply = ask(api, "POST", "/v1/score", content=deep)
+    assert reply.status_code == 422
+    assert "max_nesting = 8" in reply.json()["error"]["message"]
+    fits = ask(api, "POST", "/v1/score", content=b'{"groups":' + b"[" * 7 + b"]" * 7 + b"}")
+    assert "max_nesting" not in fits.text
+    # Of a body with binary tensors only the JSON before them counts.
+    head = {"Inference-Header-Content-Length": "2"}
+    assert (
+        "max_nesting" not in ask(api, "POST", "/v1/score", content=b"{}" + deep, headers=head).text
+    )
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip"])
+def test_a_compressed_body_is_refused_clearly(encoding: str) -> None:
+    reply = ask(
+        application(), "POST", "/v1/score", content=b"x", headers={"Content-Encoding": encoding}
+    )
+    assert reply.status_code == 415
+    assert "compressed" in reply.json()["error"]["message"]
+
+
+def test_every_limit_is_listed() -> None:
+    listed = application().state.service.config.limits()
+    assert set(listed) == set(LIMITS)
+    assert {"body_limit_bytes", "max_nesting", "max_request_tokens", "request_timeout_s"} <= set(
+        listed
+    )
+
+
+class Call:
+    """One request whose body comes as the test wants it."""
+
+    def __init__(self, api: Any, path: str = "/v1/score", headers: Any = ()) -> None:
+        self.sent: list[Any] = []
+        self.asked_for_body = asyncio.Event()
+        self.body: asyncio.Queue[Any] = asyncio.Queue()
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [*headers]}
+        scope |= {"query_string": b"", "raw_path": path.encode(), "root_path": "", "scheme": "http"}
+        scope |= {"http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
+        self.done = asyncio.ensure_future(api(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        self.asked_for_body.set()
+        return await self.body.get()
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+
+def test_too_many_requests_at_once_are_refused_before_their_bodies() -> None:
+    async def run() -> None:
+        api = application(max_concurrent_requests=2)
+        under_way = [Call(api) for _ in range(2)]
+        for call in under_way:
+            await call.asked_for_body.wait()
+        refused = Call(api)
+        await refused.done
+        assert refused.status == 429
+        assert refused.headers[b"retry-after"] == b"1"
+        assert not refused.asked_for_body.is_set()
+        probe = Call(api, "/health")  # of the wrong method, but answered
+        await probe.done
+        assert probe.status == 405
+        for call in under_way:
+            call.body.put_nowait({"type": "http.request", "body": b"{", "more_body": False})
+            await call.done
+            assert call.status == 422
+        again = Call(api)
+        again.body.put_nowait({"type": "http.request", "body": b"{", "more_body": False})
+        await again.done
+        assert again.status == 422
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def run() -> None:
+        call = Call(application(request_timeout_s=0.2))
+        call.body.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+        await asyncio.wait_for(call.done, 5)
+        assert call.status == 408
+        assert json.loads(call.sent[1]["body"])["error"]["retryable"] is True
+
+    asyncio.run(run())
+
+
+def test_a_refused_caller_sends_no_body() -> None:
+    async def run() -> None:
+        api = application()
+        page = [(b"host", b"127.0.0.1"), (b"origin", b"https://evil.example")]
+        for headers, status in ((page, 403), ([(b"content-length", b"1" * 12)], 413)):
+            call = Call(api, headers=headers)
+            await call.done
+            assert call.status == status
+            assert not call.asked_for_body.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_client_that_hangs_up_leaves_no_error() -> None:
+    async def run() -> None:
+        call = Call(application())
+        call.body.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+        call.body.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(call.done, 5)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=50)
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 200))
+def test_chunks_become_one_body_within_the_limit(chunks: list[bytes], limit: int) -> None:
+    seen: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        assert message["more_body"] is False
+        seen.append(message["body"])
+
+    async def run() -> None:
+        config = application(body_limit_bytes=limit).state.service.config
+        call = Call(Limits(app, config))
+        for index, chunk in enumerate(chunks):
+            more = index + 1 < len(chunks)
+            call.body.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
+        whole = b"".join(chunks)
+        if len(whole) > limit:
+            with pytest.raises(Exception, match="body_limit_bytes"):
+                await call.done
+        else:
+            await call.done
+            assert seen == [whole]
+
+    asyncio.run(run())
+
+
+def test_an_unexpected_exception_is_logged_without_what_it_says(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            raise KeyError("canary-1")
+        except KeyError as error:
+            raise ValueError("canary-2") from error
+
+    async def run() -> Call:
+        call = Call(Faults(broken))
+        await call.done
+        return call
+
+    logging.getLogger("ray.serve").propagate = True
+    with caplog.at_level(logging.ERROR, "ray.serve"):
+        call = asyncio.run(run())
+    assert call.status == 500
+    assert json.loads(call.sent[1]["body"])["error"]["type"] == "internal"
+    assert "ValueError" in caplog.text
+    assert "KeyError" in caplog.text
+    assert "in broken" in caplog.text
+    assert "canary" not in caplog.text + str(call.sent)

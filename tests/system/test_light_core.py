@@ -1,0 +1,130 @@
+"""The core that a trainer's machine installs: neither torch nor ray, and a quick `--help`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reward_actor.contract import ScoringContract
+from reward_actor.model.tokenizer import identity, load_tokenizer
+from reward_actor.render import Renderer
+
+LIGHT = [
+    "reward_actor",
+    "reward_actor.engine.packing",
+    "reward_actor.binary",
+    "reward_actor.engine.cache",
+    "reward_actor.client.sync",
+    "reward_actor.contract",
+    "reward_actor.errors",
+    "reward_actor.files",
+    "reward_actor.groups",
+    "reward_actor.integrations",
+    "reward_actor.integrations.nemo_rl",
+    "reward_actor.integrations.openrlhf",
+    "reward_actor.integrations.skyrl",
+    "reward_actor.integrations.trl",
+    "reward_actor.integrations.verl",
+    "reward_actor.readout",
+    "serve.registry",
+    "reward_actor.schema",
+    "reward_actor.config_errors",
+    "serve.config",
+    "trainer.config.train",
+    "trainer.config.config_file",
+    "trainer.config.data",
+    "trainer.evaluation.metrics",
+    "trainer.config.options",
+    "rayward",
+]
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm", "fastapi", "datasets", "trl")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_a_light_module_loads_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_ingress_renders_without_torch(export_dir: Path) -> None:
+    code = (
+        "import sys, serve.deployments\n"
+        "from pathlib import Path\n"
+        "from reward_actor.contract import ScoringContract\n"
+        "from reward_actor.render import Renderer\n"
+        "from reward_actor.model.tokenizer import load_like\n"
+        "path = Path(sys.argv[1])\n"
+        "tokenizer = load_like(path, sys.argv[2])\n"
+        "print(Renderer(tokenizer, ScoringContract.load(path)).render('Hi.', 'Hello.'))\n"
+        "print([m for m in ('torch', 'deepspeed', 'vllm') if m in sys.modules])"
+    )
+    tokenizer = load_tokenizer(export_dir)
+    arguments = [sys.executable, "-c", code, str(export_dir), identity(tokenizer)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    contract = ScoringContract.load(export_dir)
+    assert contract is not None
+    ids = Renderer(tokenizer, contract).render("Hi.", "Hello.")
+    assert done.stdout.splitlines() == [str(ids), "[]"]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["serve"], ["rollout"], ["eval"], ["score"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys, rayward\n"
+        "try: rayward.main(sys.argv[1:])\n"
+        f"finally: print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", code, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: rayward" in done.stdout
+
+
+TRAINER = """
+import importlib.util, json, sys
+from reward_actor import Group, RewardClient, RewardServiceError
+from reward_actor.integrations import nemo_rl, openrlhf, skyrl, trl, verl
+assert not any(importlib.util.find_spec(name) for name in ("torch", "ray", "transformers"))
+rewards = trl.reward_function(sys.argv[1])(["Hi."], ["Hello!"])
+with RewardClient(sys.argv[1]) as client:
+    rewards += client.score("Hi.", ["Hello!", "What?"]).rewards
+    [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
+print(json.dumps(rewards + scores.rewards))
+"""
+
+
+def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None:
+    """Into an environment of its own goes what `pip install .` brings, and nothing else."""
+    from reward_actor import Group, RewardClient
+
+    root = Path(__file__).parents[2]
+    constraints = str(root / "constraints.txt")
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # setuptools writes beside what it builds
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "rayward"):
+        shutil.copy(root / name, source)
+    for name in ("reward_actor", "serve", "trainer"):
+        shutil.copytree(root / name, source / name)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "light")], check=True)
+    python = str(tmp_path / "light" / "bin" / "python")
+    install = [python, "-m", "pip", "install", *quiet, "-c", constraints, str(source)]
+    subprocess.run(install, check=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-c", TRAINER, service]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with RewardClient(service) as client:
+        expected = client.score("Hi.", ["Hello!", "Hello!", "What?"]).rewards
+        [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
+    assert json.loads(done.stdout) == pytest.approx(expected + scores.rewards, abs=1e-5)
