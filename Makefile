@@ -18,7 +18,12 @@ COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)))
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: setup browser demo test test-long lint format clean
+# make test PACKAGE=serve, or a path: one part of the suite.
+PACKAGE ?=
+TESTS = $(if $(wildcard tests/$(PACKAGE)),tests/$(PACKAGE),$(PACKAGE))
+FAST := not (ray or browser or deepspeed or vllm or process or long)
+
+.PHONY: setup browser demo test test-fast test-long lint format clean
 
 setup: $(VENV)/.ready
 
@@ -40,7 +45,7 @@ endif
 demo: setup
 	@$(BIN)/python examples/demo.py $(if $(KEEP),--keep)
 
-# Without apt-get or root the tests that need it fail, and say what to install.
+# Without apt-get or root the tests that need it are skipped, and say what to install.
 browser:
 ifeq ($(CHROMIUM),)
 	@echo "browser: installing chromium"
@@ -48,11 +53,15 @@ ifeq ($(CHROMIUM),)
 		apt-get install -y -qq --no-install-recommends chromium fonts-liberation > /dev/null
 endif
 
+# What needs no process of its own, in a minute.
+test-fast: setup
+	@$(BIN)/python -m pytest -m "$(FAST)" $(TESTS)
+
 test: setup browser
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest -m "not long" $(TESTS)
 
 test-long: setup browser
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(TESTS)
 
 lint: setup
 	@$(BIN)/ruff format --check .

@@ -1,1 +1,1 @@
-"""Measurements that others can repeat; see README.md beside this file."""
+"""Measurements that others can repeat; README.md says how."""

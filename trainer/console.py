@@ -1,5 +1,8 @@
-"""Lines for people. A full disk under a log, or a pipe that nobody reads any more, must not end a
-training, so a line that cannot be written is lost."""
+"""Lines for people, and the error that ends a training.
+
+A full disk under a log, or a pipe that nobody reads any more, must not end a training, so a line
+that cannot be written is lost.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What a comparison costs, each formula with its source. Pure functions, none of them reduced.
+"""What a comparison costs, each formula with its source, and what a micro-batch of them costs.
 
 All compute in float32, or in float64 where they are given it, and are finite for any difference.
-Shapes: P pairs, R rankings of up to K completions (padded), S sequences, A attributes.
+Shapes: P pairs, R rankings of up to K completions (padded), C comparisons, S sequences, A
+attributes; N tokens (rows of a packed forest), E experts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trainer.config.train import LossConfig
     from trainer.data.comparisons import Comparisons
 

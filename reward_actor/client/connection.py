@@ -1,5 +1,4 @@
-"""A request's way to an endpoint: connections that stay (TLS, proxies, the token), sent as often as
-it takes until the deadline.
+"""Connections to endpoints (TLS, proxies, the token), and a request sent until it is answered.
 
 Every request that is sent here may be sent again: scoring is a pure function, and a swap to the
 model that is served already changes nothing.

@@ -1,4 +1,4 @@
-"""From hidden states to rewards: where the last real token is, and what the head says there.
+"""The network with its float32 head, pooled at the last real token; `get_reward` for padded rows.
 
 Shapes: B sequences, T tokens (padded), H hidden units, K heads (1 but in an ensemble of heads).
 """

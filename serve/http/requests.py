@@ -1,4 +1,4 @@
-"""The FastAPI application: its routes with their guards, and errors as the protocol words them."""
+"""Bodies and replies: parsed by pydantic as they come, described in OpenAPI, written as JSON."""
 
 from __future__ import annotations
 

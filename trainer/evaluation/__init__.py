@@ -1,1 +1,1 @@
-"""What a reward model says about held-out comparisons."""
+"""What a reward model says about held-out comparisons: metrics, RewardBench, the best step."""

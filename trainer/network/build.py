@@ -1,4 +1,4 @@
-"""The network at the start of a training: loaded, sharded as it is read, its head made."""
+"""The network at the start of a training: loaded, sharded as it is read, with a new head."""
 
 from __future__ import annotations
 
