@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,14 @@ import hypothesis
 import pytest
 from exports import CORPUS, make_export
 from isolation import free_port
+from missing import EVERYTHING, is_required, skip_without, told
 
 from serve.haproxy import settings
 
 if TYPE_CHECKING:
     import httpx
+    from engines import OnWorkers
+    from nursery import Nursery
     from playwright.sync_api import Browser
     from visits import Visit
 
@@ -54,6 +59,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(_MARK_OF_FIXTURE[fixture])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    is_skip = report.skipped and not hasattr(report, "wasxfail")
+    if is_skip and is_required() and not {"cuda", "cpu"} & {m.name for m in item.iter_markers()}:
+        report.outcome = "failed"
+        report.longrepr = f"{report.longrepr[2]}: skipped, though {EVERYTHING} is set"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in told(report.longrepr[2] for report in skipped):
+        terminalreporter.write_line(line, yellow=True)
+
+
 _may_start_processes = True
 
 
@@ -76,7 +97,7 @@ def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def on_workers() -> Callable[..., list[Any]]:
+def on_workers() -> OnWorkers:
     """Runs a function on every rank of DeepSpeed workers that live as long as the session."""
     from engines import on_workers
 
@@ -86,17 +107,38 @@ def on_workers() -> Callable[..., list[Any]]:
 @pytest.fixture(scope="session")
 def vllm_engine() -> None:
     """For fixtures that start vLLM."""
-    pytest.importorskip("vllm")
+    if find_spec("vllm") is None:
+        skip_without("vLLM")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def nursery() -> Iterator[Nursery]:
+    """Where clusters get workers that have imported already."""
+    from nursery import Nursery
+
+    # A socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="rayward-", dir="/tmp") as folder:
+        started = Nursery(Path(folder))
+        started.wait()
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(nursery: Nursery) -> Iterator[None]:
     """One private Ray cluster for all tests, with more logical CPUs than real ones."""
     import ray
 
     from reward_actor.cluster import connect
 
+    before = {name: os.environ.get(name) for name in nursery.environment}
+    os.environ.update(nursery.environment)
     connect(16, log_to_driver=False)
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     yield
     ray.shutdown()
 
@@ -149,10 +191,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         assert holder.stderr is not None
         try:
             if not holder.stdout.readline():
-                pytest.fail(
-                    "these tests mount a small filesystem, which needs user namespaces or root: "
-                    + holder.stderr.read().decode()
-                )
+                skip_without("small disk", holder.stderr.read().decode().strip())
             yield Path(f"/proc/{holder.pid}/root{place}")
         finally:
             holder.kill()
@@ -237,9 +276,12 @@ def http(service: str) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def chrome() -> Iterator[Browser]:
     """Not for the session: as long as it lives, a loop runs in the thread of the tests."""
-    from browser import headless
+    from browser import chromium, headless
 
-    with headless() as browser:
+    path = chromium()
+    if path is None:
+        skip_without("Chromium")
+    with headless(path) as browser:
         yield browser
 
 

@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--preload", choices=("auto", "no"), default="auto", help=preload)
     vllm = "an argument of vllm.LLM, or in upper case an environment variable; repeatable"
     add("--vllm", action="append", default=[], metavar="KEY=VALUE", help=vllm)
-    add("--output", type=Path, help="default: results/scoring-DEVICE-DTYPE.json beside this file")
+    add("--output", type=Path, help="default: benchmarks/results/scoring-DEVICE-DTYPE.json")
     return parser
 
 

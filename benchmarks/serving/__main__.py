@@ -127,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-groups", type=positive, default=384, help="distinct groups of groups and of singles")
     preload = "auto: tcmalloc and Intel's OpenMP for every server, where they are installed"
     add("--preload", choices=("auto", "no"), default="auto", help=preload)
-    add("--output", type=Path, help="default: results/serving-cpu-DTYPE.json beside this file")
+    add("--output", type=Path, help="default: benchmarks/results/serving-cpu-DTYPE.json")
     return parser
 
 

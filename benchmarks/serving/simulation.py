@@ -120,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warm-up-s", type=seconds, default=5.0)
     add("--duration-s", type=positive_float, default=10.0)
     add("--profile", action="store_true", help="print where the ingress's time goes")
-    add("--output", type=Path, help="default: results/serving-simulation.json beside this file")
+    add("--output", type=Path, help="default: benchmarks/results/serving-simulation.json")
     return parser
 
 

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--threads", type=positive, default=available_threads())
     add("--profile", action="store_true", help="one more step of ours: where its time goes")
-    output = "default: results/training-SHAPE-DEVICE-DTYPE.json beside this file"
+    output = "default: benchmarks/results/training-SHAPE-DEVICE-DTYPE.json"
     add("--output", type=Path, help=output)
     return parser
 

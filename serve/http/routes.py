@@ -1,4 +1,4 @@
-"""The routes that are about the service itself; those that score lie in `serve.protocols`."""
+"""The routes that are about the service itself; those that score are in `serve.protocols`."""
 
 from __future__ import annotations
 

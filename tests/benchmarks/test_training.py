@@ -1,12 +1,9 @@
-"""The training benchmark: its pairs, its peers, its figures, and tiny runs of it."""
+"""The training benchmark: its pairs, its peers, its figures, and a tiny run on plain torch."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training_flags import FLAGS
 
 from benchmarks.common.shapes import SHAPES, build_network
 from benchmarks.common.workloads import Range
@@ -25,12 +23,7 @@ from benchmarks.training.peers import PEERS, PaddedPairs, Peers, Step, measure_m
 from benchmarks.training.report import TOLERANCES, Differences, Measured, check, summarize, table
 from reward_actor.model.reward_model import RewardModel, get_reward
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = SHAPES["tiny"]
-FLAGS = (
-    "--shape tiny --device cpu --dtype float32 --threads 1 --pairs 10 --rounds 2 "
-    "--prompt-tokens 12 --chosen-tokens 2..9 --rejected-tokens 2..9 --micro-batch-tokens 100"
-)
 
 ranges = st.tuples(st.integers(1, 9), st.integers(0, 9)).map(lambda r: Range(r[0], sum(r)))
 
@@ -235,27 +228,6 @@ def test_a_tiny_run_on_plain_torch_writes_every_figure(
             assert profiled["kinds"][kind] > 0
 
 
-def test_a_tiny_run_takes_turns_on_the_trainers_engine(tmp_path: Path) -> None:
-    output = tmp_path / "training.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.training",
-        *FLAGS.split(),
-        "--output",
-        str(output),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(output.read_text())
-    assert result["engine"] == "deepspeed, ZeRO 2"
-    assert "deepspeed" in result["versions"]
-    ours, padded = (result["workloads"]["synthetic"]["peers"][p] for p in ("ours", "padded"))
-    assert ours["num_computed_tokens"] < padded["num_computed_tokens"]
-    assert 0 < padded["max_difference"]["pair_loss"] < 1e-4
-
-
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -271,25 +243,3 @@ def test_a_bad_flag_is_said_before_anything_starts(
         main(["--shape", "tiny", "--engine", "torch", *flags])
     assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_plain_torch_needs_torch_and_transformers_only(tmp_path: Path) -> None:
-    flags = [
-        *FLAGS.split(),
-        "--engine",
-        "torch",
-        "--lora",
-        "2",
-        "--output",
-        str(tmp_path / "o.json"),
-    ]
-    code = (
-        "import sys\n"
-        "for name in ('ray', 'pydantic', 'httpx', 'rich', 'deepspeed', 'peft', 'accelerate'):\n"
-        "    sys.modules[name] = None\n"
-        f"from benchmarks.training.__main__ import main\nsys.exit(main({flags!r}))\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "o.json").read_text())["lora_rank"] == 2

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trainer.step import Stepper
 
 
+OnWorkers = Callable[..., list[Any]]
+"""`on_workers`, as the fixture gives it."""
+
 _TIME_LIMIT_S = 240
 _pools: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 

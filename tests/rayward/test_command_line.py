@@ -8,31 +8,19 @@ from pathlib import Path
 
 import pytest
 from data_files import with_damage
+from score_files import ROWS, write
 
 import rayward
-from reward_actor import Group, RewardScorer
+from reward_actor import Group
 from reward_actor.files import group_of, read_rows
-
-ROWS = [
-    {"prompt": "Name two fruits.", "completions": ["An apple.", "A pear."], "id": 7},
-    {"prompt": [{"role": "user", "content": "Hi."}], "completion": "Hello."},
-    {"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9], [7] * 999]},
-]
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return path
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
 def test_score_writes_rewards_beside_the_rows(
     export_dir: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from reward_actor import RewardScorer
+
     source, output = write(tmp_path / name, ROWS), tmp_path / "made" / "out.jsonl"
     assert rayward.main(["score", str(export_dir), str(source), str(output)]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -47,20 +35,6 @@ def test_score_writes_rewards_beside_the_rows(
     printed = capsys.readouterr()
     assert "scored 5 completions of 3 prompts" in printed.out
     assert "1 completions have no reward" in printed.err
-
-
-def test_score_through_the_service_gives_the_same_file(
-    service: str, export_dir: Path, tmp_path: Path
-) -> None:
-    source = write(tmp_path / "in.jsonl", ROWS)
-    files = [tmp_path / "offline.jsonl", tmp_path / "served.jsonl"]
-    for model, output in zip((str(export_dir), service), files, strict=True):
-        assert rayward.main(["score", model, str(source), str(output)]) == 0
-    offline, served = ([json.loads(row) for row in f.read_text().splitlines()] for f in files)
-    for ours, theirs in zip(offline, served, strict=True):
-        assert ours["rewards"] == pytest.approx(theirs["rewards"], abs=1e-5)
-        assert ours["errors"] == theirs["errors"]
-        assert ours["model_version"] == theirs["model_version"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The clients over real HTTP: the right rewards, merged calls, typed errors."""
+"""The clients over real HTTP, to a small server: what travels, merged calls, typed errors."""
 
 from __future__ import annotations
 
@@ -7,84 +7,15 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import GROUPS, IDS
 from stub_service import Answer, Received, error, expected_rewards, stub
 
-from reward_actor import AsyncRewardClient, Group, RewardClient, RewardScorer, binary
+from reward_actor import AsyncRewardClient, Group, RewardClient, binary
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
-
-GROUPS: list[Group | Whole] = [
-    Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
-    Group([{"role": "user", "content": "Hi."}], ["Hello!"]),
-    Group(prompt_ids=[5, 6], completion_ids=[[7], [8, 9]]),
-    Whole(["An apple.", "A hammer, and more."]),
-]
-IDS = [Group(prompt_ids=[5, 6, 7], completion_ids=[[8], [9, 10], []])]
-
-
-@pytest.fixture(scope="module")
-def offline(export_dir: Path) -> RewardScorer:
-    return RewardScorer.from_pretrained(export_dir, "cpu")
-
-
-# ---- against the service
-
-
-def test_ids_text_and_whole_texts_give_the_offline_rewards(
-    service: str, offline: RewardScorer
-) -> None:
-    sequences = [ids for group in [*IDS, *GROUPS] for ids in offline.renderer.sequences(group)]
-    expected = offline.score_ids([ids for ids in sequences if isinstance(ids, list)])
-    with RewardClient(service) as client:
-        scores = [*client.score_groups(IDS), *client.score_groups(GROUPS)]
-        info = client.info()
-    rewards = [reward for group in scores for reward in group.rewards]
-    assert rewards == pytest.approx(expected, abs=1e-5)
-    assert {group.model_version for group in scores} == {offline.model_version}
-    assert info.model_version == offline.model_version
-
-
-def test_token_rewards_come_with_their_tokens(service: str) -> None:
-    async def both() -> Any:
-        async with AsyncRewardClient(service) as client:
-            return await client.token_rewards("Hi.", ["Hello!", "What?"])
-
-    with RewardClient(service) as client:
-        for scores in (client.token_rewards("Hi.", ["Hello!", "What?"]), asyncio.run(both())):
-            assert "Hello!" in "".join(scores.tokens[0])
-            for row, tokens, reward in zip(
-                scores.token_rewards, scores.tokens, scores.rewards, strict=True
-            ):
-                assert len(row) == len(tokens)
-                assert row[-1] == pytest.approx(reward, abs=1e-6)
-        [of_ids] = client.score_groups(IDS, token_rewards=True)
-        assert [row and len(row) for row in of_ids.token_rewards or []] == [4, 5, 3]
-
-
-def test_a_thousand_calls_at_once_are_right(service: str, offline: RewardScorer) -> None:
-    groups = [Group(prompt_ids=[5], completion_ids=[[n % 300 + 6]]) for n in range(1000)]
-    expected = [group.rewards[0] for group in offline.score(groups)]
-
-    async def all_at_once() -> list[float | None]:
-        async with AsyncRewardClient(service) as client:
-            scores = await asyncio.gather(*(client.score_groups([group]) for group in groups))
-        return [score.rewards[0] for [score] in scores]
-
-    assert asyncio.run(all_at_once()) == pytest.approx(expected, abs=1e-5)
-    with RewardClient(service) as client, ThreadPoolExecutor(32) as threads:
-        scores = threads.map(lambda group: client.score_groups([group])[0], groups[:200])
-        assert [s.rewards[0] for s in scores] == pytest.approx(expected[:200], abs=1e-5)
-
-
-def test_a_sample_that_cannot_be_scored_is_an_error_of_its_own(service: str) -> None:
-    with RewardClient(service) as client:
-        scores = client.score("Hi.", ["fine", "word " * 500, "\ud800"])
-    assert [e and e.type for e in scores.errors] == [None, "too_long", "unrenderable"]
-
 
 # ---- what travels, and how it is merged
 
@@ -322,10 +253,3 @@ def test_models_are_listed_and_swapped() -> None:
     client = RewardClient([server.url, "http://127.0.0.1:1"])
     with pytest.raises(ValueError, match="2 addresses"):
         client.swap("b")
-
-
-def test_a_service_without_a_registry_says_so(service: str) -> None:
-    with RewardClient(service) as client, pytest.raises(RewardServiceError) as refused:
-        client.models()
-    assert refused.value.type == "not_found"
-    assert "--registry" in refused.value.message

@@ -152,6 +152,7 @@ def test_an_async_client_lives_through_several_loops_but_not_in_two_at_once() ->
         asyncio.run(here())
 
 
+@pytest.mark.process
 def test_a_client_works_in_a_process_that_is_forked_off() -> None:
     with stub() as server, RewardClient(server.url) as client:
         client.score("p", ["x"])

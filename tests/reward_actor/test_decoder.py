@@ -45,6 +45,7 @@ def test_another_build_is_refused() -> None:
             Decoder(RewardModel(make_network(family)).backbone)
 
 
+@pytest.mark.process
 def test_compiled_blocks_agree_and_never_recompile_in_steady_state() -> None:
     """One graph for all layers and all sizes: after the first few sizes the compiler rests."""
     model = RewardModel(make_network("qwen3", num_hidden_layers=2)).eval().requires_grad_(False)

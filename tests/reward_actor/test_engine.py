@@ -107,6 +107,7 @@ def test_no_sequences_are_no_scores() -> None:
     assert engine("llama").token_scores([]) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("attention", ["forest", "padded"])
 def test_out_of_memory_halves_the_budget_and_goes_on(attention: str) -> None:
     """With the address space limited for real: what does not fit at once fits in parts."""

@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from reward_actor.vllm.reaper import Reaper
+
+pytestmark = pytest.mark.process
 
 # As an engine core does: a child of another session that ignores requests to end, with one of its
 # own, under a title that covers what /proc shows of the environment.

@@ -22,7 +22,7 @@ SAMPLING = Sampling(num_completions=3, max_tokens=12, seed=7)
 
 
 @pytest.fixture(scope="module")
-def actors(service: str, base_model: Path) -> Iterator[list[Any]]:
+def actors(vllm_engine: None, service: str, base_model: Path) -> Iterator[list[Any]]:
     """One engine for the module; its completions are scored by the service over its handle."""
     import ray
 

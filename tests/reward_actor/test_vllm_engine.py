@@ -55,7 +55,7 @@ def ours(directory: Path) -> RewardScorer:
 
 
 @pytest.fixture(scope="module")
-def theirs(directory: Path) -> Iterator[VllmScorer]:
+def theirs(vllm_engine: None, directory: Path) -> Iterator[VllmScorer]:
     scorer = VllmScorer.from_pretrained(directory)
     yield scorer
     scorer.close()
@@ -152,6 +152,7 @@ def engine_processes() -> list[psutil.Process]:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("vllm_engine")
 def test_a_model_that_is_refused_leaves_no_process(export_dir: Path, tmp_path: Path) -> None:
     before = set(engine_processes())
     bad = Path(shutil.copytree(export_dir, tmp_path / "bad"))
@@ -171,6 +172,7 @@ def test_a_model_that_is_refused_leaves_no_process(export_dir: Path, tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("vllm_engine")
 def test_two_processes_share_one_model(export_dir: Path) -> None:
     """Tensor parallelism, which vLLM has on a CPU, too."""
     ours = RewardScorer.from_pretrained(export_dir, "cpu", cache_size=0)
@@ -185,6 +187,7 @@ def test_two_processes_share_one_model(export_dir: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("vllm_engine")
 def test_bfloat16_is_within_the_bound_of_the_contract(export_dir: Path) -> None:
     theirs = VllmScorer.from_pretrained(export_dir, dtype="bfloat16")
     # Its golden samples have been replayed. Closing tells whoever waits for scores.

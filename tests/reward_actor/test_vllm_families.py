@@ -21,9 +21,12 @@ from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.vllm.scorer import VllmScorer
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-)
+pytestmark = [
+    pytest.mark.usefixtures("vllm_engine"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
+    ),
+]
 
 # Longer than the window of the sliding families, and one that a group shares a prefix with.
 ROWS = [list(range(5, 30)), [*range(5, 25), 90, 91, 92], [40, 6, 8], [250, 251, 252, 253] * 5]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serve import current_model as pointer_module
+from serve import current_model
 from serve.current_model import CurrentModel, forget
 
 
@@ -15,21 +15,20 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Ray's key-value store, as a dictionary."""
     kept: dict[str, bytes] = {}
 
-    def put(key: str, value: str | bytes, overwrite: bool = True, **_: str) -> bool:
+    def put(key: str, value: str | bytes, *, overwrite: bool = True) -> bool:
         existed = key in kept
         if overwrite or not existed:
             kept[key] = value if isinstance(value, bytes) else value.encode()
         return existed
 
-    def delete(key: str, del_by_prefix: bool = False, **_: str) -> int:
-        gone = [each for each in kept if each == key or (del_by_prefix and each.startswith(key))]
+    def delete(key: str, *, by_prefix: bool = False) -> None:
+        gone = [each for each in kept if each == key or (by_prefix and each.startswith(key))]
         for each in gone:
             del kept[each]
-        return len(gone)
 
-    monkeypatch.setattr(pointer_module, "_internal_kv_put", put)
-    monkeypatch.setattr(pointer_module, "_internal_kv_get", lambda key, **_: kept.get(key))
-    monkeypatch.setattr(pointer_module, "_internal_kv_del", delete)
+    monkeypatch.setattr(current_model, "kv_put", put)
+    monkeypatch.setattr(current_model, "kv_get", kept.get)
+    monkeypatch.setattr(current_model, "kv_delete", delete)
     return kept
 
 

@@ -16,6 +16,7 @@ from exports import make_export
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer
 from reward_actor.contract import HeldOut
 from reward_actor.errors import RewardServiceError
+from reward_actor.ray_internals import session_dir
 
 CANARY = "canary-in-a-coal-mine"
 NAME = "watched"
@@ -163,11 +164,10 @@ def scraped() -> tuple[Samples, str]:
 
 
 def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
-    import ray
-
     from serve.monitoring.metrics import METRICS, targets
 
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    session = session_dir()
+    assert session is not None
     [told] = json.loads((session / "prom_metrics_service_discovery.json").read_text())
     assert told["targets"] == targets()
 
@@ -220,9 +220,8 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
 
 def log_line(request_id: str) -> dict[str, object]:
     """The one of this request, which is written once its answer is sent."""
-    import ray
-
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    session = session_dir()
+    assert session is not None
     deadline = time.monotonic() + 10
     while True:
         files = (session / "logs" / "serve").glob("rayward_requests_*.jsonl")

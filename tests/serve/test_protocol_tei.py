@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from offline import reward, templated
 
-from reward_actor import RewardScorer
 from reward_actor.groups import Group, Whole
 from serve.protocols.tei import TeiRequest, to_groups
 
 if TYPE_CHECKING:
     import httpx
+
+    from reward_actor import RewardScorer
 
 TOO_LONG = "word " * 400
 

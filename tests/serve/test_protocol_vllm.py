@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offline import reward, templated
 
-from reward_actor import Group, RewardScorer
+from reward_actor import Group
 from reward_actor.groups import Whole
 from serve.protocols.vllm_request import VllmRequest, to_group
 
 if TYPE_CHECKING:
     import httpx
+
+    from reward_actor import RewardScorer
 
 CHAT = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 ROWS = [[5, 6, 7], [5], [9, 10]]

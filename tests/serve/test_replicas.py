@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reward_actor.readout import Readout
-from serve.ingress import replicas as fleet_module
+from serve.ingress import replicas as replicas_module
 from serve.ingress.dispatch import ReplicaLost
 from serve.ingress.replicas import Model, Replicas
 from serve.wire import Description, ReplicaReply
@@ -76,8 +76,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return Model(described, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Replicas, "_load", load)
-    monkeypatch.setattr(fleet_module, "_ANSWER_S", 0.1)
-    monkeypatch.setattr(fleet_module, "_OTHER_S", 0.3)
+    monkeypatch.setattr(replicas_module, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(replicas_module, "_OTHER_S", 0.3)
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -166,7 +166,7 @@ def test_what_replicas_have_refused_comes_back_when_it_is_all_they_hold() -> Non
 def test_one_silent_replica_does_not_make_the_others_look_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fleet_module, "_KEEP_S", 0.5)
+    monkeypatch.setattr(replicas_module, "_KEEP_S", 0.5)
 
     async def work() -> None:
         seen: list[int] = []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, make_network
+from missing import GPU
 
 from reward_actor.engine.attention import path_attention, varlen_attention
 from reward_actor.engine.attention_plan import AttentionPlan
@@ -15,7 +16,10 @@ from reward_actor.engine.engine import Engine
 from reward_actor.engine.forest import plan_forests
 from reward_actor.model.reward_model import RewardModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"missing: {GPU}"),
+]
 
 
 def some_groups(seed: int) -> list[list[int]]:

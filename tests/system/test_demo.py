@@ -12,7 +12,10 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
 from isolation import environment_for_a_cluster
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "demo.py"

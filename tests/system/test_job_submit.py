@@ -15,6 +15,8 @@ import psutil
 import pytest
 from isolation import free_port
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 

@@ -15,6 +15,8 @@ from reward_actor.contract import ScoringContract
 from reward_actor.model.tokenizer import identity, load_tokenizer
 from reward_actor.render import Renderer
 
+pytestmark = pytest.mark.process
+
 LIGHT = [
     "reward_actor",
     "reward_actor.engine.packing",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SERVING = [*ROOT.glob("serve/**/*.py"), *ROOT.glob("reward_actor/**/*.py")]
-PROGRAMS = [*SERVING, *ROOT.glob("trainer/**/*.py"), *ROOT.glob("rayward*.py")]
+PROGRAMS = [*SERVING, *ROOT.glob("trainer/**/*.py"), *ROOT.glob("rayward/**/*.py")]
 
 # What turns bytes into code or objects of any class, by the name under which it is called.
 RUNS_WHAT_IT_READS = {

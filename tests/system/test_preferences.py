@@ -42,6 +42,7 @@ def test_equal_seeds_give_equal_data_and_others_do_not() -> None:
     assert preferences.generate_dataset(60, 20, 4, 3) == preferences.generate_dataset(60, 20, 4, 3)
 
 
+@pytest.mark.process
 def test_command_line_writes_the_four_files(tmp_path: Path) -> None:
     sizes = ["--num-pairs", "40", "--num-heldout", "10", "--num-prompts", "5", "--seed", "3"]
     subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), *sizes], check=True)

@@ -26,6 +26,8 @@ from traversal import NAMES
 
 from serve.http.auth import RULES, add_token
 
+pytestmark = pytest.mark.process
+
 CANARY = "canary7f3a"
 # All that a replica's own port answers to; the first of them unpickles what it gets.
 ASGI_METHODS = [

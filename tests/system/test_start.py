@@ -22,6 +22,7 @@ from reward_actor import RewardClient
 from reward_actor.model.manifest import write_manifest
 
 
+@pytest.mark.process
 def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -> None:
     import ray
     from ray import serve
@@ -86,6 +87,7 @@ def refused(
         return dict(zip(REFUSED, both.map(serving, REFUSED), strict=True))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_serving_what_cannot_be_served_says_why(
     refused: dict[str, subprocess.CompletedProcess[str]], arguments: str
@@ -96,6 +98,7 @@ def test_serving_what_cannot_be_served_says_why(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_a_model_that_fails_its_golden_samples_is_not_served(
     export_dir: Path, tmp_path: Path
 ) -> None:
@@ -149,15 +152,16 @@ def test_an_unknown_setting_names_the_nearest(export_dir: Path) -> None:
 
 ON_A_TAKEN_PORT = """
 import sys
-from serve import fast_path
+from serve.haproxy import settings
 taken = int(sys.argv.pop(1))
-free_ports = fast_path.free_ports
-fast_path.free_ports = lambda count: [taken, *free_ports(count - 1)]
+free_ports = settings.free_ports
+settings.free_ports = lambda count: [taken, *free_ports(count - 1)]
 import rayward
 sys.exit(rayward.main())
 """
 
 
+@pytest.mark.process
 def test_what_haproxy_complains_of_is_shown(export_dir: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -19,6 +19,8 @@ from service_process import Service
 from reward_actor import RewardScorer
 from reward_actor.model.manifest import write_manifest
 
+pytestmark = pytest.mark.process
+
 BODY = {
     "groups": [
         {"prompt_ids": [5] * 30, "completion_ids": [[n] * 20, [n]]} for n in range(6, 6 + 40)

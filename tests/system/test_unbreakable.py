@@ -20,6 +20,8 @@ from service_process import Service
 
 from reward_actor import Group, RewardClient, RewardScorer
 
+pytestmark = pytest.mark.process
+
 IDS = [(a, b) for a in range(5, 105) for b in range(5, 25)]
 """2,000 requests, each of one sequence that no other has."""
 

@@ -30,10 +30,11 @@ IDS = list(range(3, 303))
 
 
 @pytest.fixture(scope="module")
-def vllm(export_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def vllm(
+    vllm_engine: None, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
     import httpx
 
-    pytest.importorskip("vllm")
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--runner", "pooling"]
     command += [

@@ -40,7 +40,7 @@ def registry(export_dir: Path, base_model: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def url(service: str, registry: Path) -> Iterator[str]:
+def url(vllm_engine: None, service: str, registry: Path) -> Iterator[str]:
     """A second application in the cluster of the shared one."""
     from ray import serve
 
@@ -174,6 +174,8 @@ def test_a_hot_swap_ends_the_engine_before(url: str, registry: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.process
+@pytest.mark.usefixtures("vllm_engine")
 def test_the_front_door_serves_with_vllm(export_dir: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "rayward", "serve", str(export_dir), "--engine", "vllm"]

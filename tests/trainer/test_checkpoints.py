@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from engines import on_workers, train_without_ray, trainer
+from engines import OnWorkers, train_without_ray, trainer
 from engines import settings as engine_settings
 from trainer_runs import overrides, settings, write_pairs
 
@@ -19,7 +19,9 @@ from trainer.network import zero
 from trainer.run import resolve_paths
 
 
-def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(base_model, tmp_path: Path):
+def test_a_restart_that_finds_no_checkpoint_leaves_the_log_alone(
+    on_workers: OnWorkers, base_model, tmp_path: Path
+):
     """As Ray Train restarts workers behind a storage that was unplugged."""
     data = write_pairs(tmp_path / "pairs.jsonl")
     changes = {"checkpoint__every_steps": 20}
@@ -57,5 +59,7 @@ def store_beside_an_unreadable_one(model: Path, output_dir: Path) -> tuple[int, 
     return checkpoints.num_failed, steps
 
 
-def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(base_model, tmp_path: Path):
+def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(
+    on_workers: OnWorkers, base_model, tmp_path: Path
+):
     assert on_workers(1, store_beside_an_unreadable_one, base_model, tmp_path) == [(0, [4, 3])]

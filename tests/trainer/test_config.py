@@ -169,6 +169,7 @@ def test_an_unknown_option_is_named():
         parse("stray")
 
 
+@pytest.mark.process
 def test_help_and_errors_of_the_command_load_neither_torch_nor_ray():
     code = (
         "import sys; from trainer.__main__ import main\n"

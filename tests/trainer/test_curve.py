@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import comparisons, on_workers, settings, trainer
+from engines import OnWorkers, comparisons, settings, trainer
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
@@ -43,7 +43,7 @@ def first_weights(model: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def plain(base_model: Path) -> list[float]:
+def plain(on_workers: OnWorkers, base_model: Path) -> list[float]:
     network = AutoModelForSequenceClassification.from_pretrained(
         base_model, num_labels=1, dtype=torch.float32
     )
@@ -82,7 +82,7 @@ def test_a_plain_loop_has_the_stored_curve(plain: list[float]) -> None:
 
 @pytest.mark.parametrize("packing", ["forest", "padded"])
 def test_the_curve_is_that_of_the_plain_loop(
-    base_model: Path, plain: list[float], packing: str
+    on_workers: OnWorkers, base_model: Path, plain: list[float], packing: str
 ) -> None:
     ours = on_workers(1, losses, base_model, {"training__packing": packing})[0]
     assert ours == pytest.approx(plain, abs=1e-4)

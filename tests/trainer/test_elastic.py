@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from disks import fill
-from engines import on_workers, settings, trainer
+from engines import OnWorkers, settings, trainer
 from trainer_runs import log_of, overrides, write_pairs
 from trainer_runs import settings as run_settings
 
@@ -70,7 +70,12 @@ def second(model: Path, output_dir: Path, changes: dict[str, Any]) -> list[float
     ],
 )
 def test_another_number_of_workers_goes_on_alike(
-    base_model: Path, tmp_path: Path, before: int, after: int, changes: dict[str, Any]
+    on_workers: OnWorkers,
+    base_model: Path,
+    tmp_path: Path,
+    before: int,
+    after: int,
+    changes: dict[str, Any],
 ) -> None:
     expected = on_workers(before, first, base_model, tmp_path, changes)[0]
     assert on_workers(after, second, base_model, tmp_path, changes)[0] == pytest.approx(
@@ -79,7 +84,9 @@ def test_another_number_of_workers_goes_on_alike(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_in_bfloat16_but_for_rounding(base_model: Path, tmp_path: Path, stage: int) -> None:
+def test_in_bfloat16_but_for_rounding(
+    on_workers: OnWorkers, base_model: Path, tmp_path: Path, stage: int
+) -> None:
     changes = {"distributed__zero_stage": stage, "model__dtype": "bfloat16"}
     expected = on_workers(2, first, base_model, tmp_path, changes)[0]
     assert on_workers(1, second, base_model, tmp_path, changes)[0] == pytest.approx(
@@ -87,7 +94,9 @@ def test_in_bfloat16_but_for_rounding(base_model: Path, tmp_path: Path, stage: i
     )
 
 
-def test_an_optimizer_whose_state_is_not_known_is_refused(base_model: Path, tmp_path: Path) -> None:
+def test_an_optimizer_whose_state_is_not_known_is_refused(
+    on_workers: OnWorkers, base_model: Path, tmp_path: Path
+) -> None:
     changes = {"optimizer__name": "muon", "optimizer__max_grad_norm": 0}
     on_workers(2, first, base_model, tmp_path, changes)
     with pytest.raises(RuntimeError, match=r"of 2 workers, and 1 cannot go on from it: .* muon"):
@@ -113,7 +122,7 @@ def convert_without_room(model: Path, output_dir: Path, disk: Path) -> str:
 
 
 def test_every_worker_hears_that_one_cannot_cut_it_up(
-    base_model: Path, tmp_path: Path, small_disk: Path
+    on_workers: OnWorkers, base_model: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     on_workers(1, first, base_model, tmp_path, {})
     told = on_workers(2, convert_without_room, base_model, tmp_path, small_disk)

@@ -1,77 +1,37 @@
-"""Evaluation of a directory and of its service: the same numbers, from pairs and from rankings."""
+"""Evaluation of a directory, from pairs and from rankings, by the function and by the command."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from data_files import prepared
+from evaluation_files import (
+    TOO_LONG,
+    add,
+    assert_same,
+    write_evaluated_pairs,
+    write_rankings,
+)
 from trainer_runs import write_pairs
 
 import rayward
 from reward_actor import Group, RewardScorer
 from trainer.config.data import Columns
-from trainer.evaluation import evaluate, metrics
+from trainer.evaluation import metrics
 from trainer.evaluation.evaluate import evaluate_model, scoring
-
-TOO_LONG = "apple " * 400
-
-
-def add(path: Path, *rows: dict[str, Any]) -> str:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """30 pairs, and one each that is over-long or has equal sides."""
-    path = write_pairs(tmp_path_factory.mktemp("eval") / "pairs.jsonl", 30)
-    return add(
-        path,
-        {"prompt": "p", "chosen": TOO_LONG, "rejected": "a"},
-        {"prompt": "p", "chosen": "same", "rejected": "same"},
-    )
+    return write_evaluated_pairs(tmp_path_factory.mktemp("eval"))
 
 
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """5 + 3 + 1 + 1 pairs and two labelled ties; and a ranking that is dropped."""
-    return add(
-        tmp_path_factory.mktemp("eval") / "rankings.jsonl",
-        {
-            "prompt": "Name fruits.",
-            "completions": ["None.", "Apples.", "Apples and pears.", "A pear, please."],
-            "scores": [0, 1, 2, 1],
-            "topic": "fruit",
-        },
-        {"prompt": "Name tools.", "completions": ["A pan.", "An egg.", "No."], "topic": "tools"},
-        {
-            "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}],
-            "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}],
-        },
-        {"prompt_ids": [5, 9], "chosen_ids": [7, 8, 2], "rejected_ids": [8, 2]},
-        {"prompt": "Name tools.", "chosen": "A pan.", "rejected": "A knife.", "tie": True},
-        {"prompt": "Name tools.", "completions": ["A pan.", TOO_LONG, "No."], "topic": "tools"},
-    )
-
-
-def assert_same(served: dict[str, Any], offline: dict[str, Any]) -> None:
-    """Counts and what is counted are equal, rewards to 1e-5."""
-    assert served.keys() == offline.keys()
-    for key in served.keys() - {"model", "seconds"}:
-        if isinstance(served[key], float):
-            assert served[key] == pytest.approx(offline[key], abs=1e-5), key
-        elif isinstance(served[key], dict):
-            assert_same(served[key], offline[key])
-        elif isinstance(served[key], list):
-            for ours, theirs in zip(served[key], offline[key], strict=True):
-                assert_same(ours, theirs)
-        else:
-            assert served[key] == offline[key], key
+    return write_rankings(tmp_path_factory.mktemp("eval"))
 
 
 def test_a_directory_is_evaluated(export_dir: Path, data: str) -> None:
@@ -117,38 +77,6 @@ def test_a_ranking_is_all_its_pairs(export_dir: Path, rankings: str) -> None:
 
 def test_only_so_many_rows_are_read(export_dir: Path, data: str) -> None:
     assert evaluate_model(str(export_dir), data, max_pairs=4, device="cpu")["num_pairs"] == 4
-
-
-def test_a_service_gives_the_same_numbers(
-    service: str, export_dir: Path, data: str, rankings: str
-) -> None:
-    for source, columns in ((data, None), (rankings, Columns(subset_column="topic"))):
-        offline = evaluate_model(str(export_dir), source, columns=columns, device="cpu")
-        served = evaluate_model(service, source, columns=columns)
-        assert_same(served, offline)
-    short = evaluate_model(service, data, max_pairs=4)
-    assert short["num_pairs"] == 4
-
-
-def test_many_requests_give_the_numbers_of_one(
-    service: str, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = evaluate_model(service, data)
-    monkeypatch.setattr(evaluate, "_TOKENS_PER_CALL", 40)  # three pairs, and the long one
-    assert_same(evaluate_model(service, data), one)
-
-
-def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Path) -> None:
-    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(ValueError, match=r"tools.jsonl:2 has tools"):
-        evaluate_model(service, add(tmp_path / "tools.jsonl", pair, {**pair, "tools": tools}))
-    dialogue = {
-        "chosen": "\n\nHuman: Hi\n\nAssistant: Hey",
-        "rejected": "\n\nHuman: Hi\n\nAssistant: No",
-    }
-    with pytest.raises(ValueError, match="whole dialogues as text cannot be framed"):
-        evaluate_model(service, add(tmp_path / "dialogues.jsonl", dialogue))
 
 
 def test_the_numbers_are_those_of_a_trainings_end(

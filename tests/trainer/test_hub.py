@@ -126,6 +126,7 @@ def pushed(
     )  # fmt: skip
 
 
+@pytest.mark.process
 def test_weights_and_text_arrive_and_nothing_else(hub: Hub, export: Path) -> None:
     done = pushed(export, hub.url)
     assert done.returncode == 0, done.stderr
@@ -137,6 +138,7 @@ def test_weights_and_text_arrive_and_nothing_else(hub: Hub, export: Path) -> Non
     assert hub.tokens == {"Bearer hf_test"}
 
 
+@pytest.mark.process
 def test_the_report_and_the_settings_are_pushed_where_that_is_asked_for(
     hub: Hub, export: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_the_report_and_the_settings_are_pushed_where_that_is_asked_for(
     assert "optim.pt" not in hub.files
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("is_there", [True, False], ids=["refusing", "absent"])
 def test_a_failed_push_says_at_once_how_to_try_again(
     hub: Hub, export: Path, is_there: bool
@@ -165,6 +168,7 @@ def test_a_failed_push_says_at_once_how_to_try_again(
     assert {path: path.read_bytes() for path in export.rglob("*.*")} == before
 
 
+@pytest.mark.process
 def test_the_command_of_a_failed_push_works(hub: Hub, export: Path) -> None:
     hub.refuses = True
     command = shlex.split(pushed(export, hub.url).stderr.strip().splitlines()[-1])

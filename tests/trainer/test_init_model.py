@@ -165,6 +165,7 @@ def test_arguments_that_cannot_be_used_are_named(base: Path, tmp_path: Path) -> 
         init_model(tmp_path, CORPUS)
 
 
+@pytest.mark.process
 def test_importing_the_module_is_light() -> None:
     code = "import sys, trainer.init_model; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]

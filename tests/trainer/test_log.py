@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from disks import fill
 
 from trainer.log import TrainingLog, read_log
@@ -37,6 +38,7 @@ def test_what_is_no_line_is_passed_over(tmp_path: Path):
 LONG = "x" * 6000  # more than what is left of a page
 
 
+@pytest.mark.process
 def test_a_log_waits_for_room_on_a_full_disk(small_disk: Path, capfd):
     path = small_disk / "log.jsonl"
     log = TrainingLog(path, 0)
@@ -51,6 +53,7 @@ def test_a_log_waits_for_room_on_a_full_disk(small_disk: Path, capfd):
     assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.process
 def test_lines_that_find_no_room_to_the_end_are_told(small_disk: Path, capfd):
     path = small_disk / "log.jsonl"
     log = TrainingLog(path, 0)

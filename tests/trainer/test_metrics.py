@@ -297,6 +297,7 @@ def test_checkpoints_can_be_ordered_by_the_error_of_an_attribute() -> None:
     assert not better("rmse_kind", 0.2, 0.1)
 
 
+@pytest.mark.process
 def test_metrics_need_neither_torch_nor_ray() -> None:
     heavy = "{'torch', 'ray', 'transformers'}"
     code = f"import sys, trainer.evaluation.metrics; assert not {heavy} & {{*sys.modules}}"

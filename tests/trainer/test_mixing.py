@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from data_files import config_of, prepared, questions, write
-from engines import on_workers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from reward_actor.model.tokenizer import load_tokenizer
 from trainer.data.prepare import prepare
 from trainer.data.split import epoch_use
 from trainer.loss import Labels, comparison_losses
-from trainer.network import zero
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0.01, 4)), min_size=1, max_size=4))
@@ -42,30 +40,6 @@ def test_every_epoch_and_every_seed_draws_a_half_of_its_own():
     assert {len(draw) for draw in draws} == {30}
     several = np.concatenate([epoch_use(which, [0.5, 1], 0, epoch) for epoch in range(20)])
     assert set(several) == set(range(40))  # in the end all are seen
-
-
-def trained_on(model: str, steps: range) -> list[list[int]]:
-    """The comparisons that this rank computes in each of these steps."""
-    made = trainer(settings(model), weight=0.5)
-    run, seen = made._run_pass, []
-    made._run_pass = lambda mine, *rest: (seen[-1].extend(mine), run(mine, *rest))  # type: ignore
-    for step in steps:
-        seen.append([])
-        assert made.step(step)["epoch"] == step // 2
-    zero.release(made.engine)
-    return seen
-
-
-def test_a_training_takes_each_epochs_own_half_at_any_start(base_model: Path):
-    """32 comparisons by half, in batches of 8: two steps an epoch."""
-    ranks = on_workers(2, trained_on, str(base_model), range(4))
-    steps = [sorted(one + other) for one, other in zip(*ranks, strict=True)]
-    halves = [set(steps[0] + steps[1]), set(steps[2] + steps[3])]
-    sources = np.zeros(32, dtype=np.int32)
-    assert halves == [set(epoch_use(sources, [0.5], 0, epoch).tolist()) for epoch in (0, 1)]
-    assert halves[0] != halves[1]
-    later = on_workers(2, trained_on, str(base_model), range(3, 4))
-    assert sorted(later[0][0] + later[1][0]) == steps[3]
 
 
 def test_sources_are_mixed_and_split_by_prompt_over_all_of_them(base_model: Path, tmp_path: Path):

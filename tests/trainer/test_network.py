@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import on_workers, settings, trainer
+from engines import OnWorkers, settings, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, Qwen3Config
@@ -34,7 +34,9 @@ def first_head(model: Path, changes: dict[str, Any]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("name", ["inverse_sqrt", "inverse", "initializer_range", "zero"])
-def test_a_new_head_has_the_same_bits_under_any_sharding(base_model: Path, name: str) -> None:
+def test_a_new_head_has_the_same_bits_under_any_sharding(
+    on_workers: OnWorkers, base_model: Path, name: str
+) -> None:
     changes = {"model__head_init": name, "loss__attributes": "{help: 1, harm: -1}"}
     alone = on_workers(1, first_head, base_model, {**changes, "distributed__zero_stage": 0})[0]
     sharded = on_workers(2, first_head, base_model, {**changes, "distributed__zero_stage": 3})[0]
@@ -73,7 +75,9 @@ def trained(model: Path, changes: dict[str, Any], num_steps: int) -> dict[str, A
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_frozen_parameters_stay_as_they_are(base_model: Path, stage: int) -> None:
+def test_frozen_parameters_stay_as_they_are(
+    on_workers: OnWorkers, base_model: Path, stage: int
+) -> None:
     changes = {"model__freeze": '["embed_tokens", "layers\\\\.0\\\\."]'}
     changes["distributed__zero_stage"] = str(stage)
     result = on_workers(1, trained, base_model, changes, 2)[0]
@@ -86,7 +90,7 @@ def test_frozen_parameters_stay_as_they_are(base_model: Path, stage: int) -> Non
     ("pattern", "complaint"), [("nowhere", "matches no parameter"), (".", "nothing left to train")]
 )
 def test_a_freeze_pattern_must_leave_and_match_something(
-    base_model: Path, pattern: str, complaint: str
+    on_workers: OnWorkers, base_model: Path, pattern: str, complaint: str
 ) -> None:
     with pytest.raises(RuntimeError, match=f"ValueError: model.freeze: .*{complaint}"):
         on_workers(1, trained, base_model, {"model__freeze": f'["{pattern}"]'}, 1)
@@ -95,7 +99,7 @@ def test_a_freeze_pattern_must_leave_and_match_something(
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("packing", ["forest", "padded"])
 def test_recomputed_activations_change_nothing_but_memory(
-    base_model: Path, packing: str, stage: int
+    on_workers: OnWorkers, base_model: Path, packing: str, stage: int
 ) -> None:
     changes = {"training__packing": packing, "distributed__zero_stage": stage}
     plain = on_workers(1, trained, base_model, changes, 3)[0]

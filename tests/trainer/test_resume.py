@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from engines import on_workers, train_without_ray
+from engines import OnWorkers, train_without_ray
+from isolation import environment_for_a_cluster
+from nursery import Nursery
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
@@ -57,16 +57,16 @@ def config_in(output_dir: Path) -> TrainConfig:
     return TrainConfig.model_validate_json(text)
 
 
-def start(config: TrainConfig) -> subprocess.Popen[str]:
+def start(nursery: Nursery, config: TrainConfig) -> subprocess.Popen[str]:
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", "--config", str(file)],
+        [*nursery.python(), "-m", "trainer", "--config", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        env={**environment_for_a_cluster(), **nursery.environment},
         # Under a shell's `&` the tests themselves ignore Ctrl-C, and their children would, too.
         preexec_fn=listen_to_interrupts,
     )
@@ -86,7 +86,7 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = named("RayTrainWorker", psutil.Process(process.pid))
+    workers = named("RayTrainWorker")
     assert len(workers) == 2
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
@@ -97,7 +97,9 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
 
 
 @pytest.fixture(scope="module")
-def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+def interrupted(
+    on_workers: OnWorkers, nursery: Nursery, ray_cluster, base_model, data, tmp_path_factory
+) -> tuple[Path, Path, list[str]]:
     """The directory of a run that was interrupted, killed and damaged, one that was not, and what
     the three processes of the first printed."""
     root = tmp_path_factory.mktemp("resume")
@@ -106,16 +108,16 @@ def interrupted(ray_cluster, base_model, data, tmp_path_factory) -> tuple[Path, 
     on_workers(2, train_without_ray, whole, contract, prepared, NUM_STEPS)
     config = config_for(base_model, data, root / "broken")
     run_dir = Path(checkpoint_storage(config).root)
-    printed = [kill_after_step(start(config), config, EVERY, signal.SIGINT)]
+    printed = [kill_after_step(start(nursery, config), config, EVERY, signal.SIGINT)]
     half = run_dir / "checkpoint_half"
     (half / "state").mkdir(parents=True)
     (half / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
     last = states_of(config)[0].step
-    printed.append(kill_after_step(start(config), config, last + EVERY, signal.SIGKILL))
+    printed.append(kill_after_step(start(nursery, config), config, last + EVERY, signal.SIGKILL))
     assert not half.exists()
     weights = next((run_dir / states_of(config)[0].folder).rglob("*model_states.pt"))
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
-    process = start(config)
+    process = start(nursery, config)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return root / "broken", root / "whole", [*printed, out + err]
@@ -163,10 +165,10 @@ def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
         killed.append(name)
 
 
-def named(name: str, above: psutil.Process | None = None) -> list[psutil.Process]:
-    """The workers of such a name among the tests' own processes, or those `above` has started."""
+def named(name: str) -> list[psutil.Process]:
+    """The workers of such a name among the processes of the tests."""
     found = []
-    for process in (above or psutil.Process()).children(recursive=True):
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()[:1]):
                 found.append(process)
@@ -244,7 +246,7 @@ def test_only_the_newest_checkpoints_are_kept(interrupted):
     assert [state.step for state in states] == [NUM_STEPS, NUM_STEPS - EVERY]
 
 
-def test_a_lost_export_is_written_again(interrupted):
+def test_a_lost_export_is_written_again(on_workers: OnWorkers, interrupted):
     whole = interrupted[1]
     config = config_in(whole)
     prepared, contract = prepare(config)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import V1, V2, write
 
 import rayward
-from reward_actor import Group, RewardScorer
+from reward_actor import Group
 from trainer.evaluation.rewardbench import (
     BenchmarkRow,
-    evaluate_rewardbench,
     read_benchmark,
     score_ties,
     score_v1,
@@ -22,40 +21,6 @@ from trainer.evaluation.rewardbench import (
 )
 
 NAN = float("nan")
-V1 = [
-    {"prompt": "Name two fruits.", "chosen": "Apples.", "rejected": "No.", "subset": "hep-go"},
-    {"prompt": "And a tool?", "chosen": "A knife.", "rejected": "None.", "subset": "math-prm"},
-    {"prompt": "An egg?", "chosen": "Yes.", "rejected": "No. " * 300, "subset": "alpacaeval-easy"},
-]
-V2 = [
-    {
-        "id": "7",
-        "prompt": "Name two fruits.",
-        "chosen": ["Apples and pears."],
-        "rejected": ["No.", "Knives.", "Maybe."],
-        "num_correct": 1,
-        "num_incorrect": 3,
-        "total_completions": 4,
-        "subset": "Focus",
-        "models": ["a", "b", "c", "d"],
-    },
-    {
-        "id": "ref:3",
-        "prompt": "What is 1 + 1?",
-        "chosen": ["2"],
-        "rejected": ["3", "4"],
-        "num_correct": 1,
-        "subset": "Ties",
-    },
-    {
-        "id": "tied:3",
-        "prompt": "Name a tool.",
-        "chosen": ["A knife.", "A spoon.", "A pan."],
-        "rejected": ["A pear.", "A tree."],
-        "num_correct": 3,
-        "subset": "Ties",
-    },
-]
 
 
 def row(subset: str, num_correct: int = 1, id: str = "0") -> BenchmarkRow:
@@ -188,20 +153,6 @@ def test_ties_without_a_prompt_in_both_forms_have_no_score() -> None:
     assert score_ties([row("Ties", 1, "ref:1")], [(1.0, 0.0)]) == {"score": None}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return str(path)
-
-
 @pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.parquet"])
 def test_every_type_of_file_holds_the_same_rows(tmp_path: Path, name: str) -> None:
     rows = read_benchmark(write(tmp_path / name, V2), 2)
@@ -279,6 +230,8 @@ def test_a_subset_is_known_in_any_case(tmp_path: Path) -> None:
 def test_version_1_end_to_end_with_a_sample_that_is_too_long(
     export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from reward_actor import RewardScorer
+
     data = write(tmp_path / "v1.jsonl", V1)
     command = ["eval", str(export_dir), data, "--rewardbench", "1", "--device", "cpu"]
     assert rayward.main([*command, "--json"]) == 0
@@ -302,21 +255,3 @@ def test_version_1_end_to_end_with_a_sample_that_is_too_long(
     assert "Chat Hard" in shown
     assert "alpacaeval-length, alpacaeval-hard, mt-bench-easy" in " ".join(shown.split())
     assert "alpacaeval-easy" in shown
-
-
-def test_version_2_end_to_end_of_a_directory_and_its_service(
-    export_dir: Path, service: str, tmp_path: Path
-) -> None:
-    data = write(tmp_path / "v2.parquet", V2)
-    offline = evaluate_rewardbench(str(export_dir), data, 2, device="cpu")
-    served = evaluate_rewardbench(service, data, 2)
-    rows = read_benchmark(data, 2)
-    scorer = RewardScorer.from_pretrained(export_dir, device="cpu")
-    scores = scorer.score([Group(row.prompt, row.completions) for row in rows])
-    expected = score_v2(rows, [[r for r in s.rewards if r is not None] for s in scores])
-    for result in (offline, served):
-        assert result["model_version"] == scorer.model_version
-        assert (result["num_rows"], result["num_unscored"], result["errors"]) == (3, 0, {})
-        for name in ("Focus", "Ties"):
-            assert result["subsets"][name] == pytest.approx(expected["subsets"][name], abs=1e-5)
-    assert set(offline["subsets"]["Ties"]) > {"tied_accuracy", "preferred_hard", "score"}

@@ -23,6 +23,8 @@ from trainer.checkpoints.manifest import saved_states, survey
 from trainer.checkpoints.storage import Storage
 from trainer.init_model import init_model
 
+pytestmark = pytest.mark.process
+
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = torch.load(directory / "weights.pt")

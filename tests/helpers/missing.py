@@ -1,0 +1,48 @@
+"""What a machine may lack: tests that need it are skipped, and the last lines say how to get it.
+
+With RAYWARD_TEST_EVERYTHING set, as in `.ci/run`, a skipped test has failed, unless it is for
+another device (marks `cuda` and `cpu`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import NoReturn
+
+import pytest
+
+EVERYTHING = "RAYWARD_TEST_EVERYTHING"
+
+GPU = "NVIDIA GPU"
+_HOW = {
+    "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
+    "small disk": "run as root, or where user namespaces are allowed",
+    "vLLM": "make setup",
+    "bitsandbytes": "make setup",
+    GPU: "pytest -m cuda where there is one",
+}
+
+
+def skip_without(what: str, detail: str = "") -> NoReturn:
+    """Skip the test that runs: the machine does not have `what`, one of those above."""
+    assert what in _HOW, what
+    pytest.skip(f"missing: {what}" + (f" ({detail})" if detail else ""))
+
+
+def is_required() -> bool:
+    """Whether a skipped test is a failure."""
+    return bool(os.environ.get(EVERYTHING))
+
+
+def told(reasons: Iterable[str]) -> list[str]:
+    """A line for each thing that is missing, by the reasons of the skipped tests."""
+    counts: Counter[str] = Counter()
+    for reason in reasons:
+        found = [what for what in _HOW if f"missing: {what}" in reason]
+        counts[found[0] if found else reason.removeprefix("Skipped: ")] += 1
+    return [
+        f"{num} not run: " + (f"no {what}; {_HOW[what]}" if what in _HOW else what)
+        for what, num in counts.items()
+    ]

@@ -1,0 +1,54 @@
+"""Evaluation of a service: the numbers of its directory, from pairs and from rankings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from evaluation_files import add, assert_same, write_evaluated_pairs, write_rankings
+
+from trainer.config.data import Columns
+from trainer.evaluation import evaluate
+from trainer.evaluation.evaluate import evaluate_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_evaluated_pairs(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rankings(tmp_path_factory.mktemp("eval"))
+
+
+def test_a_service_gives_the_same_numbers(
+    service: str, export_dir: Path, data: str, rankings: str
+) -> None:
+    for source, columns in ((data, None), (rankings, Columns(subset_column="topic"))):
+        offline = evaluate_model(str(export_dir), source, columns=columns, device="cpu")
+        served = evaluate_model(service, source, columns=columns)
+        assert_same(served, offline)
+    short = evaluate_model(service, data, max_pairs=4)
+    assert short["num_pairs"] == 4
+
+
+def test_many_requests_give_the_numbers_of_one(
+    service: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = evaluate_model(service, data)
+    monkeypatch.setattr(evaluate, "_TOKENS_PER_CALL", 40)  # three pairs, and the long one
+    assert_same(evaluate_model(service, data), one)
+
+
+def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(ValueError, match=r"tools.jsonl:2 has tools"):
+        evaluate_model(service, add(tmp_path / "tools.jsonl", pair, {**pair, "tools": tools}))
+    dialogue = {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hey",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+    }
+    with pytest.raises(ValueError, match="whole dialogues as text cannot be framed"):
+        evaluate_model(service, add(tmp_path / "dialogues.jsonl", dialogue))
