@@ -1,7 +1,7 @@
 """Rayward's main job on one machine, from nothing to scored rollouts: `make demo`.
 
 Every step is a command that a user would type; it is printed before it runs. `--keep` leaves the
-service up at the end.
+service up at the end; `--small` takes a tenth of the data: whether all of it works, not how well.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Steps:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the service running at the end")
-    keep = parser.parse_args().keep
+    parser.add_argument("--small", action="store_true", help="a tenth of the data and of the steps")
+    arguments = parser.parse_args()
+    keep, small = arguments.keep, arguments.small
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of loading weights
     steps = Steps(9)
     service: subprocess.Popen[bytes] | None = None
@@ -78,13 +80,15 @@ def main() -> int:
         shutil.rmtree(OUT, ignore_errors=True)
         OUT.mkdir(parents=True)
         with steps.step("data", "seeded instruction/answer preferences; the rule is not length"):
-            run([PYTHON, str(HERE / "preferences.py"), str(DATA)])
+            sizes = ["--num-pairs", "400", "--num-heldout", "40", "--num-prompts", "4"]
+            run([PYTHON, str(HERE / "preferences.py"), str(DATA), *(sizes if small else [])])
         with steps.step("base", "a byte-level BPE tokenizer with a chat template, a small network"):
             corpus = ["--corpus", str(DATA / "corpus.jsonl")]
             run([*RAYWARD, "init-model", str(BASE), *corpus])
         with steps.step("policy", "what will be sampled: trained on good and bad answers alike"):
             script = str(HERE / "train_policy.py")
-            run([PYTHON, script, str(BASE), str(DATA / "corpus.jsonl"), str(POLICY)])
+            steps_wanted = ["--steps", "25"] if small else []
+            run([PYTHON, script, str(BASE), str(DATA / "corpus.jsonl"), str(POLICY), *steps_wanted])
         with steps.step("train", "2 Ray Train workers, ZeRO-2, Bradley-Terry; then the export"):
             config = str(HERE / "quickstart.yaml")
             options = ["--model.path", str(BASE), "--data.train", str(DATA / "train.jsonl")]
@@ -113,7 +117,7 @@ def main() -> int:
         show(rows)
         summary = summarise(steps, evaluation, rows, served, difference)
         (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        check(summary)
+        check(summary, small)
     except Exception as error:  # whatever it was, the step is named and the service stopped
         keep = False
         console.print(f"\n[bold red]DEMO FAILED[/] in step {steps.current!r}: {error}")
@@ -271,9 +275,9 @@ def summarise(
     }
 
 
-def check(summary: dict[str, Any]) -> None:
-    """Raise StepFailed unless the figures are what the README promises."""
-    if summary["heldout_accuracy"] < 0.95:
+def check(summary: dict[str, Any], small: bool) -> None:
+    """Raise StepFailed unless the figures are what the README promises; a small run learns less."""
+    if summary["heldout_accuracy"] < 0.95 and not small:
         raise StepFailed(f"heldout_accuracy is {summary['heldout_accuracy']:.3f}, below 0.95")
     if summary["max_abs_diff_offline_vs_served"] > 1e-5:
         raise StepFailed("served and offline rewards differ by more than 1e-5")

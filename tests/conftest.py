@@ -97,11 +97,13 @@ def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def on_workers() -> OnWorkers:
+def on_workers(nursery: Nursery) -> Iterator[OnWorkers]:
     """Runs a function on every rank of DeepSpeed workers that live as long as the session."""
-    from engines import on_workers
+    from engines import Workers
 
-    return on_workers
+    workers = Workers(nursery.python())
+    yield workers
+    workers.close()
 
 
 @pytest.fixture(scope="session")

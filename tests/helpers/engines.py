@@ -5,13 +5,12 @@ torch.distributed and DeepSpeed keep state for the life of a process, and take s
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,74 +28,87 @@ OnWorkers = Callable[..., list[Any]]
 """`on_workers`, as the fixture gives it."""
 
 _TIME_LIMIT_S = 240
-_pools: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 
 
-def on_workers(num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)`, of a test module, returns on every rank.
+class Workers:
+    """Groups of processes that run functions of test modules on every rank, by their number."""
 
-    Raises RuntimeError with what a rank raised, or if one gives no answer in time; the processes,
-    which then may wait for each other, are replaced.
-    """
-    if num_workers not in _pools:
-        _pools[num_workers] = _start(num_workers)
-    pipes = [pipe for _, pipe in _pools[num_workers]]
-    for pipe in pipes:
-        pipe.send((function, args))
-    results: list[Any] = [None] * num_workers
-    problem, waiting = "", dict(zip(pipes, range(num_workers), strict=True))
-    while waiting:
-        # A rank that failed may leave the others waiting for it.
-        ready = wait(list(waiting), 10 if problem else _TIME_LIMIT_S)
-        if not ready:
-            break
+    def __init__(self, python: Sequence[str]) -> None:
+        """python: the command that runs a file."""
+        self._python = python
+        self._groups: dict[int, list[tuple[subprocess.Popen[bytes], Connection]]] = {}
+
+    def __call__(self, num_workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)`, of a test module, returns on every rank.
+
+        Raises RuntimeError with what a rank raised, or if one gives no answer in time; the
+        processes, which then may wait for each other, are replaced.
+        """
+        if num_workers not in self._groups:
+            self._groups[num_workers] = self._start(num_workers)
+        pipes = [pipe for _, pipe in self._groups[num_workers]]
         for pipe in pipes:
-            if pipe in ready:
-                results[waiting[pipe]], found = pipe.recv()
-                problem = problem or (found and f"rank {waiting[pipe]}: {found}")
-                del waiting[pipe]
-    if waiting:
-        for process, _ in _pools.pop(num_workers):
-            process.kill()
-    if problem or waiting:
-        raise RuntimeError(problem or f"no answer from ranks {sorted(waiting.values())}")
-    return results
+            pipe.send((function, args))
+        results: list[Any] = [None] * num_workers
+        problem, waiting = "", dict(zip(pipes, range(num_workers), strict=True))
+        while waiting:
+            # A rank that failed may leave the others waiting for it.
+            ready = wait(list(waiting), 10 if problem else _TIME_LIMIT_S)
+            if not ready:
+                break
+            for pipe in pipes:
+                if pipe in ready:
+                    results[waiting[pipe]], found = pipe.recv()
+                    problem = problem or (found and f"rank {waiting[pipe]}: {found}")
+                    del waiting[pipe]
+        if waiting:
+            for process, _ in self._groups.pop(num_workers):
+                process.kill()
+        if problem or waiting:
+            raise RuntimeError(problem or f"no answer from ranks {sorted(waiting.values())}")
+        return results
+
+    def _start(self, num_workers: int) -> list[tuple[subprocess.Popen[bytes], Connection]]:
+        port = free_port()
+        group: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        for rank in range(num_workers):
+            environment = {
+                **os.environ,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_workers),
+                "LOCAL_SIZE": str(num_workers),
+                "NODE_RANK": "0",
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                # DeepSpeed compiles with ninja, which may not be on the PATH.
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            }
+            with Listener(family="AF_UNIX") as listener:
+                process = subprocess.Popen(
+                    [*self._python, __file__, str(listener.address)], env=environment
+                )
+                group.append((process, listener.accept()))
+        return group
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            for process, pipe in group:
+                pipe.close()
+                process.wait(30)
 
 
-def _start(num_workers: int) -> list[tuple[BaseProcess, Connection]]:
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
-    pool: list[tuple[BaseProcess, Connection]] = []
-    for rank in range(num_workers):
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(rank, num_workers, port, theirs), daemon=True
-        )
-        process.start()
-        pool.append((process, ours))
-    return pool
-
-
-def _serve(rank: int, num_workers: int, port: int, pipe: Connection) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_workers),
-        "LOCAL_SIZE": str(num_workers),
-        "NODE_RANK": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        # DeepSpeed compiles with ninja, which lies beside this Python.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+def _serve(address: str) -> None:
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+    pipe = Client(address)
     torch.distributed.init_process_group("gloo")
     while True:
         try:
@@ -170,3 +182,7 @@ def trainer(config: TrainConfig, num_steps: int = 20, weight: float = 1.0) -> St
     data = comparisons()
     engine = zero.initialize(config, num_steps)
     return Stepper(engine, config, TrainingData(data, data, (weight,), 0, has_ties=False))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -32,9 +32,9 @@ def test_serve_says_where_it_listens(service: str) -> None:
 
 
 def test_every_replica_answers_a_broadcast(service: str) -> None:
-    from ray import serve
+    from ray.serve.handle import DeploymentHandle
 
-    handle = serve.get_deployment_handle("RewardModel", DEFAULT_APP_NAME)
+    handle = DeploymentHandle("RewardModel", DEFAULT_APP_NAME)  # not the one that Serve keeps
 
     async def ask() -> list[str]:
         internals.route_in_this_loop(handle)
