@@ -3,8 +3,8 @@
 A Ray worker of ours imports for 8 to 13 seconds of CPU time, and the suite starts about a hundred.
 `Nursery` keeps one process that has imported and forks on request; the clusters of the tests take
 their workers from it through Ray's own `py_executable`. What Ray starts in place of Python is a
-small client, which hands its arguments, environment and files over, passes signals on, and ends when
-the forked process does. One that is killed takes the forked process with it.
+small client, which hands its arguments, environment and files over, passes signals on, and ends
+when the forked process does. One that is killed takes the forked process with it.
 
     python tests/helpers/nursery.py serve SOCKET                        the nursery
     python tests/helpers/nursery.py SOCKET [-m MODULE | FILE] ...       the client

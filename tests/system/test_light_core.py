@@ -19,7 +19,6 @@ pytestmark = pytest.mark.process
 
 LIGHT = [
     "reward_actor",
-    "reward_actor.engine.packing",
     "reward_actor.binary",
     "reward_actor.engine.cache",
     "reward_actor.client.sync",
@@ -112,9 +111,9 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
     quiet = ["--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # setuptools writes beside what it builds
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "rayward"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
-    for name in ("reward_actor", "serve", "trainer"):
+    for name in ("rayward", "reward_actor", "serve", "trainer"):
         shutil.copytree(root / name, source / name)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "light")], check=True)
     python = str(tmp_path / "light" / "bin" / "python")

@@ -10,14 +10,13 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import torch
 from engines import OnWorkers, train_without_ray
 from isolation import environment_for_a_cluster
-from nursery import Nursery
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
@@ -27,6 +26,9 @@ from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
 from trainer.data.prepare import prepare
 from trainer.run import finished, resolve_paths, train
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 # Many more than a worker takes while a signal is on its way.
 NUM_STEPS = 240
