@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,25 +21,10 @@ from reward_actor.model.reward_model import RewardModel, head_name
 from reward_actor.transformers_internals import attention_is, attention_of, initialise
 from trainer.config.train import TrainConfig
 from trainer.network import adapters
+from trainer.network.configuration import base_config
 from trainer.network.packed import TrainedModel
 
 Context = AbstractContextManager[None]
-
-
-def base_config(path: str, num_outputs: int = 1) -> PretrainedConfig:
-    """The network's configuration: `num_outputs` labels, no noise. Raises ValueError for no such
-    model."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: {path} cannot be loaded: {error}") from error
-    config.num_labels = num_outputs
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            # Noise would make the loss another function than the reward that is served.
-            if ("drop" in name or "jitter" in name) and isinstance(value, float):
-                setattr(part, name, 0.0)
-    return cast("PretrainedConfig", config)
 
 
 def build_model(config: TrainConfig, settings: dict[str, Any]) -> TrainedModel:

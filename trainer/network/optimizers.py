@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import SchedulerType, get_scheduler
 
 from reward_actor.model.reward_model import HEAD_NAMES
 from trainer.deepspeed_internals import muon_class
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 # They follow a loss that the trainer would have to measure, and a resumed run to remember.
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # transformers drops them in silence
-_SCHEDULES = tuple(kind.value for kind in SchedulerType if kind.value not in _NEED_A_METRIC)
+# Their module imports half of `transformers`, so it is imported when one is made. These are right
+# without arguments for any number of steps.
+_NEED_NO_CHECK = ("constant", "constant_with_warmup", "cosine", "linear")
 
 
 def check_optimizer(config: OptimizerConfig, num_steps: int) -> None:
@@ -30,6 +31,18 @@ def check_optimizer(config: OptimizerConfig, num_steps: int) -> None:
     That is an unknown schedule, arguments that it does not take or that make a learning rate below
     0, an optimizer whose package is missing, and clipping for one that has no use for it.
     """
+    if config.schedule_args or config.schedule not in _NEED_NO_CHECK:
+        _check_schedule(config, num_steps)
+    if config.name == "adamw_8bit":
+        _eight_bit_class()
+    if config.name == "muon" and config.max_grad_norm:
+        raise ValueError(
+            f"optimizer.max_grad_norm is {config.max_grad_norm}, but muon's updates have the same "
+            "size whatever the gradient's: set it to 0"
+        )
+
+
+def _check_schedule(config: OptimizerConfig, num_steps: int) -> None:
     weight = nn.Parameter(torch.zeros(1))
     schedule = make_schedule(config, torch.optim.SGD([weight], config.learning_rate), num_steps)
     try:
@@ -44,13 +57,6 @@ def check_optimizer(config: OptimizerConfig, num_steps: int) -> None:
                 f"optimizer.schedule_args: with {config.schedule_args} the learning rate of step "
                 f"{step + 1} is {rate} times its peak"
             )
-    if config.name == "adamw_8bit":
-        _eight_bit_class()
-    if config.name == "muon" and config.max_grad_norm:
-        raise ValueError(
-            f"optimizer.max_grad_norm is {config.max_grad_norm}, but muon's updates have the same "
-            "size whatever the gradient's: set it to 0"
-        )
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -129,16 +135,19 @@ def make_schedule(
 ) -> LambdaLR:
     """Any schedule of `transformers` that follows the step alone. Raises ValueError for another
     one, and for arguments that it does not take."""
+    from transformers import SchedulerType, get_scheduler
+
+    known = [kind.value for kind in SchedulerType if kind.value not in _NEED_A_METRIC]
     name, arguments = config.schedule, dict(config.schedule_args)
     if name == "cosine_with_min_lr" and not arguments:
         arguments = {"min_lr_rate": 0.1}
     if name in _NEED_A_METRIC:
         raise ValueError(
             f"optimizer.schedule: {name} follows a metric, and the learning rate here depends on "
-            f"the step alone; there are {', '.join(_SCHEDULES)}"
+            f"the step alone; there are {', '.join(known)}"
         )
     try:
-        if name not in _SCHEDULES:
+        if name not in known:
             raise ValueError("there is no such schedule")
         if name in _WITHOUT_ARGUMENTS and arguments:
             raise ValueError("it takes no arguments")
@@ -152,6 +161,6 @@ def make_schedule(
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer.schedule: {name} with schedule_args {arguments}: {error}; there are "
-            f"{', '.join(_SCHEDULES)}"
+            f"{', '.join(known)}"
         ) from None
     return schedule
