@@ -21,7 +21,7 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 # make test PACKAGE=serve, or a path: one part of the suite.
 PACKAGE ?=
 TESTS = $(if $(wildcard tests/$(PACKAGE)),tests/$(PACKAGE),$(PACKAGE))
-FAST := not (ray or browser or deepspeed or vllm or process or long)
+FAST := not (ray or browser or deepspeed or vllm or process or alone or long)
 
 .PHONY: setup browser demo test test-fast test-long lint format clean
 

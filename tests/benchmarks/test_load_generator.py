@@ -26,6 +26,8 @@ from benchmarks.serving.load import (
     summarize,
 )
 
+pytestmark = pytest.mark.alone
+
 REQUEST = Request("/score", "application/json", b'{"n": 1}', num_tokens=10)
 
 

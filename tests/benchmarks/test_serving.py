@@ -139,6 +139,7 @@ def test_targets_are_ratios_of_medians() -> None:
     assert "| ours_1x2 | 160 | 10.00..170 | 0 |" in printed
 
 
+@pytest.mark.alone
 def test_simulated_replicas_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "simulation.json"
     flags = (

@@ -197,6 +197,7 @@ def test_the_figures_are_those_of_the_definitions() -> None:
     assert (padded["peak_memory_bytes"], padded["step_memory_bytes"]) == (7, 3)
 
 
+@pytest.mark.alone
 def test_a_tiny_run_on_plain_torch_writes_every_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
