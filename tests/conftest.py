@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
+from multiprocessing.spawn import get_executable, set_executable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,26 +102,33 @@ def on_workers(nursery: Nursery) -> Iterator[OnWorkers]:
     """Runs a function on every rank of DeepSpeed workers that live as long as the session."""
     from engines import Workers
 
-    workers = Workers(nursery.python())
+    workers = Workers(nursery.python)
     yield workers
     workers.close()
 
 
 @pytest.fixture(scope="session")
-def vllm_engine() -> None:
-    """For fixtures that start vLLM."""
+def vllm_engine(nursery: Nursery) -> Iterator[None]:
+    """For tests and fixtures that start vLLM; its processes come from the nursery, too."""
     if find_spec("vllm") is None:
         skip_without("vLLM")
+    python = get_executable()
+    set_executable(nursery.python)
+    yield
+    set_executable(python)
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """Where clusters get workers that have imported already."""
+def nursery(request: pytest.FixtureRequest) -> Iterator[Nursery]:
+    """For programs that start with everything imported, and clusters that get such workers."""
     from nursery import Nursery
 
+    with_vllm = find_spec("vllm") is not None and any(
+        "vllm_engine" in getattr(item, "fixturenames", ()) for item in request.session.items
+    )
     # A socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="rayward-", dir="/tmp") as folder:
-        started = Nursery(Path(folder))
+        started = Nursery(Path(folder), with_vllm=with_vllm)
         started.wait()
         yield started
         started.close()
@@ -133,14 +141,9 @@ def ray_cluster(nursery: Nursery) -> Iterator[None]:
 
     from reward_actor.cluster import connect
 
-    before = {name: os.environ.get(name) for name in nursery.environment}
-    os.environ.update(nursery.environment)
+    python, sys.executable = sys.executable, nursery.python
     connect(16, log_to_driver=False)
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    sys.executable = python
     yield
     ray.shutdown()
 
@@ -253,7 +256,7 @@ def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("slow")
     base = init_model(
-        root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=6, num_heads=8,
+        root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=2, num_heads=8,
         num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
     )  # fmt: skip
     return make_export(base, root / "slow")

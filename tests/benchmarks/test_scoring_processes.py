@@ -6,18 +6,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from benchmarks.scoring.__main__ import main
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_tiny_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_run_writes_every_figure(
+    nursery: Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "executable", nursery.python)  # where its peers come from
     output = tmp_path / "scoring.json"
     flags = (
         "--shape tiny --device cpu --dtype float32 --rounds 2 --threads 1 --workload grpo "

@@ -7,25 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from training_flags import FLAGS
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_tiny_run_takes_turns_on_the_trainers_engine(tmp_path: Path) -> None:
+def test_a_tiny_run_takes_turns_on_the_trainers_engine(nursery: Nursery, tmp_path: Path) -> None:
     output = tmp_path / "training.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.training",
-        *FLAGS.split(),
-        "--output",
-        str(output),
-    ]
+    command = [nursery.python, "-m", "benchmarks.training", *FLAGS.split(), "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
@@ -38,15 +35,7 @@ def test_a_tiny_run_takes_turns_on_the_trainers_engine(tmp_path: Path) -> None:
 
 
 def test_plain_torch_needs_torch_and_transformers_only(tmp_path: Path) -> None:
-    flags = [
-        *FLAGS.split(),
-        "--engine",
-        "torch",
-        "--lora",
-        "2",
-        "--output",
-        str(tmp_path / "o.json"),
-    ]
+    flags = [*FLAGS.split(), "--engine", "torch", "--lora", "2", "--output", f"{tmp_path}/o.json"]
     code = (
         "import sys\n"
         "for name in ('ray', 'pydantic', 'httpx', 'rich', 'deepspeed', 'peft', 'accelerate'):\n"

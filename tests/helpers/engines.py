@@ -6,10 +6,11 @@ torch.distributed and DeepSpeed keep state for the life of a process, and take s
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,13 @@ _TIME_LIMIT_S = 240
 
 
 class Workers:
-    """Groups of processes that run functions of test modules on every rank, by their number."""
+    """Groups of processes that run functions of test modules on every rank, by their number.
 
-    def __init__(self, python: Sequence[str]) -> None:
-        """python: the command that runs a file."""
+    What they exchange is pickled here: a Connection's own pickling of a tensor passes a file
+    descriptor, and asks for one authentication key in all processes.
+    """
+
+    def __init__(self, python: str) -> None:
         self._python = python
         self._groups: dict[int, list[tuple[subprocess.Popen[bytes], Connection]]] = {}
 
@@ -48,7 +52,7 @@ class Workers:
             self._groups[num_workers] = self._start(num_workers)
         pipes = [pipe for _, pipe in self._groups[num_workers]]
         for pipe in pipes:
-            pipe.send((function, args))
+            pipe.send_bytes(pickle.dumps((function, args)))
         results: list[Any] = [None] * num_workers
         problem, waiting = "", dict(zip(pipes, range(num_workers), strict=True))
         while waiting:
@@ -58,7 +62,7 @@ class Workers:
                 break
             for pipe in pipes:
                 if pipe in ready:
-                    results[waiting[pipe]], found = pipe.recv()
+                    results[waiting[pipe]], found = pickle.loads(pipe.recv_bytes())
                     problem = problem or (found and f"rank {waiting[pipe]}: {found}")
                     del waiting[pipe]
         if waiting:
@@ -89,7 +93,7 @@ class Workers:
             }
             with Listener(family="AF_UNIX") as listener:
                 process = subprocess.Popen(
-                    [*self._python, __file__, str(listener.address)], env=environment
+                    [self._python, __file__, str(listener.address)], env=environment
                 )
                 group.append((process, listener.accept()))
         return group
@@ -112,13 +116,14 @@ def _serve(address: str) -> None:
     torch.distributed.init_process_group("gloo")
     while True:
         try:
-            function, args = pipe.recv()
+            function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the tests are over
             return
         try:
-            pipe.send((function(*args), ""))
+            answer = pickle.dumps((function(*args), ""))
         except Exception:
-            pipe.send((None, traceback.format_exc()))
+            answer = pickle.dumps((None, traceback.format_exc()))
+        pipe.send_bytes(answer)
 
 
 def comparisons(num: int = 32, seed: int = 0) -> Comparisons:

@@ -1,13 +1,13 @@
-"""Processes that have torch, transformers and DeepSpeed imported already: forked, not started.
+"""A `python` that forks: a program starts with torch, transformers and DeepSpeed imported already.
 
-A Ray worker of ours imports for 8 to 13 seconds of CPU time, and the suite starts about a hundred.
-`Nursery` keeps one process that has imported and forks on request; the clusters of the tests take
-their workers from it through Ray's own `py_executable`. What Ray starts in place of Python is a
-small client, which hands its arguments, environment and files over, passes signals on, and ends
-when the forked process does. One that is killed takes the forked process with it.
+A process of ours imports for 8 to 13 seconds of CPU time, and the suite starts some hundreds.
+`Nursery` keeps one process that has imported and forks on request. What tests start in place of
+Python, its `python`, is a small client: it hands its arguments, environment and files over, passes
+signals on, and ends as the forked process does. One that is killed takes the forked process with
+it. `sys.executable` of a forked process is that client again, so the workers of its Ray cluster
+come from here, too.
 
-    python tests/helpers/nursery.py serve SOCKET                        the nursery
-    python tests/helpers/nursery.py SOCKET [-m MODULE | FILE] ...       the client
+    python tests/helpers/nursery.py FOLDER [vllm]      serves FOLDER/bin/python
 """
 
 import os
@@ -15,10 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_SOCKET_VARIABLE = "RAYWARD_NURSERY"
-# Not Ray: its core reads the environment, which is a worker's own, when it is imported.
+if TYPE_CHECKING:
+    import psutil
+
+# Not Ray: its core reads the environment, which is a process' own, when it is imported.
 _PRELOADED = (
     "aiohttp",
     "fastapi",
@@ -32,28 +36,51 @@ _PRELOADED = (
     "transformers.models.qwen3.modeling_qwen3",
     "trainer.finish",
 )
+_PRELOADED_FOR_VLLM = (
+    "setproctitle",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.adapters",
+    "vllm.model_executor.models.qwen3",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+# What a client may have open; multiprocessing gives a child the number of its pipe.
+_MOST_FILES = 100
+# These end when their parent is not the raylet.
+_CHILDREN_OF_THE_RAYLET = ("dashboard/agent.py", "runtime_env/agent/main.py")
 
 
 class Nursery:
     """The process that forks; it ends with the process that made this, or by `close`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._socket = str(folder / "nursery")
+    def __init__(self, folder: Path, *, with_vllm: bool = False) -> None:
+        self.bin = folder / "bin"
+        """For the $PATH: this `python`, and what else lies beside the real one."""
+        self.python = str(self.bin / "python")
+        """In place of `sys.executable`, to start a program in a forked process."""
+        self.bin.mkdir()
+        for program in Path(sys.executable).parent.iterdir():
+            if not program.name.startswith("python"):
+                (self.bin / program.name).symlink_to(program)
         here = Path(__file__).resolve()
+        # -S and -E: a client needs none of what makes Python's start slow.
+        client = [
+            f"#!{sys.executable} -SE",
+            f"import sys; sys.path[0] = {str(here.parent)!r}",
+            f"import nursery; nursery.ask({sys.executable!r}, {str(folder / 'socket')!r})",
+        ]
+        Path(self.python).write_text("\n".join(client) + "\n")
+        Path(self.python).chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, str(here), "serve", self._socket],
+            [sys.executable, str(here), str(folder), *(["vllm"] if with_vllm else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "PYTHONPATH": str(here.parents[2])},
         )
-        self.environment = {
-            _SOCKET_VARIABLE: self._socket,
-            "RAY_RUNTIME_ENV_HOOK": "nursery.hook",
-            "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}",
-        }
-        """For processes whose Ray clusters take their workers from here."""
 
     def wait(self) -> None:
         assert self._process.stdout is not None
@@ -62,87 +89,112 @@ class Nursery:
                 return
         raise RuntimeError("the nursery could not import what it preloads")
 
-    def python(self) -> list[str]:
-        """In place of `sys.executable`, to start a program in a forked process."""
-        return _client(self._socket)
-
     def close(self) -> None:
-        self._process.communicate()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
 
 
-def _client(path: str) -> list[str]:
-    # -S -E: a client needs none of what makes Python's start slow.
-    return [sys.executable, "-S", "-E", str(Path(__file__).resolve()), path]
+def descendants(process: "psutil.Process") -> "Iterator[psutil.Process]":
+    """All that it started; behind a client, the forked process and what that started."""
+    import psutil
 
-
-def hook(runtime_env: dict[str, object] | None) -> dict[str, object]:
-    """For $RAY_RUNTIME_ENV_HOOK: workers come from the nursery."""
-    client = " ".join(_client(os.environ[_SOCKET_VARIABLE]))
-    return {"py_executable": client, **(runtime_env or {})}
+    try:
+        name = Path(f"/proc/{process.pid}/comm").read_text().split()
+        if name[:1] == [_FORKED]:
+            process = psutil.Process(int(name[1]))
+            yield process
+        children = process.children()
+    except (OSError, psutil.NoSuchProcess):
+        return
+    for child in children:
+        yield child
+        yield from descendants(child)
 
 
 # ---- the nursery
 
 
-def _serve(path: str) -> None:
+def _serve(folder: Path, *, with_vllm: bool) -> None:
     """Import, say so on stdout, and fork a process for every client until stdin closes."""
     import gc
+    import multiprocessing
     import threading
     from importlib import import_module
 
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed's autotuner would import it
-    for name in (*_PRELOADED, "deepspeed"):
+    # MLflow: DeepSpeed's autotuner would import it. Ray: vLLM would.
+    absent: dict[str, Any] = dict.fromkeys(("mlflow", "ray"))
+    sys.modules |= absent
+    for name in (*_PRELOADED, "deepspeed", *(_PRELOADED_FOR_VLLM if with_vllm else ())):
         import_module(name)
-    del sys.modules["mlflow"]
-    assert "ray" not in sys.modules
+    # The last of them is where vLLM keeps that there is no Ray.
+    for name in (*absent, "vllm.v1.executor.ray_utils"):
+        sys.modules.pop(name, None)
     gc.collect()
     gc.freeze()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a tender ended
+    sys.executable = str(folder / "bin/python")
+    multiprocessing.set_executable(sys.executable)
+    end, end_of_this = os.pipe()  # closes with this process
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(str(folder / "socket"))
     listener.listen(64)
     print("ready", flush=True)
     while True:
         client, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            _tend(client)
+            os.close(end_of_this)
+            _tend(client, end)
         client.close()
 
 
 def _end_with_parent() -> None:
-    sys.stdin.read()
+    os.read(0, 1)  # not sys.stdin: a lock that is held at a fork stays so in the child
     os._exit(0)
 
 
-def _tend(client: socket.socket) -> None:
-    """Fork for a client, tell it the pid and, in the end, how the process ended."""
+def _tend(client: socket.socket, end: int) -> None:
+    """Fork for a client, tell it the pid and, in the end, how the process ended. If the client is
+    killed, or the nursery ends, the process is killed."""
+    import fcntl
     import json
     import select
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    told = json.loads(_exactly(client, int.from_bytes(_exactly(client, 8), "big")))
-    _, files, _, _ = socket.recv_fds(client, 1, 3)
+    told = json.loads(_exactly(client, _number(client)))
+    _, files, _, _ = socket.recv_fds(client, 1, _MOST_FILES)
     pid = os.fork()
     if pid == 0:
         client.close()
-        for target, file in enumerate(files):
+        # Out of the way of the numbers that they had in the client.
+        files = [fcntl.fcntl(file, fcntl.F_DUPFD, 2 * _MOST_FILES) for file in files]
+        os.closerange(3, 2 * _MOST_FILES)
+        for target, file in zip(told.pop("files"), files, strict=True):
             os.dup2(file, target)
             os.close(file)
         _become(**told)
     for file in files:
         os.close(file)
-    client.sendall(pid.to_bytes(8, "big"))
+    _tell(client, pid)
     handle = os.pidfd_open(pid)
-    readable, _, _ = select.select([handle, client], [], [])
-    if handle not in readable:  # the client was killed
+    readable, _, _ = select.select([handle, client, end], [], [])
+    if handle not in readable:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if handle in readable:
-        client.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
+        _tell(client, code)
     os._exit(0)
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    connection.sendall(number.to_bytes(8, "big", signed=True))
+
+
+def _number(connection: socket.socket) -> int:
+    return int.from_bytes(_exactly(connection, 8), "big", signed=True)
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
@@ -155,28 +207,50 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     return data
 
 
-def _become(arguments: list[str], environment: dict[str, str], directory: str) -> None:
-    """Run a file or a module as Python would."""
+def _become(
+    kind: str, program: str, arguments: list[str], environment: dict[str, str], directory: str
+) -> None:
+    """Run code, a module or a file as Python would."""
     import runpy
+    import tempfile
     import traceback
+    import types
+
+    import numpy as np
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    if "--multiprocessing-fork" in arguments and "setproctitle" in sys.modules:
+        # Of vLLM, which names its processes. How to is found out before the environment moves; Ray
+        # has its own way, which must be the first.
+        sys.modules["setproctitle"].getproctitle()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    is_module = arguments[0] == "-m"
+    tempfile.tempdir = None  # found in $TMPDIR when it is asked for
+    np.random.seed()
+    if environment.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     places = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    first = directory if is_module else os.path.dirname(os.path.abspath(arguments[0]))
+    first = os.path.dirname(os.path.abspath(program)) if kind == "file" else directory
     sys.path[:] = [first, *places, *(p for p in sys.path[1:] if p not in places)]
-    sys.argv = arguments[1:] if is_module else arguments
+    sys.argv = [{"code": "-c", "module": "-m"}.get(kind, program), *arguments]
     code = 0
     try:
-        if is_module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        if kind == "code":
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(program, "<string>", "exec"), main.__dict__)
+        elif kind == "module":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -194,23 +268,70 @@ def _become(arguments: list[str], environment: dict[str, str], directory: str) -
 # ---- the client
 
 
-def _ask(path: str, arguments: list[str]) -> None:
+_FORKED = "forked"
+"""A client's name in /proc is this word and the pid of what was forked for it."""
+
+# The runtime environments' agent tells workers what Python they run under: its own.
+_AS_A_CHILD = """
+import runpy, sys
+sys.executable, *sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def ask(python: str, path: str) -> None:
+    """Be a client of the nursery at the socket `path`; or the real Python, where it cannot fork."""
     import json
 
-    told = {"arguments": arguments, "environment": dict(os.environ), "directory": os.getcwd()}
+    told = _program(sys.argv[1:])
+    if not told:
+        os.execv(python, [python, *sys.argv[1:]])
+    if told["program"].endswith(_CHILDREN_OF_THE_RAYLET):
+        os.execv(
+            python, [python, "-c", _AS_A_CHILD, sys.argv[0], told["program"], *told["arguments"]]
+        )
+    files = [number for number in range(_MOST_FILES) if _is_open(number)]
+    told |= {"files": files, "environment": dict(os.environ), "directory": os.getcwd()}
     body = json.dumps(told).encode("utf-8", "surrogateescape")
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    connection.sendall(len(body).to_bytes(8, "big") + body)
-    socket.send_fds(connection, [b"."], [0, 1, 2])
-    pid = int.from_bytes(_exactly(connection, 8), "big")
+    _tell(connection, len(body))
+    connection.sendall(body)
+    socket.send_fds(connection, [b"."], files)
+    pid = _number(connection)
+    with open("/proc/self/comm", "w") as name:
+        name.write(f"{_FORKED} {pid}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(pid, number))
-    os._exit(int.from_bytes(_exactly(connection, 8), "big"))
+    code = _number(connection)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _is_open(file: int) -> bool:
+    try:
+        os.fstat(file)
+    except OSError:
+        return False
+    return True
+
+
+def _program(arguments: list[str]) -> dict[str, Any]:
+    """What Python's command line says to run; empty for what only Python itself can do."""
+    while arguments[:1] in (["-u"], ["-B"]):  # Ray's way, and multiprocessing's
+        if arguments[0] == "-u":
+            os.environ["PYTHONUNBUFFERED"] = "1"
+        arguments = arguments[1:]
+    kind = {"-c": "code", "-m": "module"}.get(arguments[0]) if arguments else None
+    if kind and len(arguments) > 1:
+        return {"kind": kind, "program": arguments[1], "arguments": arguments[2:]}
+    if not arguments or arguments[0].startswith("-"):
+        return {}
+    return {"kind": "file", "program": arguments[0], "arguments": arguments[1:]}
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        _serve(sys.argv[2])
-    else:
-        _ask(sys.argv[1], sys.argv[2:])
+    _serve(Path(sys.argv[1]), with_vllm=sys.argv[2:] == ["vllm"])

@@ -11,7 +11,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from isolation import environment_for_a_cluster, free_port
+from nursery import descendants
 
 from serve.http.auth import add_token
 
@@ -46,7 +46,7 @@ class Secured:
 
     def processes(self) -> list[psutil.Process]:
         here = psutil.Process(self.process.pid)
-        return [here, *here.children(recursive=True)]
+        return [here, *descendants(here)]
 
     def replica_pids(self) -> set[int]:
         return {p.pid for p in self.processes() if "ray::ServeReplica" in "".join(p.cmdline()[:1])}
@@ -88,7 +88,7 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def secured_service(
-    export: Path, directory: Path, *options: str, **environment: str
+    python: str, export: Path, directory: Path, *options: str, **environment: str
 ) -> Iterator[Secured]:
     """Started by its command; what it writes lies in a temporary folder of its own."""
     cert, key = self_signed(directory)
@@ -100,7 +100,7 @@ def secured_service(
     # Ray and HAProxy make sockets in there, and a socket's path must be short.
     temporary = Path(f"/tmp/r{secrets.token_hex(2)}")
     temporary.mkdir(mode=0o700)
-    command = [sys.executable, "-m", "rayward", "serve", str(export), "--port", str(free_port())]
+    command = [python, "-m", "rayward", "serve", str(export), "--port", str(free_port())]
     command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
     command += ["--num-replicas", "2", "--token-file", str(token_file), "--registry", str(registry)]
     command += ["--tls-cert", str(cert), "--tls-key", str(key), *options]

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from types import TracebackType
 import httpx
 import psutil
 from isolation import environment_for_a_cluster, free_port
+from nursery import descendants
 
 _START_S = 120.0
 
@@ -24,14 +24,14 @@ class Service:
     Settings of these tests come first; `options` may override them.
     """
 
-    def __init__(self, model: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, python: str, model: Path, *options: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "rayward", "serve", str(model), "--port", str(self.port)]
+        command = [python, "-m", "rayward", "serve", str(model), "--port", str(self.port)]
         command += ["--device", "cpu", "--cpus-per-replica", "0.5", "--threads-per-replica", "1"]
         self.process = subprocess.Popen(
             [*command, *options],
-            env={**environment_for_a_cluster(), "OMP_NUM_THREADS": "1", **(env or {})},
+            env={**environment_for_a_cluster(), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,7 +55,7 @@ class Service:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = list(descendants(psutil.Process(self.process.pid)))
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
@@ -68,7 +68,7 @@ class Service:
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of this service whose title begins so."""
         found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
+        for process in descendants(psutil.Process(self.process.pid)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if (process.cmdline() or [""])[0].startswith(name):
                     found.append(process)

@@ -23,6 +23,7 @@ TRAINED = 6  # steps of a schedule's warm-up and decay
 class Victims:
     """Two workers. After every step the first one prints {"step", "num_failed"}."""
 
+    python: str
     model: Path
     directory: Path
     changes: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Victims:
         here = Path(__file__).parent
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, json.dumps(told), str(rank), str(meeting)],
+                [self.python, __file__, json.dumps(told), str(rank), str(meeting)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=(self.directory.with_suffix(f".{rank}.log")).open("a"),

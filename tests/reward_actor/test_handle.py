@@ -7,11 +7,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
@@ -26,6 +25,9 @@ from reward_actor import (
     RewardServiceError,
     Whole,
 )
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 GROUPS: list[Group | Whole] = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer."]),
@@ -74,14 +76,14 @@ print(json.dumps(handle.score("Name two fruits.", ["An apple and a pear.", "A ha
 
 @pytest.mark.parametrize("router", [None, "0"])
 def test_a_driver_on_the_fast_path_scores(
-    service: str, rewards: list[float], router: str | None
+    nursery: Nursery, service: str, rewards: list[float], router: str | None
 ) -> None:
     environment = {**os.environ, **FAST, "RAY_AUTH_MODE": "token"}
     environment["ADDRESS"] = ray.get_runtime_context().gcs_address
     del environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"]
     if router is not None:
         environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = router
-    command = [sys.executable, "-c", DRIVER]
+    command = [nursery.python, "-c", DRIVER]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])
@@ -164,7 +166,7 @@ def test_a_killed_ingress_costs_no_call(service: str, rewards: list[float]) -> N
     ]
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
-        time.sleep(0.02)
+        calls[0].result()
         os.kill(ingress, signal.SIGKILL)
         calls += [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
         for call in calls:

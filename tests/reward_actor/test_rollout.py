@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ import torch
 from reward_actor import Group, RewardScorer
 from reward_actor.rollout.pool import sample, start_rollout_actors
 from reward_actor.rollout.records import Sampling, VllmSettings
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 PROMPTS: list[Any] = ["Name two fruits.", [{"role": "user", "content": "Hi."}], "Count to three."]
 SAMPLING = Sampling(num_completions=3, max_tokens=12, seed=7)
@@ -108,7 +110,7 @@ def test_log_probabilities_are_of_what_was_sampled_from(actors: list[Any]) -> No
 
 
 def test_other_tokenizers_travel_as_text(
-    service: str, tmp_path: Path, export_dir: Path, actors: list[Any]
+    nursery: Nursery, service: str, tmp_path: Path, export_dir: Path, actors: list[Any]
 ) -> None:
     """A policy with a vocabulary of its own: its completions are rendered by the reward model.
 
@@ -127,7 +129,7 @@ def test_other_tokenizers_travel_as_text(
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "rollouts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
+    command = [nursery.python, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
     command += ["--scorer", service, "--ray-address", address, "--num-completions", "2"]
     done = subprocess.run(
         [*command, "--max-tokens", "8"], capture_output=True, text=True, timeout=300

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from reward_actor.export import export
 from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.vllm.scorer import VllmScorer
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = [
     pytest.mark.usefixtures("vllm_engine"),
@@ -65,7 +68,7 @@ if __name__ == "__main__":
 """
 
 
-def vllm_scores(directory: Path, rows: list[list[int]], scratch: Path) -> list[float]:
+def vllm_scores(python: str, directory: Path, rows: list[list[int]], scratch: Path) -> list[float]:
     script = scratch / "engine.py"
     script.write_text(ENGINE)
     environment = {
@@ -75,7 +78,7 @@ def vllm_scores(directory: Path, rows: list[list[int]], scratch: Path) -> list[f
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(script), str(directory), json.dumps(rows)],
+        [python, str(script), str(directory), json.dumps(rows)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -96,26 +99,28 @@ def export_family(family: str, base_model: Path, directory: Path) -> Path:
     return directory
 
 
-def largest_difference(directory: Path, tmp_path: Path) -> float:
+def largest_difference(python: str, directory: Path, tmp_path: Path) -> float:
     ours = RewardScorer.from_pretrained(directory, "cpu").raw_scores(ROWS).ravel().tolist()
-    theirs = vllm_scores(directory, ROWS, tmp_path)
+    theirs = vllm_scores(python, directory, ROWS, tmp_path)
     assert len({round(score, 3) for score in theirs}) > 1
     return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_vllm_gives_the_same_raw_scores(export_dir: Path, tmp_path: Path) -> None:
-    assert largest_difference(export_dir, tmp_path) < 1e-5
+def test_vllm_gives_the_same_raw_scores(nursery: Nursery, export_dir: Path, tmp_path: Path) -> None:
+    assert largest_difference(nursery.python, export_dir, tmp_path) < 1e-5
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vllm_gives_the_same_raw_scores_of(family: str, base_model: Path, tmp_path: Path) -> None:
+def test_vllm_gives_the_same_raw_scores_of(
+    nursery: Nursery, family: str, base_model: Path, tmp_path: Path
+) -> None:
     directory = export_family(family, base_model, tmp_path / "export")
     if family in WITHOUT_POOLING:
         with pytest.raises(AssertionError, match="no module or parameter named 'score'"):
-            vllm_scores(directory, ROWS, tmp_path)
+            vllm_scores(nursery.python, directory, ROWS, tmp_path)
         return
-    difference = largest_difference(directory, tmp_path)
+    difference = largest_difference(nursery.python, directory, tmp_path)
     print(f"{family}: largest difference {difference:.2g}")
     assert difference < TOLERANCE.get(family, 1e-5)
 

@@ -6,19 +6,24 @@ import contextlib
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
 import pytest
 from service_process import Service
 
+if TYPE_CHECKING:
+    from nursery import Nursery
+
 pytestmark = pytest.mark.process
 
 
-def test_replicas_follow_the_queue_up_and_down_to_none(slow_export: Path) -> None:
+def test_replicas_follow_the_queue_up_and_down_to_none(nursery: Nursery, slow_export: Path) -> None:
     options = "--min-replicas 0 --max-replicas 2 --target-queue-s 0.5 --upscale-delay-s 1"
-    with Service(slow_export, *options.split(), "--downscale-delay-s", "3") as service:
-        assert len(service.replica_pids()) == 1
+    with Service(
+        nursery.python, slow_export, *options.split(), "--downscale-delay-s", "3"
+    ) as service:
         stop = threading.Event()
 
         def load(seed: int) -> None:

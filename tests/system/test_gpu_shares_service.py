@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from isolation import environment_for_a_cluster
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
@@ -36,10 +39,10 @@ ray.shutdown()
 """
 
 
-def test_ray_places_two_replicas_on_one_gpu(export_dir: Path) -> None:
+def test_ray_places_two_replicas_on_one_gpu(nursery: Nursery, export_dir: Path) -> None:
     """On a logical GPU, in a cluster of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", PLACE, str(export_dir)],
+        [nursery.python, "-c", PLACE, str(export_dir)],
         capture_output=True,
         text=True,
         timeout=180,

@@ -10,10 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 from isolation import free_port
+from nursery import descendants
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
@@ -22,15 +27,24 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture(scope="module")
-def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def jobs_address(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a head node's job server; its processes end with the module."""
     dashboard, log = free_port(), tmp_path_factory.mktemp("head") / "log"
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{nursery.bin}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [RAY, "start", "--head", "--block", "--num-cpus", "8", "--disable-usage-stats"]
+    command = [
+        nursery.python,
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus",
+        "8",
+        "--disable-usage-stats",
+    ]
     command += ["--port", str(free_port()), "--dashboard-host", "127.0.0.1"]
     command += [
         "--dashboard-port",
@@ -46,7 +60,7 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     deadline = time.monotonic() + 60
     while True:
         listed = subprocess.run(
-            [RAY, "job", "list", "--address", address],
+            [nursery.python, RAY, "job", "list", "--address", address],
             env=environment,
             capture_output=True,
             text=True,
@@ -57,14 +71,14 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         time.sleep(1)
     yield address
     # Its processes and no others: `ray stop` would end every cluster on this machine.
-    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+    for process in [*descendants(psutil.Process(head.pid)), psutil.Process(head.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     head.wait(timeout=60)
 
 
-def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+def submit(python: str, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [python, RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
     return subprocess.run(
         [*command, "python", "-m", "trainer", *arguments],
         env={**os.environ, "RAY_AUTH_MODE": "token"},
@@ -75,7 +89,7 @@ def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_job_trains_and_its_export_outlives_it(
-    jobs_address: str, base_model: Path, tmp_path: Path
+    nursery: Nursery, jobs_address: str, base_model: Path, tmp_path: Path
 ) -> None:
     data, output = tmp_path / "pairs.jsonl", tmp_path / "out"
     with data.open("w") as file:
@@ -85,21 +99,20 @@ def test_a_job_trains_and_its_export_outlives_it(
     options = ["--model.path", str(base_model), "--data.train", str(data)]
     options += ["--training.global_batch_pairs", "8", "--training.micro_batch_tokens", "256"]
     options += ["--output-dir", str(output)]
-    done = submit(jobs_address, "--config", "examples/quickstart.yaml", *options)
+    done = submit(nursery.python, jobs_address, "--config", "examples/quickstart.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert (output / "export" / "scoring_contract.json").exists()
 
 
 def test_a_relative_output_dir_is_refused(
-    jobs_address: str, base_model: Path, tmp_path: Path
+    nursery: Nursery, jobs_address: str, base_model: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     options = ["--model.path", str(base_model), "--data.train", str(data)]
-    done = submit(
-        jobs_address, "--config", "examples/quickstart.yaml", *options, "--output-dir", "outputs/x"
-    )
+    options += ["--output-dir", "outputs/x"]
+    done = submit(nursery.python, jobs_address, "--config", "examples/quickstart.yaml", *options)
     assert done.returncode != 0
     assert "output_dir" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout

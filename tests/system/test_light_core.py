@@ -108,16 +108,28 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
 
     root = Path(__file__).parents[2]
     constraints = str(root / "constraints.txt")
-    quiet = ["--quiet", "--disable-pip-version-check"]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-compile"]
     source = tmp_path / "source"  # setuptools writes beside what it builds
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
     for name in ("rayward", "reward_actor", "serve", "trainer"):
         shutil.copytree(root / name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "light")], check=True)
-    python = str(tmp_path / "light" / "bin" / "python")
-    install = [python, "-m", "pip", "install", *quiet, "-c", constraints, str(source)]
+    light = str(tmp_path / "light")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", light], check=True)
+    python = f"{light}/bin/python"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        *quiet,
+        "-c",
+        constraints,
+        str(source),
+    ]
     subprocess.run(install, check=True, timeout=300)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, "-c", TRAINER, service]

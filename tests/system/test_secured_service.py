@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx
@@ -25,6 +25,9 @@ from secured import Secured, secured_service
 from traversal import NAMES
 
 from serve.http.auth import RULES, add_token
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
@@ -39,8 +42,11 @@ GROUP = {"prompt": "Name two fruits.", "completions": ["An apple and a pear.", "
 
 
 @pytest.fixture(scope="module")
-def secured(export_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    with secured_service(export_dir, tmp_path_factory.mktemp("secured")) as service:
+def secured(
+    nursery: Nursery, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Secured]:
+    directory = tmp_path_factory.mktemp("secured")
+    with secured_service(nursery.python, export_dir, directory) as service:
         yield service
 
 
@@ -140,7 +146,7 @@ def test_only_its_user_may_control_haproxy(secured: Secured) -> None:
     assert stat.S_IMODE(admin.parents[1].stat().st_mode) == 0o700
 
 
-def test_a_handle_in_another_process_finds_the_cluster(secured: Secured) -> None:
+def test_a_handle_in_another_process_finds_the_cluster(nursery: Nursery, secured: Secured) -> None:
     """A cluster that listens on 127.0.0.1 only is not where Ray would look for it by itself."""
     script = (
         "import sys; from reward_actor import RewardHandle, Group\n"
@@ -150,7 +156,7 @@ def test_a_handle_in_another_process_finds_the_cluster(secured: Secured) -> None
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYWARD_"))}
     done = subprocess.run(
-        [sys.executable, "-c", script, secured.ray_address],
+        [nursery.python, "-c", script, secured.ray_address],
         capture_output=True,
         text=True,
         timeout=120,
@@ -269,14 +275,16 @@ def kill_a_replica_under(secured: Secured, client: httpx.Client) -> None:
     os.kill(victim.pid, signal.SIGKILL)
     thread.join()
     assert replies == [200]
-    time.sleep(3)  # Ray writes about it
+    # By then Ray has written about it.
+    wait_for(lambda: victim.pid not in (now := secured.replica_pids()) and len(now) == 3, 60)
 
 
 @pytest.mark.long
 def test_one_port_faces_the_network_where_the_service_does(
-    export_dir: Path, tmp_path: Path
+    nursery: Nursery, export_dir: Path, tmp_path: Path
 ) -> None:
-    with secured_service(export_dir, tmp_path, "--host", "0.0.0.0") as open_service:
+    options = ["--host", "0.0.0.0"]
+    with secured_service(nursery.python, export_dir, tmp_path, *options) as open_service:
         port = httpx.URL(open_service.url).port
         others = {
             (port, is_haproxy(name))
@@ -287,10 +295,12 @@ def test_one_port_faces_the_network_where_the_service_does(
 
 
 @pytest.mark.long
-def test_tls_without_haproxy(export_dir: Path, tmp_path: Path) -> None:
+def test_tls_without_haproxy(nursery: Nursery, export_dir: Path, tmp_path: Path) -> None:
     """Ray Serve's own proxy reads the certificate then."""
     with (
-        secured_service(export_dir, tmp_path, RAY_SERVE_ENABLE_HA_PROXY="0") as plain,
+        secured_service(
+            nursery.python, export_dir, tmp_path, RAY_SERVE_ENABLE_HA_PROXY="0"
+        ) as plain,
         plain.client(plain.score) as client,
     ):
         assert client.post("/v1/score", json={"groups": [GROUP]}).status_code == 200

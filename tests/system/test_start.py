@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -21,14 +22,25 @@ from isolation import environment_for_a_cluster, free_port
 from reward_actor import RewardClient
 from reward_actor.model.manifest import write_manifest
 
+if TYPE_CHECKING:
+    from nursery import Nursery
+
 
 @pytest.mark.process
-def test_serve_run_starts_the_same_application(service: str, export_dir: Path) -> None:
+def test_serve_run_starts_the_same_application(
+    nursery: Nursery, service: str, export_dir: Path
+) -> None:
     import ray
     from ray import serve
 
     address = ray.get_runtime_context().gcs_address
-    command = [str(Path(sys.executable).parent / "serve"), "run", "--address", address]
+    command = [
+        nursery.python,
+        str(Path(sys.executable).parent / "serve"),
+        "run",
+        "--address",
+        address,
+    ]
     command += ["--name", "second", "--route-prefix", "/second", "serve.app:app"]
     command += [
         f"model={export_dir}",
@@ -55,10 +67,10 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.5)
 
 
-def front_door(*arguments: str) -> subprocess.CompletedProcess[str]:
+def front_door(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """On a machine of its own, as far as its environment tells: not with this cluster's ports."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
-    command = [sys.executable, "-m", "rayward", *arguments]
+    command = [python, "-m", "rayward", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
 
 
@@ -74,14 +86,14 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refused(
-    service: str, base_model: Path, export_dir: Path
+    nursery: Nursery, service: str, base_model: Path, export_dir: Path
 ) -> dict[str, subprocess.CompletedProcess[str]]:
     """What `rayward serve` does with each of these arguments, two at a time."""
     port = service.rsplit(":", 1)[1]
 
     def serving(arguments: str) -> subprocess.CompletedProcess[str]:
         filled = arguments.format(base=base_model, export=export_dir, port=port)
-        return front_door("serve", *filled.split())
+        return front_door(nursery.python, "serve", *filled.split())
 
     with ThreadPoolExecutor(2) as both:
         return dict(zip(REFUSED, both.map(serving, REFUSED), strict=True))
@@ -100,7 +112,7 @@ def test_serving_what_cannot_be_served_says_why(
 
 @pytest.mark.process
 def test_a_model_that_fails_its_golden_samples_is_not_served(
-    export_dir: Path, tmp_path: Path
+    nursery: Nursery, export_dir: Path, tmp_path: Path
 ) -> None:
     """A service of its own: the replica refuses the model, and the command says why and ends."""
     from isolation import free_port
@@ -109,11 +121,11 @@ def test_a_model_that_fails_its_golden_samples_is_not_served(
     contract = json.loads((bad / "scoring_contract.json").read_text())
     contract["golden"]["raw_scores"]["float32"][0] += 0.1
     (bad / "scoring_contract.json").write_text(json.dumps(contract))
-    done = front_door("serve", str(bad), "--port", str(free_port()))
+    done = front_door(nursery.python, "serve", str(bad), "--port", str(free_port()))
     assert done.returncode == 2
     assert "differs from its digest" in done.stderr
     write_manifest(bad)
-    done = front_door("serve", str(bad), "--port", str(free_port()))
+    done = front_door(nursery.python, "serve", str(bad), "--port", str(free_port()))
     assert done.returncode == 2
     assert "golden sample 0 scores" in done.stderr
     assert "Traceback" not in done.stderr
@@ -162,12 +174,12 @@ sys.exit(rayward.main())
 
 
 @pytest.mark.process
-def test_what_haproxy_complains_of_is_shown(export_dir: Path) -> None:
+def test_what_haproxy_complains_of_is_shown(nursery: Nursery, export_dir: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        command = [sys.executable, "-c", ON_A_TAKEN_PORT, str(taken), "serve", str(export_dir)]
+        command = [nursery.python, "-c", ON_A_TAKEN_PORT, str(taken), "serve", str(export_dir)]
         done = subprocess.run(
             [*command, "--device", "cpu", "--port", str(free_port())],
             env=environment_for_a_cluster(),

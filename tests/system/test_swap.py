@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -18,6 +18,9 @@ from service_process import Service
 
 from reward_actor import RewardScorer
 from reward_actor.model.manifest import write_manifest
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
@@ -39,8 +42,9 @@ def registry(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def swapping(registry: Path) -> Iterator[Service]:
-    with Service(registry / "a", "--num-replicas", "2", "--registry", str(registry)) as service:
+def swapping(nursery: Nursery, registry: Path) -> Iterator[Service]:
+    options = ["--num-replicas", "2", "--registry", str(registry)]
+    with Service(nursery.python, registry / "a", *options) as service:
         yield service
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from offline import reward, templated
 
 if TYPE_CHECKING:
     import httpx
+    from nursery import Nursery
 
     from reward_actor import RewardScorer
 
@@ -31,12 +31,12 @@ IDS = list(range(3, 303))
 
 @pytest.fixture(scope="module")
 def vllm(
-    vllm_engine: None, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    nursery: Nursery, vllm_engine: None, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     import httpx
 
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--runner", "pooling"]
+    command = [nursery.python, "-m", "vllm.entrypoints.openai.api_server", "--runner", "pooling"]
     command += [
         "--model",
         str(export_dir),

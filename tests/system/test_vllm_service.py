@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import psutil
@@ -16,9 +16,13 @@ import pytest
 import torch
 from exports import make_export
 from isolation import environment_for_a_cluster, free_port
+from nursery import descendants
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer, binary
 from reward_actor.groups import GroupScores
+
+if TYPE_CHECKING:
+    from nursery import Nursery
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
@@ -79,8 +83,11 @@ def engine_processes() -> set[psutil.Process]:
     parent = replica()
     if parent is None:
         return set()
-    children = parent.children(recursive=True)
-    return {process for process in children if process.name().startswith("VLLM::")}
+    return engines_of(parent)
+
+
+def engines_of(process: psutil.Process) -> set[psutil.Process]:
+    return {child for child in descendants(process) if child.name().startswith("VLLM::")}
 
 
 def wait_for_end(processes: set[psutil.Process], timeout_s: float = 30) -> None:
@@ -176,9 +183,9 @@ def test_a_hot_swap_ends_the_engine_before(url: str, registry: Path) -> None:
 @pytest.mark.long
 @pytest.mark.process
 @pytest.mark.usefixtures("vllm_engine")
-def test_the_front_door_serves_with_vllm(export_dir: Path) -> None:
+def test_the_front_door_serves_with_vllm(nursery: Nursery, export_dir: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "rayward", "serve", str(export_dir), "--engine", "vllm"]
+    command = [nursery.python, "-m", "rayward", "serve", str(export_dir), "--engine", "vllm"]
     command += ["--port", str(port), "--device", "cpu", "--threads-per-replica", "1"]
     environment = environment_for_a_cluster()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -188,8 +195,7 @@ def test_the_front_door_serves_with_vllm(export_dir: Path) -> None:
             while not any(line.startswith("ready") for line in lines):
                 lines.append(server.stdout.readline())
                 assert lines[-1], f"it ended: {lines}"
-            children = psutil.Process(server.pid).children(recursive=True)
-            engines = {p for p in children if p.name().startswith("VLLM::")}
+            engines = engines_of(psutil.Process(server.pid))
             assert len(engines) == 2
             with RewardClient(f"http://127.0.0.1:{port}") as client:
                 expected = RewardScorer.from_pretrained(export_dir, "cpu").score(GROUPS)

@@ -63,12 +63,12 @@ def start(nursery: Nursery, config: TrainConfig) -> subprocess.Popen[str]:
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
     return subprocess.Popen(
-        [*nursery.python(), "-m", "trainer", "--config", str(file)],
+        [nursery.python, "-m", "trainer", "--config", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**environment_for_a_cluster(), **nursery.environment},
+        env=environment_for_a_cluster(),
         # Under a shell's `&` the tests themselves ignore Ctrl-C, and their children would, too.
         preexec_fn=listen_to_interrupts,
     )

@@ -56,12 +56,12 @@ def bucket(monkeypatch) -> Iterator[str]:
         server.wait()
 
 
-def test_killed_while_a_checkpoint_goes_to_s3(base_model, tmp_path: Path, bucket: str):
-    kill_and_go_on(base_model, tmp_path, 2, {"checkpoint__storage_path": bucket})
+def test_killed_while_a_checkpoint_goes_to_s3(nursery, base_model, tmp_path: Path, bucket: str):
+    kill_and_go_on(nursery.python, base_model, tmp_path, 2, {"checkpoint__storage_path": bucket})
 
 
 @pytest.mark.long
-def test_killed_twenty_times_while_a_checkpoint_is_written(tmp_path: Path):
+def test_killed_twenty_times_while_a_checkpoint_is_written(nursery, tmp_path: Path):
     """Of a network that is large enough for that to take a while."""
     model = init_model(
         tmp_path / "base",
@@ -73,21 +73,27 @@ def test_killed_twenty_times_while_a_checkpoint_is_written(tmp_path: Path):
         num_kv_heads=2,
         intermediate_size=1024,
     )
-    assert kill_and_go_on(model, tmp_path, 20, {"distributed__zero_stage": "3"}) >= 5
+    changes = {"distributed__zero_stage": "3"}
+    assert kill_and_go_on(nursery.python, model, tmp_path, 20, changes) >= 5
 
 
 @pytest.mark.long
-def test_killed_twenty_times_while_a_checkpoint_goes_to_s3(base_model, tmp_path: Path, bucket: str):
-    assert kill_and_go_on(base_model, tmp_path, 20, {"checkpoint__storage_path": bucket}) >= 5
+def test_killed_twenty_times_while_a_checkpoint_goes_to_s3(
+    nursery, base_model, tmp_path: Path, bucket: str
+):
+    changes = {"checkpoint__storage_path": bucket}
+    assert kill_and_go_on(nursery.python, base_model, tmp_path, 20, changes) >= 5
 
 
-def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[str, str]) -> int:
+def kill_and_go_on(
+    python: str, model: Path, tmp_path: Path, num_kills: int, changes: dict[str, str]
+) -> int:
     """Kill a training so often while it stores a checkpoint; each time the newest complete one goes
     on, and the end is that of a training left alone. How many were left half-written."""
     rng = random.Random(num_kills)
 
     def victims_in(name: str, last: int = 10_000) -> Victims:
-        return Victims(model, tmp_path / name, changes, last)
+        return Victims(python, model, tmp_path / name, changes, last)
 
     place = changes.get("checkpoint__storage_path")
     storage = Storage.at(*([place, "killed"] if place else [str(tmp_path / "killed/checkpoints")]))
@@ -127,11 +133,11 @@ def kill_and_go_on(model: Path, tmp_path: Path, num_kills: int, changes: dict[st
 
 @pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
-    base_model, tmp_path, small_disk: Path, asynchronous: bool
+    nursery, base_model, tmp_path, small_disk: Path, asynchronous: bool
 ):
     changes = {"checkpoint__storage_path": small_disk, "checkpoint__asynchronous": asynchronous}
     told = {key: str(value) for key, value in changes.items()}
-    victims = Victims(base_model, tmp_path / "run", told, last=5, paced=True)
+    victims = Victims(nursery.python, base_model, tmp_path / "run", told, last=5, paced=True)
     storage = Storage.at(str(small_disk), "run")
 
     def step() -> dict[str, int]:
@@ -156,6 +162,6 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     printed = (tmp_path / "run.0.log").read_text()
     assert "warning: the checkpoint of step 3 could not be stored in" in printed
     assert "No space left on device" in printed
-    again = Victims(base_model, tmp_path / "run", told, last=5)
+    again = Victims(nursery.python, base_model, tmp_path / "run", told, last=5)
     again.go()
     assert again.finish() == [{"step": 5, "num_failed": 2}]
