@@ -37,8 +37,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports Ray Serve: the tests run what `rayward serve` runs.
 settings.enable()
 
-# Machines are shared: how long one example takes says nothing.
-hypothesis.settings.register_profile("tests", deadline=None)
+# Machines are shared: how long one example takes says nothing. `make test-long` has the other.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=300)
 hypothesis.settings.load_profile("tests")
 
 
@@ -259,7 +260,8 @@ def slow_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "base", CORPUS, vocab_size=400, hidden_size=512, num_layers=2, num_heads=8,
         num_kv_heads=4, head_dim=64, intermediate_size=2048, max_position_embeddings=512,
     )  # fmt: skip
-    return make_export(base, root / "slow")
+    # The head is drawn wide for its size; served and offline are compared to 1e-5.
+    return make_export(base, root / "slow", std=10.0)
 
 
 @pytest.fixture(scope="session")

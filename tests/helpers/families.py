@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -71,6 +72,14 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_SETTINGS)
+
+# One of each kind: plain, with windows, with experts, learned positions, ALiBi.
+_ONE_OF_A_KIND = ("llama", "gemma3", "qwen3_moe", "gpt2", "bloom")
+SOME_FAMILIES = tuple(
+    family if family in _ONE_OF_A_KIND else pytest.param(family, marks=pytest.mark.long)
+    for family in FAMILIES
+)
+"""For `parametrize`: all of them in `make test-long`."""
 
 
 def make_network(family: str, *, seed: int = 0, num_labels: int = 1, **more: Any) -> Any:

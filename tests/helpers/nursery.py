@@ -46,8 +46,6 @@ _PRELOADED_FOR_VLLM = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
-# What a client may have open; multiprocessing gives a child the number of its pipe.
-_MOST_FILES = 100
 # These end when their parent is not the raylet.
 _CHILDREN_OF_THE_RAYLET = ("dashboard/agent.py", "runtime_env/agent/main.py")
 
@@ -165,14 +163,17 @@ def _tend(client: socket.socket, end: int) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     told = json.loads(_exactly(client, _number(client)))
-    _, files, _, _ = socket.recv_fds(client, 1, _MOST_FILES)
+    _, files, _, _ = socket.recv_fds(client, 1, len(told["files"]))
     pid = os.fork()
     if pid == 0:
         client.close()
-        # Out of the way of the numbers that they had in the client.
-        files = [fcntl.fcntl(file, fcntl.F_DUPFD, 2 * _MOST_FILES) for file in files]
-        os.closerange(3, 2 * _MOST_FILES)
-        for target, file in zip(told.pop("files"), files, strict=True):
+        # Under the numbers that they had in the client: multiprocessing tells a child that of its
+        # pipe. First out of the way of these.
+        numbers = told.pop("files")
+        above = max(*numbers, *files) + 1
+        files = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]
+        os.closerange(3, above)
+        for target, file in zip(numbers, files, strict=True):
             os.dup2(file, target)
             os.close(file)
         _become(**told)
@@ -290,7 +291,7 @@ def ask(python: str, path: str) -> None:
         os.execv(
             python, [python, "-c", _AS_A_CHILD, sys.argv[0], told["program"], *told["arguments"]]
         )
-    files = [number for number in range(_MOST_FILES) if _is_open(number)]
+    files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)]
     told |= {"files": files, "environment": dict(os.environ), "directory": os.getcwd()}
     body = json.dumps(told).encode("utf-8", "surrogateescape")
     connection = socket.socket(socket.AF_UNIX)

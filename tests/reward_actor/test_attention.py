@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -46,7 +46,6 @@ def expected(
 DEEP = [[0] * 30 + [a] * 20 + [b] * 5 for a in (1, 2) for b in (0, 1, 2)] + [[0] * 30, [2] * 3]
 
 
-@settings(max_examples=60, deadline=None)
 @example(sequences=DEEP, window=None)
 @example(sequences=DEEP, window=10)
 @given(sequences=batches, window=st.one_of(st.none(), st.integers(1, 12)))
@@ -64,7 +63,6 @@ def test_every_row_sees_its_own_path_and_nothing_else(
         torch.testing.assert_close(output.double(), right, atol=2e-6, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @example(sequences=DEEP)
 @given(sequences=batches)
 def test_the_pooled_rows_alone_get_what_they_get_among_all(sequences: list[list[int]]) -> None:
@@ -79,7 +77,6 @@ def test_the_pooled_rows_alone_get_what_they_get_among_all(sequences: list[list[
         torch.testing.assert_close(output, whole[rows], atol=2e-6, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @example(sequences=DEEP, pooled=False)
 @example(sequences=DEEP, pooled=True)
 @given(sequences=batches, pooled=st.booleans())
@@ -128,7 +125,6 @@ def test_the_shared_prefix_gets_the_gradient_of_every_sequence() -> None:
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@settings(max_examples=40, deadline=None)
 @given(sequences=batches)
 def test_runs_line_up_queries_with_the_end_of_their_keys(
     pooled: bool, sequences: list[list[int]]

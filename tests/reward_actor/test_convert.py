@@ -11,7 +11,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
-from families import FAMILIES, make_network
+from families import SOME_FAMILIES, make_network
 from foreign import ROWS, Score, scores
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -83,7 +83,7 @@ def test_converting_changes_no_reward(name: str, tmp_path: Path, tokenizer: Any)
         assert after.tolist() == pytest.approx(before.tolist(), abs=1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_every_family_converts_to_what_plain_transformers_loads(
     family: str, tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -112,10 +112,11 @@ def test_an_adapter_becomes_whole(tmp_path: Path, tokenizer: Any) -> None:
     [
         ("opt", "rwtranrsformer"),
         ("opt", "rwtransformer"),
-        ("llama", "rwtranrsformer"),
         ("bloom", "rwtranrsformer"),
-        ("gpt2", "rwtranrsformer"),
-        ("gpt_neox", "rwtranrsformer"),
+        *(
+            pytest.param(family, "rwtranrsformer", marks=pytest.mark.long)
+            for family in ("llama", "gpt2", "gpt_neox")
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is an OPT model:UserWarning")

@@ -11,7 +11,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
-from families import FAMILIES, make_network
+from families import SOME_FAMILIES, make_network
 from foreign import ROWS, scores
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +33,7 @@ def from_pretrained(directory: Path, **options: Any) -> RewardScorer:
     return RewardScorer.from_pretrained(directory, "cpu", **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_sequence_classifiers_of_transformers(family: str, tmp_path: Path, tokenizer: Any) -> None:
     network = make_network(family)
     network.save_pretrained(tmp_path / "hf")

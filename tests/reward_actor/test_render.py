@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 
 from reward_actor.contract import ScoringContract
@@ -28,7 +28,6 @@ def tokenizer(base_model: Path) -> Any:
 
 
 @pytest.mark.parametrize("template", [None, THINKING, LLAMA_LIKE], ids=["chatml", "think", "llama"])
-@settings(max_examples=60, deadline=None)
 @given(prompt=texts, completion=texts)
 def test_a_completion_ends_at_its_turn_end_token(
     template: str | None, tokenizer: Any, base_model: Path, prompt: str, completion: str
@@ -39,7 +38,6 @@ def test_a_completion_ends_at_its_turn_end_token(
 
 
 @pytest.mark.parametrize("template", [None, THINKING, LLAMA_LIKE], ids=["chatml", "think", "llama"])
-@settings(max_examples=60, deadline=None)
 @given(prompt=texts, completion=texts)
 def test_text_and_token_ids_agree_where_retokenising_does(
     template: str | None, tokenizer: Any, base_model: Path, prompt: str, completion: str

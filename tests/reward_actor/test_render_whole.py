@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 
@@ -28,7 +28,6 @@ def each(tokenizer: Any, base_model: Path) -> list[Renderer]:
     return [renderer(tokenizer, base_model, template) for template in TEMPLATES]
 
 
-@settings(max_examples=50, deadline=None)
 @given(texts, texts)
 def test_text_templated_by_its_sender_is_rendered_as_messages_are(
     each: list[Renderer], prompt: str, completion: str

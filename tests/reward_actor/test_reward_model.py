@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, engine, groups, transformers_own
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor.model.reward_model import Float32Head, get_reward, last_token_index
@@ -39,7 +39,6 @@ def padded(rows: list[list[int]], lefts: list[int], width: int) -> tuple[Any, An
     return ids, mask
 
 
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_with_a_mask_padding_and_pad_ids_in_the_text_change_nothing(
     network: Any, data: st.DataObject
@@ -58,7 +57,6 @@ def test_with_a_mask_padding_and_pad_ids_in_the_text_change_nothing(
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=5),
     context_length=st.integers(0, 1),
@@ -140,7 +138,6 @@ def test_get_reward_needs_no_side_of_padding(family: str) -> None:
         np.testing.assert_allclose(scores.numpy(), expected, atol=2e-5, rtol=0)
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 3), min_size=8, max_size=8), min_size=1, max_size=4),
     context_length=st.integers(0, 8),

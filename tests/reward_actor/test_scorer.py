@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import make_network
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_actor import Group, RewardScorer
@@ -24,7 +24,6 @@ def scorer(export_dir: Path) -> RewardScorer:
     return RewardScorer.from_pretrained(export_dir, "cpu", cache_size=0)
 
 
-@settings(max_examples=40, deadline=None)
 @given(sequences=rows, budget=st.integers(1, 300))
 def test_a_sequence_scores_the_same_in_any_company(
     scorer: RewardScorer, sequences: list[list[int]], budget: int

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.replica.batcher import Batcher, BatchResult, QueueFull, Sequences
@@ -59,7 +59,6 @@ async def until(true: Callable[[], Any]) -> None:
 sequences = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=20), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(sequences, min_size=1, max_size=12), st.integers(1, 200))
 def test_every_caller_gets_its_own_scores(jobs: list[list[list[int]]], budget: int) -> None:
     async def run() -> list[list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from id_groups import Groups, groups_of_ids
 
@@ -80,7 +80,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(groups_of_ids, min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 100))
 def test_every_request_gets_its_own_scores(
     requests: list[Groups], num_replicas: int, max_batch_tokens: int

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from applications import application, ask
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.config import LIMITS
@@ -186,7 +186,6 @@ def test_a_client_that_hangs_up_leaves_no_error() -> None:
     asyncio.run(run())
 
 
-@settings(max_examples=50)
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 200))
 def test_chunks_become_one_body_within_the_limit(chunks: list[bytes], limit: int) -> None:
     seen: list[bytes] = []

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from trainer.config.train import LossConfig
 from trainer.data.comparisons import Comparison, Comparisons, holds_ties
 from trainer.loss import Labels, comparison_losses, davidson, pair_counts, plackett_luce
 
-FEW = settings(max_examples=40, deadline=None)
 CLOSE = {"rtol": 0, "atol": 1e-12}
 ATTRIBUTES = {"helpfulness": 0.75, "verbosity": -0.5}
 TARGET = st.sampled_from([math.nan, 0.0, 1.5, 4.0])
@@ -74,7 +73,6 @@ def by_hand(rewards: list[float], item: Comparison, config: LossConfig, has_ties
     return centring - 0.5 * math.log(right) - 0.5 * math.log(swapped)
 
 
-@FEW
 @given(MIXED, st.booleans(), st.booleans(), st.sampled_from(["bradley_terry", "log_exp"]))
 def test_a_mixed_micro_batch_costs_what_its_comparisons_cost(items, has_ties, use_margin, kind):
     config = LossConfig.model_validate(
@@ -106,7 +104,6 @@ def test_davidson_is_the_model_of_ties_when_it_is_asked_for():
     assert torch.equal(result.losses, expected)
 
 
-@FEW
 @given(MIXED, MIXED, st.sampled_from(["rao_kupper", "davidson"]))
 def test_two_micro_batches_cost_the_same_together_and_apart(some, others, ties):
     config = LossConfig.model_validate(
@@ -131,7 +128,6 @@ def test_two_micro_batches_cost_the_same_together_and_apart(some, others, ties):
     torch.testing.assert_close(*gradients, **CLOSE)
 
 
-@FEW
 @given(MIXED)
 def test_several_heads_are_rewarded_by_their_weights_and_regressed_on_their_targets(items):
     config = LossConfig(attributes=ATTRIBUTES, attribute_coefficient=3.0)
@@ -177,7 +173,6 @@ def test_an_empty_micro_batch_still_reaches_the_network(shape, has_ties):
     assert pair_counts(result.rewards, labels).num_pairs.item() == 0
 
 
-@FEW
 @given(st.lists(comparison(sizes=(1,)), min_size=1, max_size=3))
 def test_single_completions_have_no_preference_and_still_reach_the_network(items):
     outputs, config = outputs_for(items), LossConfig(center_rewards_coefficient=1.0)
@@ -187,7 +182,6 @@ def test_single_completions_have_no_preference_and_still_reach_the_network(items
     assert not outputs.grad.any()
 
 
-@FEW
 @given(MIXED, st.sampled_from([0.0, 1.0]))
 def test_counts_are_over_every_pair_of_a_comparison_with_different_scores(items, grain):
     labels, rewards = labels_of(items), outputs_for(items).detach().float()
@@ -209,7 +203,6 @@ def test_counts_are_over_every_pair_of_a_comparison_with_different_scores(items,
     assert not counts.sum_margin.requires_grad
 
 
-@FEW
 @given(MIXED, st.data())
 def test_labels_are_those_of_the_chosen_comparisons_in_their_order(items, data):
     indices = data.draw(st.lists(st.integers(0, len(items) - 1), max_size=5))

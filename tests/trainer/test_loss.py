@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from trainer.loss import (
 NUMBER = st.floats(-6, 6)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.4])
 PAIRS = st.lists(st.tuples(NUMBER, NUMBER, st.floats(0, 3)), min_size=1, max_size=6)
-FEW = settings(max_examples=40, deadline=None)
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 
 
@@ -46,7 +45,6 @@ def columns(pairs: list[tuple[float, float, float]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("loss", [bradley_terry, log_exp])
-@FEW
 @given(PAIRS, SMOOTHING)
 def test_a_pair_costs_the_expected_surprise_and_pulls_by_its_probability(loss, pairs, eps):
     chosen, rejected, margin = columns(pairs)
@@ -69,7 +67,6 @@ def test_the_best_difference_under_label_smoothing_is_the_log_odds_of_the_labels
     assert slope.item() == pytest.approx(0, abs=1e-15)
 
 
-@FEW
 @given(PAIRS, st.floats(0.01, 4), SMOOTHING)
 def test_rao_kupper_is_its_three_probabilities(pairs, log_theta, eps):
     chosen, rejected, margin = columns(pairs)
@@ -93,7 +90,6 @@ def test_rao_kupper_is_its_three_probabilities(pairs, log_theta, eps):
             assert found == pytest.approx((expected, slope, -slope), **CLOSE)
 
 
-@FEW
 @given(PAIRS, st.floats(0.01, 9), SMOOTHING)
 def test_davidson_is_its_three_probabilities(pairs, nu, eps):
     chosen, rejected, margin = columns(pairs)
@@ -123,7 +119,6 @@ def test_davidson_is_its_three_probabilities(pairs, nu, eps):
 
 
 @pytest.mark.parametrize("loss", [rao_kupper, davidson])
-@FEW
 @given(NUMBER, NUMBER, st.floats(0.01, 4))
 def test_win_loss_and_tie_exhaust_what_can_happen(loss, chosen, rejected, parameter):
     one, other = torch.tensor([[chosen], [rejected]], dtype=torch.float64)
@@ -133,7 +128,6 @@ def test_win_loss_and_tie_exhaust_what_can_happen(loss, chosen, rejected, parame
     assert total == pytest.approx(1, abs=1e-12)
 
 
-@FEW
 @given(PAIRS, NUMBER)
 def test_pairs_do_not_see_a_shift_of_all_rewards(pairs, shift):
     chosen, rejected, margin = columns(pairs)
@@ -148,7 +142,6 @@ def test_pairs_do_not_see_a_shift_of_all_rewards(pairs, shift):
         torch.testing.assert_close(shifted, loss(chosen, rejected), rtol=0, atol=1e-12)
 
 
-@FEW
 @given(st.lists(NUMBER, min_size=2, max_size=6))
 def test_centring_is_the_square_of_twice_the_mean_whatever_the_spread(row):
     rewards = torch.tensor([row], dtype=torch.float64, requires_grad=True)
@@ -167,7 +160,6 @@ def test_centring_of_a_pair_is_the_squared_sum_and_a_single_one_is_left_alone():
     assert rewards.grad[1].tolist() == [0, 0]
 
 
-@FEW
 @given(st.lists(st.tuples(NUMBER, NUMBER, st.booleans()), min_size=1, max_size=5))
 def test_attributes_cost_the_mean_square_over_the_known_ones(items):
     outputs = torch.tensor([[o for o, _, _ in items]], dtype=torch.float64, requires_grad=True)

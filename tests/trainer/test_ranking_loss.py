@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,6 @@ NUMBER = st.floats(-6, 6)
 RANKING = st.lists(st.tuples(NUMBER, st.integers(0, 3)), min_size=1, max_size=6).map(
     lambda items: sorted(items, key=lambda item: -item[1])
 )
-FEW = settings(max_examples=40, deadline=None)
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 
 
@@ -28,7 +27,6 @@ def ranked(ranking: list[tuple[float, int]]) -> tuple[Tensor, Tensor, Tensor]:
     return row, torch.tensor([scores], dtype=torch.float32), torch.ones_like(row).bool()
 
 
-@FEW
 @given(RANKING)
 def test_a_ranking_without_ties_is_a_product_of_choices(ranking):
     rewards, _, mask = ranked(ranking)
@@ -47,7 +45,6 @@ def test_a_ranking_without_ties_is_a_product_of_choices(ranking):
     assert rewards.grad[0].tolist() == pytest.approx(slopes, **CLOSE)
 
 
-@FEW
 @given(RANKING)
 def test_ties_in_a_ranking_share_what_is_left_as_efron_has_it(ranking):
     rewards, scores, mask = ranked(ranking)
@@ -72,7 +69,6 @@ def test_ties_in_a_ranking_share_what_is_left_as_efron_has_it(ranking):
     assert rewards.grad[0].tolist() == pytest.approx(slopes, **CLOSE)
 
 
-@FEW
 @given(st.lists(NUMBER, min_size=2, max_size=3), NUMBER, st.integers(2, 3))
 def test_ties_of_equal_reward_cost_what_any_order_of_them_costs(others, reward, num_tied):
     """Brute force over the orders of the tied ones, which come before the others."""
@@ -88,7 +84,6 @@ def test_ties_of_equal_reward_cost_what_any_order_of_them_costs(others, reward, 
         assert tie == pytest.approx(-math.log(probability), **CLOSE)
 
 
-@FEW
 @given(RANKING, st.randoms(use_true_random=False))
 def test_the_order_of_equal_scores_and_padding_change_nothing(ranking, random):
     loss = plackett_luce(*ranked(ranking)).item()
@@ -105,7 +100,6 @@ def test_the_order_of_equal_scores_and_padding_change_nothing(ranking, random):
     assert padded.grad[0, -2:].tolist() == [0, 0]
 
 
-@FEW
 @given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=6))
 def test_a_ranking_of_two_is_a_pair(pairs):
     rewards = torch.tensor(pairs, dtype=torch.float64)
@@ -115,7 +109,6 @@ def test_a_ranking_of_two_is_a_pair(pairs):
     assert torch.equal(losses, bradley_terry(chosen, rejected))
 
 
-@FEW
 @given(RANKING, NUMBER)
 def test_rankings_do_not_see_a_shift_of_all_rewards(ranking, shift):
     rewards, scores, mask = ranked(ranking)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nursery import Nursery
 
 # Many more than a worker takes while a signal is on its way.
-NUM_STEPS = 240
+NUM_STEPS = 160
 EVERY = 20
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -16,7 +16,6 @@ from trainer.loss import router_loss
 from trainer.network.packed import TrainedModel
 
 LAYERS, EXPERTS = 3, 5
-FEW = settings(max_examples=40, deadline=None)
 WEIGHTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any)
 
 
@@ -29,7 +28,6 @@ def logits(num_tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", [modeling_mixtral, modeling_qwen3_moe])
-@FEW
 @given(WEIGHTS, st.integers(1, 3))
 def test_shared_tokens_weigh_as_the_tokens_of_all_their_sequences(family, weights, top_k):
     layers, repeats = logits(len(weights)), torch.tensor(weights)
@@ -50,7 +48,6 @@ def test_a_weight_of_zero_leaves_out_what_an_attention_mask_leaves_out(family):
     torch.testing.assert_close(router_loss(layers, 2, mask.flatten()), theirs, rtol=1e-6, atol=0)
 
 
-@FEW
 @given(WEIGHTS, st.integers(1, 3))
 def test_loss_and_gradient_are_those_of_the_formula(weights, top_k):
     layers, shares = logits(len(weights), torch.float64), torch.tensor(weights).double()

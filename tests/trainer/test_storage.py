@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from pyarrow import fs
 from trainer_runs import overrides, settings
@@ -140,7 +139,6 @@ def read(storage: Storage, name: str) -> bytes:
         return bytes(file.read())
 
 
-@settings_(max_examples=30, deadline=None)
 @given(kept=st.floats(0, 1, exclude_max=True))
 def test_a_manifest_cut_short_anywhere_makes_a_checkpoint_damaged(tmp_path_factory, kept: float):
     root = tmp_path_factory.mktemp("cut")
@@ -154,7 +152,6 @@ def test_a_manifest_cut_short_anywhere_makes_a_checkpoint_damaged(tmp_path_facto
     assert list(found.damaged) == [state.folder]
 
 
-@settings_(max_examples=30, deadline=None)
 @given(place=st.integers(0), bit=st.integers(0, 7))
 def test_a_flipped_bit_of_a_manifest_is_damage_or_means_the_same(
     tmp_path_factory, place: int, bit: int
