@@ -22,7 +22,6 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 PACKAGE ?=
 TESTS = $(if $(wildcard tests/$(PACKAGE)),tests/$(PACKAGE),$(PACKAGE))
 FAST := not (ray or browser or deepspeed or vllm or process or alone or long)
-REST := not long and not ($(FAST))
 
 .PHONY: setup browser demo test test-fast test-long lint format clean
 
@@ -58,12 +57,10 @@ endif
 test-fast: setup
 	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS)
 
-# Two at a time, each with a cluster of its own; those that measure time, alone at the end.
 # pytest ends with 5 where a part of the suite has no test of a kind.
 test: setup browser
 	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(REST) and not alone" $(TESTS) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -m "alone and not long" $(TESTS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest -m "not long and not ($(FAST))" $(TESTS) || [ $$? = 5 ]
 
 test-long: setup browser
 	@$(BIN)/python -m pytest --hypothesis-profile=long $(TESTS)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 from exports import CORPUS, make_export
-from isolation import free_port
+from isolation import environment_for_a_cluster, free_port
 from missing import EVERYTHING, is_required, skip_without, told
 
 from serve.haproxy import settings
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before anything imports Ray Serve: the tests run what `rayward serve` runs.
+# Before anything imports Ray Serve: the tests run what `rayward serve` runs. Each of several test
+# processes has ports and files of its own, not those of the one that started it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for _name in os.environ.keys() - environment_for_a_cluster().keys() - {EVERYTHING}:
+        del os.environ[_name]
 settings.enable()
 
 # Machines are shared: how long one example takes says nothing. `make test-long` has the other.

@@ -174,6 +174,7 @@ def test_a_model_that_is_refused_leaves_no_process(export_dir: Path, tmp_path: P
     write_manifest(bad)
     with pytest.raises(ValueError, match="engine could not start"):
         VllmScorer.from_pretrained(bad)
+    psutil.wait_procs(engine_processes() - before, timeout=10)
     assert engine_processes() <= before
 
 
@@ -225,4 +226,5 @@ def test_a_killed_engine_is_reported_and_leaves_no_process(
         theirs.check()
     theirs.close()
     theirs.close()
+    psutil.wait_procs(processes, timeout=10)
     assert engine_processes() <= others

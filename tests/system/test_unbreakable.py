@@ -23,7 +23,7 @@ from reward_actor import Group, RewardClient, RewardScorer
 if TYPE_CHECKING:
     from nursery import Nursery
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.alone]
 
 IDS = [(a, b) for a in range(5, 105) for b in range(5, 25)]
 """2,000 requests, each of one sequence that no other has."""
