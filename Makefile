@@ -57,7 +57,7 @@ endif
 test-fast: setup
 	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS)
 
-# pytest ends with 5 where a part of the suite has no test of a kind.
+# pytest ends with 5 where a part of the suite has no test of one of the two kinds.
 test: setup browser
 	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS) || [ $$? = 5 ]
 	@$(BIN)/python -m pytest -m "not long and not ($(FAST))" $(TESTS) || [ $$? = 5 ]

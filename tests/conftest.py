@@ -146,9 +146,9 @@ def ray_cluster(nursery: Nursery) -> Iterator[None]:
 
     from reward_actor.cluster import connect
 
-    python, sys.executable = sys.executable, nursery.python
-    connect(16, log_to_driver=False)
-    sys.executable = python
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", nursery.python)
+        connect(16, log_to_driver=False)
     yield
     ray.shutdown()
 

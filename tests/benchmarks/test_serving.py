@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +18,6 @@ from benchmarks.serving.model import make_tokenizer, text_groups
 from benchmarks.serving.peers import choose, make_peers, parse_sizes
 from benchmarks.serving.workloads import PROTOCOLS, id_groups, singles
 from reward_actor import schema
-
-if TYPE_CHECKING:
-    from nursery import Nursery
 
 TINY = SHAPES["tiny"]
 SETTING = Setting("tiny", "cpu", "float32", 2)
@@ -144,13 +140,7 @@ def test_targets_are_ratios_of_medians() -> None:
 
 
 @pytest.mark.alone
-def test_simulated_replicas_scale(
-    nursery: Nursery,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "executable", nursery.python)  # where its processes come from
+def test_simulated_replicas_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "simulation.json"
     flags = (
         "--tokens-per-s 20000 --shape tiny --replicas 1 4 --prompt-tokens 64 --num-groups 32 "

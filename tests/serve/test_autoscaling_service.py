@@ -20,10 +20,11 @@ pytestmark = pytest.mark.process
 
 
 def test_replicas_follow_the_queue_up_and_down_to_none(nursery: Nursery, slow_export: Path) -> None:
+    # The delay down is longer than this test may take from "ready" to its first look.
     options = "--min-replicas 0 --max-replicas 2 --target-queue-s 0.5 --upscale-delay-s 1"
-    with Service(
-        nursery.python, slow_export, *options.split(), "--downscale-delay-s", "3"
-    ) as service:
+    options += " --downscale-delay-s 10"
+    with Service(nursery.python, slow_export, *options.split()) as service:
+        assert len(service.replica_pids()) == 1
         stop = threading.Event()
 
         def load(seed: int) -> None:
