@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
+
+from rayward.loading import is_model_directory
 
 NAME = "rollout"
 HELP = "sample completions with vLLM and score them"
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
     scorer: Any = arguments.scorer
-    if scorer and Path(scorer).is_dir():
+    if scorer and is_model_directory(scorer):
         from reward_actor.actor import start_scorer_actor
 
         scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))

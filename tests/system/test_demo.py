@@ -43,6 +43,7 @@ def processes_marked(mark: str) -> list[str]:
 def test_the_demo_keeps_its_promises_and_cleans_up(
     nursery: Nursery, tmp_path: Path, size: str
 ) -> None:
+    (tmp_path / "rayward").mkdir()  # as in the project's root, and named like the application
     mark = f"demo-{uuid.uuid4()}"
     environment = environment_for_a_cluster()
     environment |= {"RAYWARD_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
