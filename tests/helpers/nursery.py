@@ -5,7 +5,7 @@ A process of ours imports for 8 to 13 seconds of CPU time, and the suite starts 
 Python, its `python`, is a small client: it hands its arguments, environment and files over, passes
 signals on, and ends as the forked process does. One that is killed takes the forked process with
 it. `sys.executable` of a forked process is that client again, so the workers of its Ray cluster
-come from here, too.
+come from here, too: those of a job from a process that has imported Ray in its environment.
 
     python tests/helpers/nursery.py FOLDER [vllm]      serves FOLDER/bin/python
 """
@@ -22,20 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import psutil
 
-# Not Ray: its core reads the environment, which is a process' own, when it is imported.
 _PRELOADED = (
     "aiohttp",
+    "bitsandbytes",
     "fastapi",
     "grpc",
     "jsonschema",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "opentelemetry.sdk.metrics",
     "pandas",
+    "peft",
     "pyarrow.dataset",
     "pyarrow.parquet",
     "reward_actor.scorer",
     "transformers.models.qwen3.modeling_qwen3",
     "trainer.finish",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch's compiler
 )
+# Ray reads the environment, which is a cluster's and a job's own, when it is imported.
+_PRELOADED_WITH_RAY = ("ray.data", "ray.serve", "ray.train.torch", "serve.app", "trainer.worker")
 _PRELOADED_FOR_VLLM = (
     "setproctitle",
     "vllm.entrypoints.openai.api_server",
@@ -123,7 +129,7 @@ def _serve(folder: Path, *, with_vllm: bool) -> None:
     # MLflow: DeepSpeed's autotuner would import it. Ray: vLLM would.
     absent: dict[str, Any] = dict.fromkeys(("mlflow", "ray"))
     sys.modules |= absent
-    for name in (*_PRELOADED, "deepspeed", *(_PRELOADED_FOR_VLLM if with_vllm else ())):
+    for name in (*_PRELOADED, *(_PRELOADED_FOR_VLLM if with_vllm else ())):
         import_module(name)
     # The last of them is where vLLM keeps that there is no Ray.
     for name in (*absent, "vllm.v1.executor.ray_utils"):
@@ -136,17 +142,55 @@ def _serve(folder: Path, *, with_vllm: bool) -> None:
     sys.executable = str(folder / "bin/python")
     multiprocessing.set_executable(sys.executable)
     end, end_of_this = os.pipe()  # closes with this process
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "socket"))
-    listener.listen(64)
+    listener = _listener(str(folder / "socket"))
     print("ready", flush=True)
-    while True:
+    _fork_for_each_client(listener, end, end_of_this)
+
+
+def _listener(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    return listener
+
+
+def _fork_for_each_client(listener: socket.socket, end: int, *ours: int) -> None:
+    """Until `end` can be read; the files `ours` are not for the forked."""
+    import select
+
+    while end not in select.select([listener, end], [], [])[0]:
         client, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            os.close(end_of_this)
+            for file in ours:
+                os.close(file)
             _tend(client, end)
         client.close()
+    os._exit(0)
+
+
+def _import_ray(path: str, environment: dict[str, str], client: socket.socket, end: int) -> None:
+    """Fork at the socket `path`, with Ray imported in that environment, for its cluster."""
+    import gc
+    import types
+    from importlib import import_module
+
+    os.environ.clear()
+    os.environ.update(environment)
+    actor = import_module("ray.actor")
+    # Whoever asks Ray's core for a random id seeds it; all that were forked after that would draw
+    # the same ids. An actor class asks when it is decorated.
+    drawn = actor.ActorClassID
+    actor.ActorClassID = types.SimpleNamespace(from_random=lambda: drawn(os.urandom(drawn.size())))
+    for name in _PRELOADED_WITH_RAY:
+        import_module(name)
+    actor.ActorClassID = drawn
+    gc.collect()
+    gc.freeze()
+    listener = _listener(path)
+    _tell(client, 0)
+    client.close()
+    _fork_for_each_client(listener, end)
 
 
 def _end_with_parent() -> None:
@@ -161,8 +205,10 @@ def _tend(client: socket.socket, end: int) -> None:
     import json
     import select
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     told = json.loads(_exactly(client, _number(client)))
+    if told["kind"] == "ray":
+        _import_ray(told["program"], told["environment"], client, end)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, files, _, _ = socket.recv_fds(client, 1, len(told["files"]))
     pid = os.fork()
     if pid == 0:
@@ -272,6 +318,9 @@ def _become(
 _FORKED = "forked"
 """A client's name in /proc is this word and the pid of what was forked for it."""
 
+# A cluster's few workers without a job are not worth an import of Ray for all.
+_WORKER, _NO_JOB = "/ray/_private/workers/default_worker.py", (None, "ffffffff")
+
 # The runtime environments' agent tells workers what Python they run under: its own.
 _AS_A_CHILD = """
 import runpy, sys
@@ -294,10 +343,9 @@ def ask(python: str, path: str) -> None:
     files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)]
     told |= {"files": files, "environment": dict(os.environ), "directory": os.getcwd()}
     body = json.dumps(told).encode("utf-8", "surrogateescape")
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    _tell(connection, len(body))
-    connection.sendall(body)
+    if told["program"].endswith(_WORKER) and os.environ.get("RAY_JOB_ID") not in _NO_JOB:
+        path = _with_ray(path)
+    connection = _connection(path, body)
     socket.send_fds(connection, [b"."], files)
     pid = _number(connection)
     with open("/proc/self/comm", "w") as name:
@@ -310,6 +358,31 @@ def ask(python: str, path: str) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _connection(path: str, body: bytes) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    _tell(connection, len(body))
+    connection.sendall(body)
+    return connection
+
+
+def _with_ray(path: str) -> str:
+    """The socket of a process that has imported Ray in this one's environment."""
+    import fcntl
+    import json
+    import zlib
+
+    own = sorted(item for item in os.environ.items() if item[0].startswith("RAY"))
+    place = f"{path}-{zlib.crc32(repr(own).encode()):08x}"
+    with open(f"{place}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(place):
+            told = {"kind": "ray", "program": place, "environment": dict(os.environ)}
+            with _connection(path, json.dumps(told).encode("utf-8", "surrogateescape")) as asked:
+                _number(asked)
+    return place
 
 
 def _is_open(file: int) -> bool:
