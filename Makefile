@@ -57,10 +57,13 @@ endif
 test-fast: setup
 	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS)
 
-# pytest ends with 5 where a part of the suite has no test of one of the two kinds.
+# Two processes, each with a cluster of its own; a file's tests stay together for their fixtures, and
+# the order, long files first, is that of conftest.py. What measures time comes after. pytest ends
+# with 5 where a part of the suite has no test of one of the two kinds.
 test: setup browser
-	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -m "not long and not ($(FAST))" $(TESTS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "not long and not alone" $(TESTS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest -m "alone and not long" $(TESTS) || [ $$? = 5 ]
 
 test-long: setup browser
 	@$(BIN)/python -m pytest --hypothesis-profile=long $(TESTS)

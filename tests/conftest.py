@@ -63,13 +63,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in _MARK_OF_FIXTURE:
                 item.add_marker(_MARK_OF_FIXTURE[fixture])
+    # The long files first: two test processes end at the same time.
+    with_processes = {i.path for i in items if _marks(i) & _MARKS_WITH_PROCESSES}
+    items.sort(key=lambda item: item.path not in with_processes)
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield
     is_skip = report.skipped and not hasattr(report, "wasxfail")
-    if is_skip and is_required() and not {"cuda", "cpu"} & {m.name for m in item.iter_markers()}:
+    if is_skip and is_required() and not {"cuda", "cpu"} & _marks(item):
         report.outcome = "failed"
         report.longrepr = f"{report.longrepr[2]}: skipped, though {EVERYTHING} is set"
     return report
@@ -96,8 +103,7 @@ sys.addaudithook(_watch_processes)
 def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that starts a process and does not say so: it would slow `make test-fast`."""
     global _may_start_processes
-    marks = {mark.name for mark in request.node.iter_markers()}
-    _may_start_processes = bool(marks & _MARKS_WITH_PROCESSES)
+    _may_start_processes = bool(_marks(request.node) & _MARKS_WITH_PROCESSES)
     yield
     _may_start_processes = True
 
