@@ -10,12 +10,13 @@ come from here, too: those of a job from a process that has imported Ray in its 
     python tests/helpers/nursery.py FOLDER [vllm]      serves FOLDER/bin/python
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,21 @@ def descendants(process: "psutil.Process") -> "Iterator[psutil.Process]":
     for child in children:
         yield child
         yield from descendants(child)
+
+
+def titled(
+    name: str, processes: "Iterable[psutil.Process] | None" = None
+) -> "list[psutil.Process]":
+    """Those whose title begins so, Ray's workers say; among all that these tests started, where no
+    others are given. A process may end while it is looked at."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().children(recursive=True) if processes is None else processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "".join(process.cmdline()[:1]).startswith(name):
+                found.append(process)
+    return found
 
 
 # ---- the nursery

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from isolation import environment_for_a_cluster, free_port
-from nursery import descendants
+from nursery import descendants, titled
 
 from serve.http.auth import add_token
 
@@ -49,7 +49,7 @@ class Secured:
         return [here, *descendants(here)]
 
     def replica_pids(self) -> set[int]:
-        return {p.pid for p in self.processes() if "ray::ServeReplica" in "".join(p.cmdline()[:1])}
+        return {process.pid for process in titled("ray::ServeReplica", self.processes())}
 
     def log_files(self) -> list[Path]:
         """All that Ray, Serve and HAProxy wrote for this service."""

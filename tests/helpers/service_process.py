@@ -13,7 +13,7 @@ from types import TracebackType
 import httpx
 import psutil
 from isolation import environment_for_a_cluster, free_port
-from nursery import descendants
+from nursery import descendants, titled
 
 _START_S = 120.0
 
@@ -67,12 +67,7 @@ class Service:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of this service whose title begins so."""
-        found = []
-        for process in descendants(psutil.Process(self.process.pid)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if (process.cmdline() or [""])[0].startswith(name):
-                    found.append(process)
-        return found
+        return titled(name, descendants(psutil.Process(self.process.pid)))
 
     def replica_pids(self) -> list[int]:
         return [p.pid for p in self.processes("ray::ServeReplica:rayward:RewardModel")]

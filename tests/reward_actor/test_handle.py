@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import psutil
 import pytest
 import ray
+from nursery import titled
 
 from reward_actor import (
     AsyncRewardHandle,
@@ -159,15 +158,11 @@ def test_a_cancelled_call_leaves_the_handle_usable(service: str, rewards: list[f
 
 def test_a_killed_ingress_costs_no_call(service: str, rewards: list[float]) -> None:
     handle = RewardHandle()
-    [ingress] = [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.cmdline()[:1] == ["ray::ServeReplica:rayward:Ingress"]
-    ]
+    [ingress] = titled("ray::ServeReplica:rayward:Ingress")
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
         calls[0].result()
-        os.kill(ingress, signal.SIGKILL)
+        ingress.kill()
         calls += [threads.submit(handle.score_groups, GROUPS) for _ in range(40)]
         for call in calls:
             assert flat(call.result()) == pytest.approx(rewards, abs=1e-5)

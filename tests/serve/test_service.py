@@ -19,6 +19,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nursery import titled
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
 from reward_actor.client.handle import AsyncRewardHandle
@@ -299,11 +300,7 @@ def test_a_redeployment_fails_no_request(
 
 def replica_pids() -> list[int]:
     """Those of these tests' own cluster; another service may run on the machine."""
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.cmdline()[:1] == ["ray::ServeReplica:rayward:RewardModel"]
-    ]
+    return [process.pid for process in titled("ray::ServeReplica:rayward:RewardModel")]
 
 
 def test_the_http_port_is_bound_to_loopback_only(service: str) -> None:

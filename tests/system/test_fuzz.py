@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 
 import httpx
-import psutil
 import pytest
 import schemathesis
 from hostile import (
@@ -24,6 +23,7 @@ from hostile import (
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from nursery import titled
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -49,11 +49,7 @@ FUZZING = settings(
 
 def replicas() -> set[int]:
     """The processes of these tests' own service: ingress and reward models."""
-    return {
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if "".join(process.cmdline()[:1]).startswith("ray::ServeReplica:rayward:")
-    }
+    return {process.pid for process in titled("ray::ServeReplica:rayward:")}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+from nursery import titled
 from pickles import with_pickled_weights
 from secured import Secured, secured_service
 from traversal import NAMES
@@ -268,7 +269,7 @@ def kill_a_replica_under(secured: Secured, client: httpx.Client) -> None:
     def post() -> None:
         replies.append(client.post("/v1/score", json={"groups": [long] * 3}).status_code)
 
-    [victim, *_] = [p for p in secured.processes() if "RewardModel" in "".join(p.cmdline()[:1])]
+    [victim, *_] = titled("ray::ServeReplica:rayward:RewardModel", secured.processes())
     thread = threading.Thread(target=post)
     thread.start()
     time.sleep(0.1)

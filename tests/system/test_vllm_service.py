@@ -16,7 +16,7 @@ import pytest
 import torch
 from exports import make_export
 from isolation import environment_for_a_cluster, free_port
-from nursery import descendants
+from nursery import descendants, titled
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer, binary
 from reward_actor.groups import GroupScores
@@ -68,14 +68,7 @@ def url(vllm_engine: None, service: str, registry: Path) -> Iterator[str]:
 
 
 def replica() -> psutil.Process | None:
-    title = "ray::ServeReplica:vllm:RewardModel"
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] == [title]:
-                return process
-        except psutil.NoSuchProcess:
-            continue
-    return None
+    return next(iter(titled("ray::ServeReplica:vllm:RewardModel")), None)
 
 
 def engine_processes() -> set[psutil.Process]:

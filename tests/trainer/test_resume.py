@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import signal
@@ -17,6 +16,7 @@ import pytest
 import torch
 from engines import OnWorkers, train_without_ray
 from isolation import environment_for_a_cluster
+from nursery import titled
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
@@ -83,7 +83,7 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = named("RayTrainWorker")
+    workers = titled("ray::RayTrainWorker")
     assert len(workers) == 2
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
@@ -155,21 +155,11 @@ def kill(config: TrainConfig, steps: list[int], ended: threading.Event) -> None:
         while not any(state.step >= step for state in states_of(config)):
             if ended.wait(0.02):
                 return
-        while len(found := named(name)) <= number:
+        while len(found := titled(f"ray::{name}")) <= number:
             if ended.wait(0.02):
                 return
-        found[number].kill()
+        sorted(found, key=lambda process: process.pid)[number].kill()
         killed.append(name)
-
-
-def named(name: str) -> list[psutil.Process]:
-    """The workers of such a name among the processes of the tests."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if name in " ".join(process.cmdline()[:1]):
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
 
 
 def test_a_killed_worker_changes_nothing(restarted, interrupted):
