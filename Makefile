@@ -21,6 +21,8 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 # make test PACKAGE=serve, or a path: one part of the suite.
 PACKAGE ?=
 TESTS = $(if $(wildcard tests/$(PACKAGE)),tests/$(PACKAGE),$(PACKAGE))
+# Two test processes; tests/conftest.py says which tests stay together, and their order.
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 FAST := not (ray or browser or deepspeed or vllm or process or alone or long)
 
 .PHONY: setup browser demo test test-fast test-long lint format clean
@@ -55,14 +57,11 @@ endif
 
 # What needs no process of its own, in a minute.
 test-fast: setup
-	@$(BIN)/python -m pytest -n 2 -m "$(FAST)" $(TESTS)
+	@$(BIN)/python -m pytest $(TWO) -m "$(FAST)" $(TESTS)
 
-# Two processes, each with a cluster of its own; a file's tests stay together for their fixtures, and
-# the order, long files first, is that of conftest.py. What measures time comes after. pytest ends
-# with 5 where a part of the suite has no test of one of the two kinds.
+# What measures time comes after the rest. pytest ends with 5 where there is none in a part.
 test: setup browser
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		-m "not long and not alone" $(TESTS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest $(TWO) -m "not long and not alone" $(TESTS)
 	@$(BIN)/python -m pytest -m "alone and not long" $(TESTS) || [ $$? = 5 ]
 
 test-long: setup browser

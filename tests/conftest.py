@@ -63,9 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in _MARK_OF_FIXTURE:
                 item.add_marker(_MARK_OF_FIXTURE[fixture])
-    # The long files first: two test processes end at the same time.
-    with_processes = {i.path for i in items if _marks(i) & _MARKS_WITH_PROCESSES}
-    items.sort(key=lambda item: item.path not in with_processes)
+    # Of two test processes one takes all that use the cluster, so that there is one; of the rest a
+    # file at a time, for its fixtures. The long ones come first: both end at the same time.
+    on_the_cluster = {item.path for item in items if "ray" in _marks(item)}
+    with_processes = {item.path for item in items if _marks(item) & _MARKS_WITH_PROCESSES}
+    for item in items:
+        group = "cluster" if item.path in on_the_cluster else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda i: (i.path not in on_the_cluster, i.path not in with_processes))
 
 
 def _marks(item: pytest.Item) -> set[str]:
