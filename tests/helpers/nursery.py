@@ -1,11 +1,20 @@
 """A `python` that forks: a program starts with torch, transformers and DeepSpeed imported already.
 
-A process of ours imports for 8 to 13 seconds of CPU time, and the suite starts some hundreds.
-`Nursery` keeps one process that has imported and forks on request. What tests start in place of
-Python, its `python`, is a small client: it hands its arguments, environment and files over, passes
-signals on, and ends as the forked process does. One that is killed takes the forked process with
-it. `sys.executable` of a forked process is that client again, so the workers of its Ray cluster
-come from here, too: those of a job from a process that has imported Ray in its environment.
+A process of ours imports for 8 to 13 seconds of CPU time, and the suite starts some hundreds. Five
+kinds of processes take part:
+
+nursery      has imported everything but Ray, and forks a supervisor for every client.
+client       is what tests start in place of Python, `Nursery.python`. It sends its arguments,
+             environment and open files, passes SIGTERM and SIGINT on, and ends as the program does.
+supervisor   forks the program and waits: for its end, which it sends to the client, or for that
+             of the client or the nursery, after which it kills the program.
+program      runs what Python would have run. `sys.executable` and multiprocessing's executable
+             are the client again, so that its Ray cluster and its children come from here, too.
+job's parent has imported Ray in the environment of one cluster and job, and forks supervisors for
+             clients that are workers of that job. It ends with its raylet or the nursery.
+
+A program differs from one that Python starts: all share one seed for the hashes of strings, what is
+read from the environment at import is the nursery's, and it leads a session of its own.
 
     python tests/helpers/nursery.py FOLDER [vllm]      serves FOLDER/bin/python
 """
@@ -16,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +63,7 @@ _PRELOADED_FOR_VLLM = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
+_OURS = ("benchmarks", "rayward", "reward_actor", "serve", "trainer")
 # These end when their parent is not the raylet.
 _CHILDREN_OF_THE_RAYLET = ("dashboard/agent.py", "runtime_env/agent/main.py")
 
@@ -78,21 +89,23 @@ class Nursery:
         ]
         Path(self.python).write_text("\n".join(client) + "\n")
         Path(self.python).chmod(0o755)
-        self._process = subprocess.Popen(
-            [sys.executable, str(here), str(folder), *(["vllm"] if with_vllm else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(here.parents[2])},
-        )
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(here), str(folder), *(["vllm"] if with_vllm else [])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(here.parents[2])},
+            )
 
     def wait(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:  # DeepSpeed prints, too
             if line == "ready\n":
                 return
-        raise RuntimeError("the nursery could not import what it preloads")
+        raise RuntimeError("the nursery ended before it was ready:\n" + self._log.read_text())
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -154,39 +167,46 @@ def _serve(folder: Path, *, with_vllm: bool) -> None:
     gc.freeze()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a tender ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a supervisor ended
     sys.executable = str(folder / "bin/python")
     multiprocessing.set_executable(sys.executable)
     end, end_of_this = os.pipe()  # closes with this process
     listener = _listener(str(folder / "socket"))
     print("ready", flush=True)
-    _fork_for_each_client(listener, end, end_of_this)
+    _fork_for_each_client(listener, end, own=end_of_this)
 
 
 def _listener(path: str) -> socket.socket:
+    """Listens at `path`, in place of one that ended."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(f"{path}.{os.getpid()}")
     listener.listen(64)
+    os.rename(f"{path}.{os.getpid()}", path)
     return listener
 
 
-def _fork_for_each_client(listener: socket.socket, end: int, *ours: int) -> None:
-    """Until `end` can be read; the files `ours` are not for the forked."""
+def _fork_for_each_client(listener: socket.socket, end: int, own: int) -> None:
+    """Until `end` or `own` can be read. `own` is not for what is forked."""
     import select
 
-    while end not in select.select([listener, end], [], [])[0]:
+    while select.select([listener, end, own], [], [])[0] == [listener]:
         client, _ = listener.accept()
         if os.fork() == 0:
-            listener.close()
-            for file in ours:
-                os.close(file)
-            _tend(client, end)
+            try:
+                listener.close()
+                os.close(own)
+                _supervise(client, end)
+            except EOFError:  # the client is gone
+                os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
         client.close()
     os._exit(0)
 
 
-def _import_ray(path: str, environment: dict[str, str], client: socket.socket, end: int) -> None:
-    """Fork at the socket `path`, with Ray imported in that environment, for its cluster."""
+def _serve_job(path: str, environment: dict[str, str], client: socket.socket, end: int) -> None:
+    """Be a job's parent, at the socket `path`."""
     import gc
     import types
     from importlib import import_module
@@ -194,8 +214,8 @@ def _import_ray(path: str, environment: dict[str, str], client: socket.socket, e
     os.environ.clear()
     os.environ.update(environment)
     actor = import_module("ray.actor")
-    # Whoever asks Ray's core for a random id seeds it; all that were forked after that would draw
-    # the same ids. An actor class asks when it is decorated.
+    # The first random id seeds Ray's core, and all that are forked after that would draw the same
+    # ids. The decorator of an actor class draws one.
     drawn = actor.ActorClassID
     actor.ActorClassID = types.SimpleNamespace(from_random=lambda: drawn(os.urandom(drawn.size())))
     for name in _PRELOADED_WITH_RAY:
@@ -204,9 +224,10 @@ def _import_ray(path: str, environment: dict[str, str], client: socket.socket, e
     gc.collect()
     gc.freeze()
     listener = _listener(path)
-    _tell(client, 0)
+    _send(client, 0)
     client.close()
-    _fork_for_each_client(listener, end)
+    raylet = os.pidfd_open(int(environment["RAY_RAYLET_PID"]))
+    _fork_for_each_client(listener, end, own=raylet)
 
 
 def _end_with_parent() -> None:
@@ -214,60 +235,66 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _tend(client: socket.socket, end: int) -> None:
-    """Fork for a client, tell it the pid and, in the end, how the process ended. If the client is
-    killed, or the nursery ends, the process is killed."""
+def _supervise(client: socket.socket, end: int) -> None:
+    """Fork for a client, send it the pid and, in the end, the exit code. If the client is killed,
+    or the nursery ends, the program is killed."""
     import fcntl
     import json
     import select
 
-    told = json.loads(_exactly(client, _number(client)))
-    if told["kind"] == "ray":
-        _import_ray(told["program"], told["environment"], client, end)
+    request = json.loads(_receive_bytes(client, _receive(client)))
+    if request["kind"] == "job":
+        _serve_job(request["program"], request["environment"], client, end)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _, files, _, _ = socket.recv_fds(client, 1, len(told["files"]))
+    _, files, _, _ = socket.recv_fds(client, 1, len(request["files"]))
     pid = os.fork()
     if pid == 0:
         client.close()
         # Under the numbers that they had in the client: multiprocessing tells a child that of its
         # pipe. First out of the way of these.
-        numbers = told.pop("files")
+        numbers = request.pop("files")
         above = max(*numbers, *files) + 1
         files = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]
         os.closerange(3, above)
         for target, file in zip(numbers, files, strict=True):
             os.dup2(file, target)
             os.close(file)
-        _become(**told)
+        _become(**request)
     for file in files:
         os.close(file)
-    _tell(client, pid)
+    _send(client, pid)
     handle = os.pidfd_open(pid)
     readable, _, _ = select.select([handle, client, end], [], [])
     if handle not in readable:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if handle in readable:
-        _tell(client, code)
+        _send(client, code)
     os._exit(0)
 
 
-def _tell(connection: socket.socket, number: int) -> None:
+def _send(connection: socket.socket, number: int) -> None:
     connection.sendall(number.to_bytes(8, "big", signed=True))
 
 
-def _number(connection: socket.socket) -> int:
-    return int.from_bytes(_exactly(connection, 8), "big", signed=True)
+def _receive(connection: socket.socket) -> int:
+    return int.from_bytes(_receive_bytes(connection, 8), "big", signed=True)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _receive_bytes(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
         got = connection.recv(size - len(data))
         if not got:
-            os._exit(1)
+            raise EOFError
         data += got
     return data
+
+
+def _is_another_checkout(place: str) -> bool:
+    """Whether a program with this place on its path has its own copy of our packages, as a job."""
+    path = Path(place, "reward_actor")
+    return path.is_dir() and not path.samefile(Path(__file__).parents[2] / "reward_actor")
 
 
 def _become(
@@ -276,7 +303,6 @@ def _become(
     """Run code, a module or a file as Python would."""
     import runpy
     import tempfile
-    import traceback
     import types
 
     import numpy as np
@@ -297,6 +323,9 @@ def _become(
     places = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     first = os.path.dirname(os.path.abspath(program)) if kind == "file" else directory
     sys.path[:] = [first, *places, *(p for p in sys.path[1:] if p not in places)]
+    if any(_is_another_checkout(place) for place in (first, *places)):
+        for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
+            del sys.modules[name]
     sys.argv = [{"code": "-c", "module": "-m"}.get(kind, program), *arguments]
     code = 0
     try:
@@ -313,7 +342,7 @@ def _become(
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
         traceback.print_exc()
-        code = 128 + signal.SIGINT
+        code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -325,6 +354,9 @@ def _become(
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     os._exit(code)
 
 
@@ -347,28 +379,35 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def ask(python: str, path: str) -> None:
     """Be a client of the nursery at the socket `path`; or the real Python, where it cannot fork."""
-    import json
+    try:
+        _ask(python, path)
+    except (EOFError, ConnectionError):
+        print(f"the nursery ended; see {os.path.dirname(path)}/log", file=sys.stderr, flush=True)
+        os._exit(1)
 
-    told = _program(sys.argv[1:])
-    if not told:
+
+def _ask(python: str, path: str) -> None:
+    request = _program(sys.argv[1:])
+    if not request:
         os.execv(python, [python, *sys.argv[1:]])
-    if told["program"].endswith(_CHILDREN_OF_THE_RAYLET):
+    if request["program"].endswith(_CHILDREN_OF_THE_RAYLET):
         os.execv(
-            python, [python, "-c", _AS_A_CHILD, sys.argv[0], told["program"], *told["arguments"]]
+            python,
+            [python, "-c", _AS_A_CHILD, sys.argv[0], request["program"], *request["arguments"]],
         )
     files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)]
-    told |= {"files": files, "environment": dict(os.environ), "directory": os.getcwd()}
-    body = json.dumps(told).encode("utf-8", "surrogateescape")
-    if told["program"].endswith(_WORKER) and os.environ.get("RAY_JOB_ID") not in _NO_JOB:
-        path = _with_ray(path)
-    connection = _connection(path, body)
+    request |= {"files": files, "environment": dict(os.environ), "directory": os.getcwd()}
+    has_job = os.environ.get("RAY_JOB_ID") not in _NO_JOB
+    is_jobs = request["program"].endswith(_WORKER) and has_job
+    connection = _to_jobs_parent(path) if is_jobs else _connected(path)
+    _send_request(connection, request)
     socket.send_fds(connection, [b"."], files)
-    pid = _number(connection)
+    pid = _receive(connection)
     with open("/proc/self/comm", "w") as name:
         name.write(f"{_FORKED} {pid}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(pid, number))
-    code = _number(connection)
+    code = _receive(connection)
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -376,29 +415,38 @@ def ask(python: str, path: str) -> None:
     os._exit(code)
 
 
-def _connection(path: str, body: bytes) -> socket.socket:
+def _connected(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    _tell(connection, len(body))
-    connection.sendall(body)
     return connection
 
 
-def _with_ray(path: str) -> str:
-    """The socket of a process that has imported Ray in this one's environment."""
-    import fcntl
+def _send_request(connection: socket.socket, request: dict[str, Any]) -> None:
     import json
+
+    body = json.dumps(request).encode("utf-8", "surrogateescape")
+    _send(connection, len(body))
+    connection.sendall(body)
+
+
+def _to_jobs_parent(path: str) -> socket.socket:
+    """A connection to the process that has imported Ray in this one's environment."""
+    import fcntl
     import zlib
 
     own = sorted(item for item in os.environ.items() if item[0].startswith("RAY"))
     place = f"{path}-{zlib.crc32(repr(own).encode()):08x}"
+    with contextlib.suppress(OSError):
+        return _connected(place)
     with open(f"{place}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(place):
-            told = {"kind": "ray", "program": place, "environment": dict(os.environ)}
-            with _connection(path, json.dumps(told).encode("utf-8", "surrogateescape")) as asked:
-                _number(asked)
-    return place
+        with contextlib.suppress(OSError):  # another worker was first
+            return _connected(place)
+        with _connected(path) as nursery:
+            request = {"kind": "job", "program": place, "environment": dict(os.environ)}
+            _send_request(nursery, request)
+            _receive(nursery)
+        return _connected(place)
 
 
 def _is_open(file: int) -> bool:
