@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 
@@ -46,13 +45,6 @@ def chosen(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
 def as_options(names: Iterable[str]) -> str:
     """Names of settings as they are typed."""
     return ", ".join("--" + name.replace("_", "-") for name in names)
-
-
-def is_model_directory(scorer: str) -> bool:
-    """Whether it names a directory, not a Serve application. A folder without a model may have an
-    application's name: `rayward` does, where this project's source is."""
-    path = Path(scorer)
-    return path.is_dir() and (path.name != scorer or any(path.glob("*.json")))
 
 
 def is_url(model: str) -> bool:

@@ -72,7 +72,7 @@ class Stepper:
         totals = _Totals(self.engine.device)
         for number, mine in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-            self._run_pass(mine, len(batch), index, totals)
+            self._run_micro_batch(mine, len(batch), index, totals)
         grad_norm = zero.step(self.engine, index)
 
         sums = totals.reduced()
@@ -99,7 +99,7 @@ class Stepper:
             "memory_mb": sums["memory_mb"],
         }
 
-    def _run_pass(
+    def _run_micro_batch(
         self, mine: Sequence[int], num_comparisons: int, index: int, totals: _Totals
     ) -> None:
         train, config = self.data.train, self.config.loss
@@ -175,7 +175,7 @@ _SUMS = (
 
 
 class _Totals:
-    """Sums and extremes over a step's micro_batches, and then over the workers."""
+    """Sums and extremes over a step's micro-batches, and then over the workers."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)

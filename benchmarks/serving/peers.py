@@ -124,7 +124,7 @@ def _vllm(setting: Setting) -> Peer:
         **{k.replace("_", "-"): v for k, v in vllm_peer.engine_arguments(order).items()},
     }
     environment = vllm_peer.environment(setting.threads, "cpu", setting.vllm)
-    # The offline engine of `scoring.py` spares a process; a server has one for its engine.
+    # The offline engine of `benchmarks.scoring` spares a process; a server has one for its engine.
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     return Peer(
         "vllm",

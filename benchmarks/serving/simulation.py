@@ -6,7 +6,8 @@
 Two tables. Scaling: clients in a closed loop call the ASGI application of one ingress, whose 1 to
 64 replicas take the measured time per token. Ingress: replicas that take no time, and the CPU time
 that the ingress spends on a token, by the kind of body: the tokens/s that one core of it carries.
-Neither Ray nor the HTTP server's parsing is in it; `serving.py` measures an ingress with both.
+Neither Ray nor the HTTP server's parsing is in it; `benchmarks.serving` measures an ingress with
+both.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = SHAPES[args.shape]
     kinds = bodies(shape, args.num_groups, args.prompt_tokens, args.completion_tokens)
     window = Window(args.warm_up_s, args.duration_s)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as every server of serving.py
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as servers in benchmarks.serving
     with tempfile.TemporaryDirectory() as scratch:
         description = describe(shape, Path(scratch))
         rows = []
@@ -108,7 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     ids: dict[str, Any] = {"type": Range.parse, "metavar": "N|MIN..MAX"}
     rate = "effective tokens/s of one replica; default: from --results"
     add("--tokens-per-s", type=positive_float, help=rate)
-    add("--results", type=Path, default=RESULTS / "serving-cpu-float32.json", help="of serving.py")
+    measured = RESULTS / "serving-cpu-float32.json"
+    add("--results", type=Path, default=measured, help="of benchmarks.serving")
     add("--shape", choices=SHAPES, default="79m", help="whose vocabulary and lengths")
     add("--replicas", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     add("--clients-per-replica", type=positive, default=8, help="closed loop, a group a request")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
-
-from rayward.loading import is_model_directory
 
 NAME = "rollout"
 HELP = "sample completions with vLLM and score them"
@@ -19,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scorer",
         help="URL of a service, name of a Serve application, directory of a reward model, or "
-        "nothing: sample only",
+        "nothing: sample only; ./NAME is always a directory",
     )
     parser.add_argument("--num-actors", type=int, default=1)
     parser.add_argument("--num-completions", type=int, default=4)
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
     scorer: Any = arguments.scorer
-    if scorer and is_model_directory(scorer):
+    if scorer and is_directory(scorer):
         from reward_actor.actor import start_scorer_actor
 
         scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
@@ -98,3 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
     ray.shutdown()
     return 0
+
+
+def is_directory(scorer: str) -> bool:
+    """Whether it names a directory, not a Serve application. A bare name is that of a folder only
+    if a model or a run lies in it: `rayward` is an application where this project's source is."""
+    path = Path(scorer)
+    expected = ("config.json", "adapter_config.json", "ensemble.json", "export")
+    holds_one = any((path / name).exists() for name in expected)
+    return path.is_dir() and (path.name != scorer or holds_one)

@@ -20,7 +20,6 @@ _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
     "vLLM": "make setup",
-    "bitsandbytes": "make setup",
     GPU: "pytest -m cuda where there is one",
 }
 

@@ -11,7 +11,7 @@ from data_files import with_damage
 from score_files import ROWS, write
 
 import rayward
-from rayward.loading import is_model_directory
+from rayward.commands.rollout import is_directory
 from reward_actor import Group
 from reward_actor.files import group_of, read_rows
 
@@ -117,8 +117,8 @@ def test_a_folder_without_a_model_may_have_the_name_of_an_application(
     Path("rayward").mkdir()
     Path("rayward", "__init__.py").touch()
     Path("mine").symlink_to(export_dir)
-    assert not is_model_directory("rayward")
-    assert not is_model_directory("http://127.0.0.1:8000")
-    assert is_model_directory("mine")
-    assert is_model_directory(str(export_dir))
-    assert is_model_directory("./rayward"), "a path, whose model is then missed by name"
+    assert not is_directory("rayward")
+    assert not is_directory("http://127.0.0.1:8000")
+    assert is_directory("mine")
+    assert is_directory(str(export_dir))
+    assert is_directory("./rayward"), "a path, whose model is then missed by name"

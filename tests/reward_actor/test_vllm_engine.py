@@ -32,9 +32,12 @@ from reward_actor.model.manifest import write_manifest
 from reward_actor.render import Renderer
 from reward_actor.vllm.scorer import VllmScorer
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.usefixtures("vllm_engine"),
+    pytest.mark.cpu,
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
     ),

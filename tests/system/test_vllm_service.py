@@ -24,9 +24,12 @@ from reward_actor.groups import GroupScores
 if TYPE_CHECKING:
     from nursery import Nursery
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
+    ),
+]
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", "word " * 500]),

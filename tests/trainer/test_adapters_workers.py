@@ -188,7 +188,6 @@ def test_an_exports_rewards_are_those_of_training(
 ) -> None:
     changes = {**LORA, "model__dtype": dtype}
     if quantize:
-        pytest.importorskip("bitsandbytes")
         changes["adapter__quantize"] = quantize
     result = on_workers(1, exported_rewards, wide_model, tmp_path, changes)[0]
     assert result["names"]
@@ -202,7 +201,6 @@ def test_an_exports_rewards_are_those_of_training(
 def test_adapters_on_quantised_weights_learn_and_resume(
     on_workers: OnWorkers, wide_model: Path, tmp_path: Path, stage: int
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     changes = {**LORA, "adapter__quantize": "4bit", "distributed__zero_stage": stage}
     changes["model__gradient_checkpointing"] = True
     result = on_workers(2, resume, wide_model, tmp_path, changes)[0]

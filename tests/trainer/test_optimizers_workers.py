@@ -48,7 +48,6 @@ def test_where_state_and_weights_are_kept_changes_no_loss(
 def test_eight_bit_adamw_stays_near_adamw(
     on_workers: OnWorkers, base_model: Path, stage: int
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     changes: dict[str, Any] = {"distributed__zero_stage": stage}
     full = on_workers(1, losses, base_model, changes, 6)[0]
     changes["optimizer__name"] = "adamw_8bit"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from engines import OnWorkers, train_without_ray
 from isolation import environment_for_a_cluster
-from nursery import titled
+from nursery import descendants, titled
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
@@ -43,7 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(base_model: Path, data: Path, output_dir: Path, **changes: Any) -> TrainConfig:
     changes = {
         "training__max_steps": NUM_STEPS,
-        "training__micro_batch_tokens": 400,  # a step is one pass
         "checkpoint__every_steps": EVERY,
         "evaluation__every_steps": 2 * EVERY,
         **changes,
@@ -83,7 +82,7 @@ def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: i
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = titled("ray::RayTrainWorker")
+    workers = titled("ray::RayTrainWorker", descendants(psutil.Process(process.pid)))
     assert len(workers) == 2
     process.send_signal(by)
     out, err = process.communicate(timeout=60)

@@ -122,7 +122,7 @@ def plan(
     *,
     packed: bool,
 ) -> list[MicroBatches]:
-    """For every worker its passes over `batch`, as indices of `comparisons`."""
+    """For every worker its micro-batches of `batch`, as indices of `comparisons`."""
     items = [int(i) for i in batch]
     if packed:
         micro_batches = forest_micro_batches(
