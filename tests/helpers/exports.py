@@ -22,6 +22,7 @@ def make_export(
     seed: int = 0,
     format: str = "chat",
     heads: Sequence[str] = ("reward",),
+    head_std: float = 0.5,
     **contract_fields: Any,
 ) -> Path:
     """An export of a random reward model on top of `base`, with these fields in its contract."""
@@ -38,7 +39,7 @@ def make_export(
     network = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=len(heads), dtype=torch.float32
     )
-    torch.nn.init.normal_(network.score.weight, std=0.5)
+    torch.nn.init.normal_(network.score.weight, std=head_std)
     tokenizer = load_tokenizer(base)
     contract = contract_for(tokenizer, network.config, format=format)
     contract = replace(contract, heads=list(heads), **contract_fields)

@@ -1,7 +1,7 @@
 """What a machine may lack: tests that need it are skipped, and the last lines say how to get it.
 
-With RAYWARD_TEST_EVERYTHING set, as in `.ci/run`, a skipped test has failed, unless it is for
-another device (marks `cuda` and `cpu`).
+With RAYWARD_TEST_EVERYTHING set, as in `.ci/run`, a skipped test has failed, unless what it misses
+is another device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import pytest
 EVERYTHING = "RAYWARD_TEST_EVERYTHING"
 
 GPU = "NVIDIA GPU"
+CPU = "machine without a GPU"
 _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
     "vLLM": "make setup",
     GPU: "pytest -m cuda where there is one",
+    CPU: "vLLM's CPU engine takes no share of a GPU",
 }
 
 
@@ -30,9 +32,10 @@ def skip_without(what: str, detail: str = "") -> NoReturn:
     pytest.skip(f"missing: {what}" + (f" ({detail})" if detail else ""))
 
 
-def is_required() -> bool:
-    """Whether a skipped test is a failure."""
-    return bool(os.environ.get(EVERYTHING))
+def is_failure(reason: str) -> bool:
+    """Whether a test that was skipped for this reason has failed."""
+    is_for_another_device = any(f"missing: {device}" in reason for device in (GPU, CPU))
+    return bool(os.environ.get(EVERYTHING)) and not is_for_another_device
 
 
 def told(reasons: Iterable[str]) -> list[str]:

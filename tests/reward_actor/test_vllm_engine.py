@@ -21,6 +21,7 @@ import pytest
 import torch
 from exports import make_export
 from foreign import openrlhf
+from missing import CPU
 
 from reward_actor import RewardScorer
 from reward_actor.contract import ContractError
@@ -32,12 +33,7 @@ from reward_actor.model.manifest import write_manifest
 from reward_actor.render import Renderer
 from reward_actor.vllm.scorer import VllmScorer
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-    ),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason=f"missing: {CPU}")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from families import FAMILIES, make_network
+from missing import CPU
 
 from reward_actor import RewardScorer
 from reward_actor.export import export
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.usefixtures("vllm_engine"),
-    pytest.mark.cpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-    ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason=f"missing: {CPU}"),
 ]
 
 # Longer than the window of the sliding families, and one that a group shares a prefix with.

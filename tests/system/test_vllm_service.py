@@ -16,6 +16,7 @@ import pytest
 import torch
 from exports import make_export
 from isolation import environment_for_a_cluster, free_port
+from missing import CPU
 from nursery import descendants, titled
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer, binary
@@ -24,12 +25,7 @@ from reward_actor.groups import GroupScores
 if TYPE_CHECKING:
     from nursery import Nursery
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="written for vLLM's CPU engine: no share of a GPU is set"
-    ),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason=f"missing: {CPU}")
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", "word " * 500]),
