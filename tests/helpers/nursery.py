@@ -114,15 +114,14 @@ class Nursery:
 
 
 def descendants(process: "psutil.Process") -> "Iterator[psutil.Process]":
-    """All that it started; behind a client, the forked process and what that started."""
+    """All that it started; behind a client, the program and what that started. A program may
+    become a client in turn, as Ray's workers do."""
     import psutil
 
     try:
         name = Path(f"/proc/{process.pid}/comm").read_text().split()
-        if name[:1] == [_FORKED]:
-            process = psutil.Process(int(name[1]))
-            yield process
-        children = process.children()
+        is_client = name[:1] == [_FORKED]
+        children = [psutil.Process(int(name[1]))] if is_client else process.children()
     except (OSError, psutil.NoSuchProcess):
         return
     for child in children:

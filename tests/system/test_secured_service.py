@@ -43,11 +43,10 @@ GROUP = {"prompt": "Name two fruits.", "completions": ["An apple and a pear.", "
 
 
 @pytest.fixture(scope="module")
-def secured(
-    nursery: Nursery, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Secured]:
+def secured(export_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     directory = tmp_path_factory.mktemp("secured")
-    with secured_service(nursery.python, export_dir, directory) as service:
+    # As a user starts it, imports included.
+    with secured_service(sys.executable, export_dir, directory) as service:
         yield service
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from nursery import Nursery
 
 # Many more than a worker takes while a signal is on its way.
-NUM_STEPS = 120
+NUM_STEPS = 160
 EVERY = 20
 
 
@@ -55,11 +56,11 @@ def config_in(output_dir: Path) -> TrainConfig:
     return TrainConfig.model_validate_json(text)
 
 
-def start(nursery: Nursery, config: TrainConfig) -> subprocess.Popen[str]:
+def start(python: str, config: TrainConfig) -> subprocess.Popen[str]:
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
     return subprocess.Popen(
-        [nursery.python, "-m", "trainer", "--config", str(file)],
+        [python, "-m", "trainer", "--config", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,16 +105,18 @@ def interrupted(
     on_workers(2, train_without_ray, whole, contract, prepared, NUM_STEPS)
     config = config_for(base_model, data, root / "broken")
     run_dir = Path(checkpoint_storage(config).root)
-    printed = [kill_after_step(start(nursery, config), config, EVERY, signal.SIGINT)]
+    printed = [kill_after_step(start(nursery.python, config), config, EVERY, signal.SIGINT)]
     half = run_dir / "checkpoint_half"
     (half / "state").mkdir(parents=True)
     (half / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
     last = states_of(config)[0].step
-    printed.append(kill_after_step(start(nursery, config), config, last + EVERY, signal.SIGKILL))
+    printed.append(
+        kill_after_step(start(nursery.python, config), config, last + EVERY, signal.SIGKILL)
+    )
     assert not half.exists()
     weights = next((run_dir / states_of(config)[0].folder).rglob("*model_states.pt"))
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
-    process = start(nursery, config)
+    process = start(sys.executable, config)  # as a user starts it, imports included
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return root / "broken", root / "whole", [*printed, out + err]
