@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import binary
@@ -94,6 +94,7 @@ def flipped(body: bytes, data: Any) -> bytes:
     return bytes(changed)
 
 
+@settings(max_examples=300)
 @given(groups, st.binary(max_size=64), st.data())
 def test_garbage_is_a_value_error_and_nothing_else(
     sent: list[Group], tail: bytes, data: Any
@@ -106,6 +107,7 @@ def test_garbage_is_a_value_error_and_nothing_else(
         assert binary.encode_request(found, token_rewards) == body
 
 
+@settings(max_examples=300)
 @given(scores(), st.binary(max_size=64), st.data())
 def test_a_garbled_reply_is_a_value_error_and_nothing_else(
     sent: list[GroupScores], tail: bytes, data: Any

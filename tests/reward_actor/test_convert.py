@@ -69,14 +69,7 @@ def check(directory: Path, expected: list[float]) -> RewardScorer:
     return scorer
 
 
-# The others have all that these two have, but for the experts: test_layouts.py has those.
-_FOR_LONG = ("remote-llama", "openrlhf-mixtral")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long) if name in _FOR_LONG else name for name in FOREIGN],
-)
+@pytest.mark.parametrize("name", FOREIGN)
 def test_converting_changes_no_reward(name: str, tmp_path: Path, tokenizer: Any) -> None:
     source, destination = tmp_path / "source", tmp_path / "converted"
     own = FOREIGN[name](source)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reward_actor.engine.forest import common_prefix, plan_forests
@@ -19,6 +19,7 @@ def distinct_prefixes(sequences: list[list[int]]) -> int:
     return len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})
 
 
+@settings(max_examples=300)
 @given(sequences=batches, budget=st.integers(1, 60))
 @example(sequences=[[1, 2, 3], [1, 2, 3], [1, 2], [1]], budget=60)
 def test_every_sequence_is_a_path_and_no_batch_is_over_its_budget(
@@ -37,6 +38,7 @@ def test_every_sequence_is_a_path_and_no_batch_is_over_its_budget(
             assert rows[-1] == forest.last_rows[place]
 
 
+@settings(max_examples=200)
 @given(sequences=batches)
 def test_segments_lie_in_preorder_without_gaps(sequences: list[list[int]]) -> None:
     [forest] = plan_forests(sequences, 10**6)

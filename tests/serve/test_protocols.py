@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline import reward, templated
 
@@ -243,6 +243,7 @@ KEYS = (
 keys = st.sampled_from(KEYS.split())
 
 
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(PATHS)), st.dictionaries(keys, json_values, max_size=3))
 def test_no_body_breaks_a_route(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
     for value in (body, {**PATHS[path], **body}):

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nursery import titled
 
@@ -192,6 +192,7 @@ bodies = st.one_of(
 )
 
 
+@settings(max_examples=100)
 @given(bodies)
 def test_no_body_breaks_the_service(http: httpx.Client, body: bytes) -> None:
     assert http.post("/v1/score", content=body, headers=JSON).status_code in (200, 413, 422)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from trainer.data.comparisons import Comparisons
 
 STAGES = (0, 1, 2, 3)
-NUM_STEPS = 25
-SLOWLY = {"training__max_steps": NUM_STEPS, "optimizer__learning_rate": 0.004}
+NUM_STEPS = 50
+SLOWLY = {"training__max_steps": NUM_STEPS, "optimizer__learning_rate": 0.002}
 """So that there is still a loss to compare at the end."""
 
 
