@@ -15,7 +15,8 @@ from benchmarks.common import machine
 from benchmarks.common.channel import Answer, Message, serve
 from benchmarks.common.shapes import SHAPES, build_network, save_network
 
-# (M, K, N): a product as the 79M shape has it for 4096 tokens, and one that fills a GPU.
+# (M, K, N): a product as the 79M shape has it for 4096 tokens, smaller where a shape's own are, and
+# one that fills a GPU.
 _CPU_PRODUCT = (4096, 768, 2048)
 _CUDA_PRODUCT = (8192, 8192, 8192)
 _NUM_WARM_UP = 3
@@ -39,7 +40,10 @@ def load(order: Message) -> tuple[Message, Answer]:
             network = build_network(SHAPES[order["shape"]], dtype, device)
             save_network(network, Path(message["save"]))
             return {}
-        products = [_CPU_PRODUCT] if device == "cpu" else [_CPU_PRODUCT, _CUDA_PRODUCT]
+        rows, inner, columns = _CPU_PRODUCT
+        shape = SHAPES[order["shape"]]
+        product = (rows, min(inner, shape.hidden_size), min(columns, shape.intermediate_size))
+        products = [product] if device == "cpu" else [product, _CUDA_PRODUCT]
         return {
             "x".join(map(str, product)): matmul_rate(product, dtype, device) for product in products
         }

@@ -121,10 +121,7 @@ def test_a_model_that_fails_its_golden_samples_is_not_served(
     contract = json.loads((bad / "scoring_contract.json").read_text())
     contract["golden"]["raw_scores"]["float32"][0] += 0.1
     (bad / "scoring_contract.json").write_text(json.dumps(contract))
-    done = front_door(nursery.python, "serve", str(bad), "--port", str(free_port()))
-    assert done.returncode == 2
-    assert "differs from its digest" in done.stderr
-    write_manifest(bad)
+    write_manifest(bad)  # without it its digests say so first
     done = front_door(nursery.python, "serve", str(bad), "--port", str(free_port()))
     assert done.returncode == 2
     assert "golden sample 0 scores" in done.stderr

@@ -14,8 +14,8 @@ from trainer.network import zero
 def trained_on(model: str, steps: range) -> list[list[int]]:
     """The comparisons that this rank computes in each of these steps."""
     made = trainer(settings(model), weight=0.5)
-    run, seen = made._run_pass, []
-    made._run_pass = lambda mine, *rest: (seen[-1].extend(mine), run(mine, *rest))  # type: ignore
+    run, seen = made._run_micro_batch, []
+    made._run_micro_batch = lambda mine, *rest: (seen[-1].extend(mine), run(mine, *rest))  # type: ignore
     for step in steps:
         seen.append([])
         assert made.step(step)["epoch"] == step // 2
