@@ -58,6 +58,7 @@ _MARK_OF_FIXTURE = {
 _MARKS_WITH_PROCESSES = {*_MARK_OF_FIXTURE.values(), "process", "long"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
