@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from nursery import Nursery
 
 # Many more than a worker takes while a signal is on its way.
-NUM_STEPS = 160
-EVERY = 20
+NUM_STEPS = 100
+EVERY = 10
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def interrupted(
     assert not half.exists()
     weights = next((run_dir / states_of(config)[0].folder).rglob("*model_states.pt"))
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
-    process = start(sys.executable, config)  # as a user starts it, imports included
+    process = start(nursery.python, config)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return root / "broken", root / "whole", [*printed, out + err]
