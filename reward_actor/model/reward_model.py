@@ -119,16 +119,19 @@ def get_reward(
 
     With a mask the pooled token is the last real one, on any padding side, whatever its id.
     Without one the result is Open Instruct's: real tokens are those that differ from
-    `pad_token_id`, and the pooled one stands before the first pad after `context_length`.
-    Open Instruct's trailing axis of size 1 on reward_logits is dropped. Raises ValueError naming
-    the row if a row holds only padding.
+    `pad_token_id`, and the pooled one stands before the first pad after `context_length`; pads that
+    come before the completion there are passed over, where Open Instruct would stop at them. Open
+    Instruct's trailing axis of size 1 on reward_logits is dropped. Raises ValueError naming the row
+    if a row holds only padding.
     """
     mask = query_responses != pad_token_id if attention_mask is None else attention_mask.bool()
     last = last_token_index(mask)  # an all-padding row fails here under either rule
     if attention_mask is None:
         # One pad more: what is never padded, or has no completion at all, ends at the last column.
         tails = nn.functional.pad(query_responses[:, context_length:], (0, 1), value=pad_token_id)
-        last = context_length + (tails == pad_token_id).int().argmax(dim=1) - 1
+        is_pad = tails == pad_token_id
+        ends = is_pad & ((~is_pad).cumsum(dim=1) > 0)  # pads before the completion end nothing
+        last = context_length + ends.int().argmax(dim=1) - 1
     real = mask.long()
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(

@@ -75,9 +75,20 @@ def test_without_a_mask_the_result_is_open_instructs(network: Any) -> None:
     ids = torch.tensor([[5, PAD, 7, 8], [PAD, 5, 6, 7], [5, 6, 7, 8]])
     with torch.inference_mode():
         logits, scores, last = get_reward(network, ids, PAD, 0)
-    # The first pad ends a row: inside the text, and at the front, where -1 wraps to the last token.
-    assert last.tolist() == [0, -1, 3]
+    # The first pad behind a real token ends a row, inside the text, too; those in front do not.
+    assert last.tolist() == [0, 3, 3]
     assert scores.tolist() == [logits[0, 0].item(), logits[1, 3].item(), logits[2, 3].item()]
+
+
+def test_without_a_mask_rows_may_be_padded_on_both_sides(network: Any) -> None:
+    rows = [[PAD, PAD, 5, 6, 7, PAD], [PAD, 5, 6, 7, 8, 9], [5, 6, PAD, 7, 8, PAD]]
+    for context_length, expected in ((0, [4, 5, 1]), (1, [4, 5, 1]), (2, [4, 5, 4])):
+        with torch.inference_mode():
+            _, scores, last = get_reward(network, torch.tensor(rows), PAD, context_length)
+        assert last.tolist() == expected
+        assert scores[:2].tolist() == pytest.approx(
+            [alone(network, [5, 6, 7]), alone(network, [5, 6, 7, 8, 9])], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -145,7 +156,8 @@ def test_get_reward_needs_no_side_of_padding(family: str) -> None:
 def test_without_a_mask_get_reward_is_open_instructs(
     rows: list[list[int]], context_length: int
 ) -> None:
-    """All three results against its procedure, step by step (open_instruct/model_utils.py)."""
+    """All three results against its procedure, step by step (open_instruct/model_utils.py), but
+    for pads before the completion, which it stops at."""
     pad = 3
     rows = [row for row in rows if set(row) != {pad}] or [[1] * 8]
     ids = torch.tensor(rows)
@@ -161,7 +173,8 @@ def test_without_a_mask_get_reward_is_open_instructs(
         ).last_hidden_state
         expected = network.score(hidden)[..., 0]
     for row in range(len(rows)):
-        first_pad = next((i for i in range(context_length, 8) if rows[row][i] == pad), 8)
+        begin = next((i for i in range(context_length, 8) if rows[row][i] != pad), context_length)
+        first_pad = next((i for i in range(begin, 8) if rows[row][i] == pad), 8)
         assert int(last[row]) == first_pad - 1
         torch.testing.assert_close(scores[row], expected[row, first_pad - 1], atol=1e-5, rtol=0)
         at_real = real[row]
