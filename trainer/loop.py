@@ -21,6 +21,7 @@ from trainer import finish
 from trainer.checkpoints.checkpoints import Checkpoints
 from trainer.checkpoints.manifest import check_not_lost
 from trainer.checkpoints.storage import checkpoint_storage
+from trainer.console import say
 from trainer.evaluation.background import MAX_PENDING, Validations
 from trainer.evaluation.metrics import is_measurable
 from trainer.evaluation.selection import Selection
@@ -38,6 +39,8 @@ def training_loop(job: Job) -> dict[str, Any]:
     _prepare_process(config.distributed.cpus_per_worker)
 
     trainer = Stepper(zero.initialize(config, job.num_steps), config, ray.get(job.data))
+    if is_first():
+        say(f"path: {trainer.forward.described}")
     checkpoints = Checkpoints(trainer.engine, config)
     start = checkpoints.restore()
     if not start:  # also after a restart that the command which began the run knows nothing of

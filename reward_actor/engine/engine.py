@@ -22,7 +22,7 @@ from torch import Tensor
 from reward_actor.engine.decoder import Decoder
 from reward_actor.engine.memory import LEAST_BUDGET, default_budget, is_out_of_memory
 from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking, Sequences
-from reward_actor.engine.probe import Probe
+from reward_actor.engine.probe import MakePacking, Probe
 from reward_actor.model.rope import LengthClasses
 
 if TYPE_CHECKING:
@@ -207,18 +207,26 @@ def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Pac
     """The fastest exact path, and why it is not the first candidate if it is not."""
     name = type(model.network).__name__
     reason: str | None = None
+    if not probe.is_finite:
+        raise UnscorableModel(
+            f"{name} computes hidden states that are not finite in {_dtype(model)}: its weights "
+            "are damaged, or overflow in that dtype (then load it with a wider one)"
+        )
     if attention != "padded":
-        candidates: list[Packing] = [ForestPacking(model)]
-        try:
-            candidates.insert(0, ForestPacking(model, Decoder(model.backbone)))
-            # On a CPU the compiler takes a minute at every start for nothing measurable.
-            if model.device.type == "cuda":
-                compiled = Decoder(model.backbone, compiled=True)
-                candidates.insert(0, ForestPacking(model, compiled))
-        except ValueError as error:
-            logger.debug("no forest in blocks: %s", error)
-        for path in candidates:
-            fault = probe.fault(path)
+        candidates: list[tuple[MakePacking, MakePacking]] = [
+            (_in_blocks, _in_blocks),
+            (ForestPacking, ForestPacking),
+        ]
+        # On a CPU the compiler takes a minute at every start for nothing measurable.
+        if model.device.type == "cuda":
+            candidates.insert(0, (_in_compiled_blocks, _in_blocks))
+        for make, make_plain in candidates:
+            try:
+                path = make(model)
+            except ValueError as error:
+                logger.debug("no forest in blocks: %s", error)
+                continue
+            fault = probe.fault(path, make_plain)
             if fault is None:
                 return path, reason
             reason = reason or f"{path.name}: {fault}"
@@ -226,10 +234,22 @@ def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Pac
         if attention == "forest":
             raise ValueError(f"attention is 'forest', but this model cannot be packed: {reason}")
     padded = PaddedPacking(model)
-    fault = probe.fault(padded)
+    fault = probe.fault(padded, PaddedPacking)
     if fault is not None:
         raise UnscorableModel(
             f"{name} scores a sequence otherwise when others stand beside it ({fault}); it attends "
             "to padding, so it cannot be scored in batches"
         )
     return padded, reason
+
+
+def _in_blocks(model: RewardModel) -> ForestPacking:
+    return ForestPacking(model, Decoder(model.backbone))
+
+
+def _in_compiled_blocks(model: RewardModel) -> ForestPacking:
+    return ForestPacking(model, Decoder(model.backbone, compiled=True))
+
+
+def _dtype(model: RewardModel) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

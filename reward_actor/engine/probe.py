@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reward_actor.engine.memory import is_out_of_memory
 from reward_actor.engine.packing import Batch, Packing, PaddedPacking, Sequences
+from reward_actor.engine.twin import other_layer, twin
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,7 +36,74 @@ _MAX_LENGTH = 512
 _WINDOW = 64
 
 
+MakePacking = Callable[["RewardModel"], Packing]
+
+
 class Probe:
+    """Tries paths on a network: on itself, and in half precision on its float32 twin as well.
+
+    The twin decides whether a path is exact, by the worst sequence; the network itself may then
+    still overflow, or run a kernel that float32 does not have.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        classes: LengthClasses,
+        budget: int,
+        pooled: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        """classes: which sequences may share a forward pass; budget: tokens in one; pooled: what
+        runs a batch of a network in training, which must be entered by another door."""
+        self._other = other_layer(model)
+        self._own = _Trial(model, classes, budget, pooled or _pooled)
+        self._exact = self._own
+        self._unproven: str | None = None
+        if self._own.is_half:
+            # Attention has other ways with gradients.
+            way = _pooled if pooled is None else _pooled_with_gradients
+            try:
+                other = twin(model).requires_grad_(pooled is not None)
+                self._exact = _Trial(other, classes, budget, way)
+            except Exception as error:  # a network's own code, with a configuration of ours
+                self._unproven = f"{type(error).__name__}: {error}"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the network's hidden states are numbers at all."""
+        return self._own.is_finite
+
+    def fault(self, path: Packing, make: MakePacking) -> str | None:
+        """Why `path`, which is as `make` makes it of a network, must not be used, or None.
+
+        Whatever the network's own code raises on the way counts as a fault, but for a lack of
+        memory, which is raised.
+        """
+        if not isinstance(path, PaddedPacking):
+            if self._other is not None:
+                return (
+                    f"it has layers of another kind than causal softmax attention ({self._other}), "
+                    "through which sequences in one row would see each other"
+                )
+            if self._unproven is not None:
+                return f"no float32 twin proves it ({self._unproven})"
+        if self._exact is not self._own:
+            fault = self._exact.fault(make(self._exact.model))
+            if fault is not None:
+                return fault
+        return self._own.fault(path)
+
+
+def _pooled(batch: Batch) -> Tensor:
+    return batch.pooled()
+
+
+def _pooled_with_gradients(batch: Batch) -> Tensor:
+    with torch.enable_grad():
+        return batch.pooled().detach()
+
+
+class _Trial:
     """The synthetic groups of one network with the hidden states of each sequence alone."""
 
     def __init__(
@@ -43,14 +111,13 @@ class Probe:
         model: RewardModel,
         classes: LengthClasses,
         budget: int,
-        pooled: Callable[[Batch], Tensor] = lambda batch: batch.pooled(),
+        pooled: Callable[[Batch], Tensor],
     ) -> None:
-        """classes: which sequences may share a forward pass; budget: tokens in one; pooled: what
-        runs a batch, where the network must be entered by another door."""
-        self._model = model
+        self.model = model
         self._pooled = pooled
         self._classes = classes
         self._budget = budget
+        self.is_half = next(model.parameters()).dtype != torch.float32
         self.sequences = synthetic_groups(model.network.config, classes.longest or _MAX_LENGTH)
         self._is_long = torch.tensor([len(row) > _WINDOW for row in self.sequences])
         with torch.no_grad(), _short_window(model):
@@ -58,15 +125,13 @@ class Probe:
             rows = [pooled(padded.plan([row], len(row))[0]) for row in self.sequences]
             self._alone = torch.cat(rows).float()
         # In float32 the limit is known, and there is no need to measure.
-        is_float32 = next(model.parameters()).dtype == torch.float32
-        self._noise = None if is_float32 else self._apart(PaddedPacking(model))
+        self._noise = self._apart(PaddedPacking(model)) if self.is_half else None
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self._alone).all())
 
     def fault(self, path: Packing) -> str | None:
-        """Why `path` must not be used for this network, or None.
-
-        Whatever the network's own code raises on the way counts as a fault, but for a lack of
-        memory, which is raised.
-        """
         try:
             apart = self._apart(path)
             # Alone and of one token, too: a compiler specialises on sizes of 1, and does it now.
@@ -98,7 +163,7 @@ class Probe:
     def _apart(self, path: Packing) -> Tensor:
         """(n,) root mean square difference from each sequence alone, over the size of that."""
         hidden = torch.empty_like(self._alone)
-        with torch.no_grad(), _short_window(self._model):
+        with torch.no_grad(), _short_window(self.model):
             for alike in self._classes.split(self.sequences):
                 for batch in path.plan([self.sequences[i] for i in alike], self._budget):
                     hidden[[alike[i] for i in batch.indices]] = self._pooled(batch).float()

@@ -72,6 +72,9 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_SETTINGS)
+# Not for every test: layers without rotary positions, and interleaved ones.
+_SETTINGS["smollm3"] = ("smollm3", {**_SIZES, "num_hidden_layers": 4})
+_SETTINGS["helium"] = ("helium", _SIZES)
 
 # One of each kind: plain, with windows, with experts, learned positions, ALiBi.
 _ONE_OF_A_KIND = ("llama", "gemma3", "qwen3_moe", "gpt2", "bloom")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from families import FAMILIES, VOCAB_SIZE, engine, groups, make_network, transfo
 
 from reward_actor.engine import attention, decoder
 from reward_actor.engine.engine import Engine, UnscorableModel
+from reward_actor.engine.twin import other_layer, twin
 from reward_actor.model.reward_model import RewardModel
 
 PADDED = {"gemma2", "bloom"}  # soft-capped attention, ALiBi
@@ -86,3 +89,93 @@ def test_the_probe_refuses_attention_that_is_wrong(
     found = Engine(model)
     assert found.path == "padded"
     assert "differ by" in (found.fallback_reason or "")
+
+
+# ---- half precision: judged by a float32 twin
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "smollm3", "helium"])
+def test_bfloat16_takes_the_path_that_float32_allows(family: str) -> None:
+    network = make_network(family)
+    exact = Engine(RewardModel(network).eval()).path
+    assert Engine(RewardModel(network.to(torch.bfloat16)).eval()).path == exact
+
+
+def hybrid(dtype: torch.dtype) -> RewardModel:
+    """Qwen3.5: three layers with a recurrent state to one of softmax attention."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    text = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32, "full_attention_interval": 4, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+              "out_hidden_size": 64, "num_position_embeddings": 64}  # fmt: skip
+    config = AutoConfig.for_model(
+        "qwen3_5", text_config=text, vision_config=vision, num_labels=1, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    return RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=dtype)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_with_recurrent_layers_is_never_packed(dtype: torch.dtype) -> None:
+    model = hybrid(dtype)
+    found = Engine(model)
+    assert found.path == "padded"
+    assert "(linear_attention), through which sequences" in (found.fallback_reason or "")
+    with pytest.raises(ValueError, match=r"cannot be packed.*linear_attention"):
+        Engine(model, "forest")
+    model.network.config.get_text_config().layer_types = None
+    assert other_layer(model) is not None, "by its modules, too"
+
+
+def test_hidden_states_that_are_no_numbers_are_called_so() -> None:
+    network = make_network("llama")
+    network.model.layers[1].mlp.down_proj.weight.data *= 1e30
+    with pytest.raises(UnscorableModel, match=r"not finite in float16.*overflow"):
+        Engine(RewardModel(network.half()).eval())
+
+
+def test_a_twin_of_a_large_network_is_small() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig
+    from transformers import MixtralForSequenceClassification as Mixtral
+
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "num_labels": 1}  # fmt: skip
+    with torch.device("meta"):
+        dense = LlamaForSequenceClassification(LlamaConfig(**sizes, vocab_size=128256))
+        experts = Mixtral(MixtralConfig(**sizes, num_local_experts=64))
+    for network, most in ((dense, 1.9e9), (experts, 14e9)):
+        made = twin(RewardModel(network.to(torch.bfloat16)))
+        assert sum(p.numel() * 4 for p in made.parameters()) < most
+        assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert dense.config.num_hidden_layers == 32, "the network's own configuration is as it was"
+
+
+def test_a_twin_has_every_kind_of_layer() -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    network = make_network("gemma3", num_hidden_layers=12, layer_types=2 * kinds)
+    before = torch.random.get_rng_state()
+    made = twin(RewardModel(network.to(torch.bfloat16)))
+    assert made.network.config.layer_types == kinds
+    assert len(made.backbone.layers) == 6
+    assert torch.equal(before, torch.random.get_rng_state()), "a training's own random numbers"
+    late = ["sliding_attention"] * 11 + ["full_attention"]
+    made = twin(RewardModel(make_network("gemma3", num_hidden_layers=12, layer_types=late)))
+    assert made.network.config.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_a_network_that_has_no_twin_is_not_packed() -> None:
+    network = make_network("llama").to(torch.bfloat16)
+
+    class Picky(type(network)):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:  # noqa: ARG002
+            raise KeyError("only from its own directory")
+
+    network.__class__ = Picky
+    found = Engine(RewardModel(network).eval())
+    assert found.path == "padded"
+    assert "no float32 twin proves it (KeyError" in (found.fallback_reason or "")

@@ -86,7 +86,9 @@ class PackedForward:
         self.why_padded: str | None = "training.packing is padded"
         if packing != "padded":
             probe = Probe(model, self._classes, _UNLIMITED, self._hidden)
-            faults = from_all(probe.fault(forest))  # the same way on all, or they would not meet
+            faults = from_all(
+                probe.fault(forest, ForestPacking)
+            )  # the same way on all, or they would not meet
             self.why_padded = next((fault for fault in faults if fault is not None), None)
         if packing == "forest" and self.why_padded is not None:
             raise ValueError(
@@ -97,6 +99,11 @@ class PackedForward:
     @property
     def packed(self) -> bool:
         return self.why_padded is None
+
+    @property
+    def described(self) -> str:
+        """The path that micro-batches take, and why it is not the other one."""
+        return self.path.name if self.packed else f"{self.path.name} ({self.why_padded})"
 
     def _hidden(self, batch: Batch) -> Tensor:
         with torch.enable_grad():  # attention has other ways without gradients
