@@ -31,8 +31,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))  # a mark that some tools write first
         except (ValueError, RecursionError) as error:  # JSON that is nested too deeply
+            if not num_rows and begins_an_array(line):
+                raise ValueError(f"{file_path} {IS_AN_ARRAY}") from error
             raise ValueError(f"{place}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
@@ -40,6 +42,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         yield place, row
     if not num_rows:
         raise ValueError(f"{file_path} holds no rows")
+
+
+IS_AN_ARRAY = "is one JSON array over many lines; write each of its objects on a line of its own"
+
+
+def begins_an_array(line: bytes) -> bool:
+    """Whether a file's first line begins a list of all rows that goes on in the next one."""
+    text = line.decode("utf-8-sig", errors="replace").strip()
+    return text[:1] == "[" and text[1:].lstrip()[:1] in ("", "{") and text[-1:] != "]"
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

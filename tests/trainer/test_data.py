@@ -132,6 +132,16 @@ def test_a_damaged_stream_and_garbage_are_named_with_their_line(tmp_path: Path):
     assert f"{plain}:3: not UTF-8: invalid start byte at byte 13" in str(error.value)
 
 
+def test_files_of_other_tools_are_read_or_told_apart(tmp_path: Path):
+    marked = tmp_path / "a.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n")
+    assert len(read_rows(str(marked), COLUMNS)) == 1
+    array = tmp_path / "b.jsonl"
+    array.write_text(json.dumps([PAIR, PAIR], indent=1))
+    with pytest.raises(ValueError, match=r"b\.jsonl is one JSON array over many lines"):
+        read_rows(str(array), COLUMNS)
+
+
 def test_a_hub_name_that_cannot_be_loaded_is_named():
     with pytest.raises(ValueError, match="no-such/data-set cannot be loaded from the Hugging Face"):
         read_rows("no-such/data-set", COLUMNS)

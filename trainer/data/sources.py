@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from reward_actor.files import IS_AN_ARRAY, begins_an_array
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 SPLIT_BYTES = 16 << 20
 _HUB_ROWS = 10_000
@@ -150,8 +152,10 @@ def _lines(path: Path, split: Split) -> Iterator[str | bytes]:
                 if not line:
                     return
                 num_read += 1
+                if not split.begin and num_read == 1 and begins_an_array(line):
+                    raise ValueError(f"{path} {IS_AN_ARRAY}")
                 try:
-                    text = line.decode("utf-8")
+                    text = line.decode("utf-8-sig")  # a mark that some tools write first
                 except UnicodeDecodeError:
                     yield line
                 else:
