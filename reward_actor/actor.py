@@ -48,6 +48,7 @@ class RewardScorerActor:
                 "max_batch_tokens": scorer.max_batch_tokens,
             },
             versions={name: version(name) for name in ("ray", "torch", "transformers")},
+            rendering=schema.Info.rendering_of(contract),
             ensemble=schema.Info.ensemble_of(scorer.readout),
         )
 

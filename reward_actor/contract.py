@@ -24,6 +24,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The minimum, the percentiles 1 to 99 and the maximum.
 NUM_QUANTILES = 101
 
+# Fields that came later, left out of the JSON where they say nothing.
+_LATER = (
+    "held_out", "end_text", "end_ids", "final_token_id", "drop_trailing_ids", "plain_content",
+)  # fmt: skip
+
 Combine = Literal["mean", "min", "mean_minus_std"]
 """How several rewards of one sample become one; `reward_actor.readout` has the formulas."""
 
@@ -102,10 +107,23 @@ class ScoringContract:
 
     format              "chat" (the chat template frames prompt and completion) or "text".
     chat_template       the template's source, None under "text".
-    turn_end            what ends a completion under "chat"; nothing after it is scored.
+    turn_end            what ends a completion under "chat"; what the template writes behind it is
+                        not scored, unless end_text says so.
+    end_text            what text ends with after turn_end, in place of what the template writes
+                        there; under "text" in place of newlines, unless EOS is there already.
+                        None: nothing, and white space at the end of a template without a turn_end
+                        goes, too.
+    end_ids             what the ids of a prompt and a completion end with; what is missing of it
+                        is appended. Whole sequences keep the end that they have.
+    final_token_id      what every sequence ends with, whole ones, too: a token that a network is
+                        read at (InternLM2's reward token), or OpenRLHF's EOS.
+    drop_trailing_ids   what is taken off the end of every sequence: a pad that ends a turn, too,
+                        which `transformers` never pools at.
     add_special_tokens  whether the tokenizer adds its own (a BOS, say) when it encodes text.
     append_eos          whether a completion given as text is ended by EOS under "text".
     pooling             the last real token, by length, never by token id.
+    plain_content       under "chat": a special token that a message spells is text. False, as
+                        before this field existed: it is that token.
     template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
     over_long           a sample over max_length tokens is an error for that sample.
     dtype               of the body when nothing else is asked for; the head is always float32.
@@ -125,6 +143,11 @@ class ScoringContract:
     pad_token_id: int
     max_length: int
     vocab_size: int
+    end_text: str | None = None
+    end_ids: list[int] = field(default_factory=list)
+    final_token_id: int | None = None
+    drop_trailing_ids: list[int] = field(default_factory=list)
+    plain_content: bool = False
     template_date: str | None = None
     dtype: str = "float32"
     head_dtype: Literal["float32"] = "float32"
@@ -170,8 +193,9 @@ class ScoringContract:
 
     def to_json(self) -> dict[str, Any]:
         found = {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
-        if self.held_out is None:  # exports from before it existed keep their model_version
-            del found["held_out"]
+        for name in _LATER:  # exports from before a field existed keep their model_version
+            if found[name] is None or found[name] is False or found[name] == []:
+                del found[name]
         return found
 
     @classmethod
@@ -182,7 +206,7 @@ class ScoringContract:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ContractError(f"unknown key in the scoring contract: {sorted(unknown)[0]!r}")
-        golden, held_out = values.pop("golden", {}), values.pop("held_out", None)
+        golden, held_out = values.pop("golden", None) or {}, values.pop("held_out", None)
         try:
             samples = [GoldenSample(**sample) for sample in golden.get("samples", [])]
             contract = cls(

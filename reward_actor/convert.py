@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
 from reward_actor.export import export
+from reward_actor.model.ends import Inferred
 from reward_actor.model.inferred import contract_for, infer_contract
 from reward_actor.model.layouts import (
     ADAPTER_CONFIG,
@@ -48,14 +50,20 @@ def convert(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    ends_with: str | None = None,
+    append_eos: bool | None = None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> ScoringContract:
     """Write the reward model in `source`, of any layout, to `destination` in ours.
 
     format: "chat" or "text", by default "chat" where the tokenizer has a template (DeepSpeed-Chat
     knows none); dtype: of the weights, by default the widest that the source holds, so that no
-    reward changes in any dtype. Raises CheckpointError for what cannot be converted or scores
-    differently afterwards, ValueError for a destination that exists or a format that the source's
-    own contract contradicts. Nothing is left at `destination` then.
+    reward changes in any dtype; ends_with, append_eos: how a sequence ends ("none": with its
+    completion) and whether EOS comes behind that, by default as in the system that trained the
+    model (`reward_actor.model.ends`); tell: gets a line for each choice about that, and why.
+    Raises CheckpointError for what cannot be converted or scores differently afterwards, ValueError
+    for a destination that exists or a choice that the source's own contract contradicts. Nothing is
+    left at `destination` then.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if dtype not in ("auto", *DTYPES):
@@ -68,6 +76,11 @@ def convert(
     if not place.is_dir():
         raise CheckpointError(f"{place} is not a directory")
     if _is_pickled(source):
+        if ends_with is not None or append_eos is not None:
+            raise ValueError(
+                f"{source} is of DeepSpeed-Chat, which ends a text with nothing; leave --ends-with "
+                "and --append-eos away"
+            )
         tokenizer = load_tokenizer(place)
         network, contract = _deepspeed_chat(source, tokenizer, format or "text", dtype)
     else:
@@ -75,7 +88,11 @@ def convert(
         layout.require_trust(trust_remote_code)
         check_manifest(source)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
-        contract = _contract(layout, tokenizer, format)
+        contract, inferred = _contract(layout, tokenizer, format, ends_with, append_eos)
+        for line in inferred.lines() if inferred else ():
+            tell(line)
+        if inferred and inferred.doubt:
+            warnings.warn(f"not settled by {source}: {inferred.doubt}", stacklevel=2)
         stored = getattr(torch, layout.dtype if dtype == "auto" else dtype)
         network = load_network(layout, stored, trust_remote_code=trust_remote_code)
     if dtype != "auto":
@@ -96,8 +113,12 @@ def convert(
 
 
 def _contract(
-    layout: Layout, tokenizer: PreTrainedTokenizerFast, format: str | None
-) -> ScoringContract:
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerFast,
+    format: str | None,
+    ends_with: str | None,
+    append_eos: bool | None,
+) -> tuple[ScoringContract, Inferred | None]:
     if (layout.directory / CONTRACT_FILE).exists():
         contract = load_contract(layout.directory)
         if format not in (None, contract.format):
@@ -105,8 +126,14 @@ def _contract(
                 f"format is {format!r}, but {layout.directory} was trained as {contract.format!r} "
                 f"({CONTRACT_FILE}); leave --format away"
             )
-        return contract
-    return infer_contract(layout, tokenizer, format)
+        if ends_with is not None or append_eos is not None:
+            raise ValueError(
+                f"{layout.directory / CONTRACT_FILE} says how its sequences end; leave --ends-with "
+                "and --append-eos away"
+            )
+        return contract, None
+    inferred = infer_contract(layout, tokenizer, format, ends_with=ends_with, append_eos=append_eos)
+    return inferred.contract, inferred
 
 
 def _is_pickled(source: Path) -> bool:

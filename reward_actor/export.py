@@ -89,7 +89,7 @@ def _name_for_vllm(config_file: Path) -> None:
 # A right bfloat16 implementation lies about as far from the float32 score as the one that was
 # measured; two of them lie at most twice that apart, and six samples do not show the worst case.
 _SAFETY = 4.0
-_BFLOAT16_FLOOR = 1e-3
+_HALF_FLOOR = 1e-3
 
 
 def _load(directory: Path, device: str, dtype: str) -> RewardScorer:
@@ -114,15 +114,15 @@ def record(directory: Path, contract: ScoringContract, device: str = "auto") -> 
 
     Of several heads the expected raw score is the one that the contract's rule makes of them.
     float32 is held to 1e-5, unless alone and in a batch already differ by more here: then to four
-    times that, with a warning. bfloat16 is held to four times the largest difference between its
-    scores (alone and in a batch) and the float32 ones. Raises ValueError for scores that are not
-    finite.
+    times that, with a warning. bfloat16, and float16 where the contract names it, is held to
+    four times the largest difference between its scores (alone and in a batch) and the float32
+    ones. Raises ValueError for scores that are not finite.
     """
     contract.save(directory)
     raw_scores: dict[str, np.ndarray] = {}
     tolerance = {}
     samples: list[GoldenSample] = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dict.fromkeys(("float32", "bfloat16", contract.dtype)):
         scorer = _load(directory, device, dtype)
         samples = golden_samples(scorer.renderer)
         rows = [sample.input_ids for sample in samples]
@@ -139,7 +139,7 @@ def record(directory: Path, contract: ScoringContract, device: str = "auto") -> 
                     "finite, so the export is not saved"
                 )
             apart = max(apart, float(np.max(np.abs(scores - raw_scores["float32"]) / scale)))
-        floor = FLOAT32_TOLERANCE if dtype == "float32" else _BFLOAT16_FLOOR
+        floor = FLOAT32_TOLERANCE if dtype == "float32" else _HALF_FLOOR
         exact = dtype == "float32" and apart <= floor
         tolerance[dtype] = floor if exact else max(floor, _SAFETY * apart)
         if dtype == "float32" and not exact:

@@ -37,8 +37,8 @@ class SampleError:
 class Group:
     """A prompt and its n completions, as text or as token ids (never a mixture).
 
-    With ids, the sequence that is scored is `prompt_ids + completion_ids[i]`, as given.
-    `template_args` go to the chat template.
+    With ids, the sequence that is scored is `prompt_ids + completion_ids[i]`, as given, with what
+    is missing of the contract's end. `template_args` go to the chat template.
     """
 
     prompt: Prompt | None = None
@@ -66,8 +66,9 @@ class Whole:
     """n whole sequences: text that its sender has templated already, or token ids.
 
     add_special_tokens: whether text gets what the tokenizer adds (a BOS, usually). Text that does
-    not end with EOS gets it where the contract asks for one; what a chat template writes after the
-    end of the last turn (a newline, say) is not scored, as everywhere. max_tokens: longer sequences
+    not end with EOS gets it where the contract asks for one, and texts and ids get the contract's
+    final token; what a chat template writes after the end of the last turn (a newline, say) is
+    scored only where the contract says so. max_tokens: longer sequences
     are cut, keeping the left or the right end, to this or to what the "model" takes; None: they are
     errors, as everywhere.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
+from reward_actor.spellings import SpellingError, Spellings
+from reward_actor.turns import lost, shape, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +35,8 @@ _RESERVED_ARGS = frozenset((
     "return_dict", "return_tensors", "padding", "truncation", "max_length", "strftime_now",
 ))  # fmt: skip
 _TEXTS_PER_CALL = 1000
+_SHAPES_KEPT = 10_000
+_UNKNOWN = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, contract: ScoringContract) -> None:
         self.tokenizer = tokenizer
         self.contract = contract
+        self._spellings = Spellings(tokenizer) if contract.plain_content else None
+        self._lost: dict[str, str | None] = {}
 
     def render(
         self,
@@ -64,7 +72,10 @@ class Renderer:
         `template_args` go to the chat template, and are an error under "text".
         """
         sample = Sample(prompt, completion, tools, template_args or {})
-        return self._ended(self._encode(self._to_text(sample)))
+        [ids] = self.render_many([sample])
+        if isinstance(ids, RenderError):
+            raise ids
+        return ids
 
     def render_many(self, samples: Sequence[Sample]) -> list[list[int] | RenderError]:
         """What `render` returns or raises for each sample, bit for bit, in fewer calls of the
@@ -76,7 +87,8 @@ class Renderer:
             except RenderError as error:
                 texts.append(error)
         encoded = iter(self._encode_many([text for text in texts if isinstance(text, str)]))
-        return [self._ended(next(encoded)) if isinstance(text, str) else text for text in texts]
+        found = [next(encoded) if isinstance(text, str) else text for text in texts]
+        return [self._finished(self._eos(ids)) if isinstance(ids, list) else ids for ids in found]
 
     def use_date(self, day: str | None) -> None:
         """Write this date where the template writes one: a policy's prompts follow its scorer's."""
@@ -100,7 +112,9 @@ class Renderer:
         if isinstance(group, Whole):
             return self._whole(group)
         if group.prompt_ids is not None:
-            return [self.checked([*group.prompt_ids, *ids]) for ids in group.completion_ids]
+            return [
+                self.checked(self._ended([*group.prompt_ids, *ids])) for ids in group.completion_ids
+            ]
         prompt = group.prompt
         assert prompt is not None
         samples = [Sample(prompt, text, (), group.template_args) for text in group.completions]
@@ -127,8 +141,26 @@ class Renderer:
         return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]
 
     def is_templated(self, text: str) -> bool:
-        """Whether a text went through a chat template already: it holds special tokens."""
-        return self._is_chat and any(token in text for token in self._special_tokens)
+        """Whether a text went through the chat template already: it begins as that begins."""
+        return self._is_chat and any(text.startswith(start) for start in self._beginnings)
+
+    @cached_property
+    def _beginnings(self) -> list[str]:
+        """What conversations begin with: control tokens, or all that is written before the first
+        content; and the same without a BOS, which many senders omit."""
+        turn = {"role": "user", "content": SENTINEL}
+        special = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        control = re.compile(f"(?:{'|'.join(map(re.escape, special))})*" if special else "")
+        bos = self.tokenizer.bos_token or ""
+        found: set[str] = set()
+        for messages in ([turn], [{**turn, "role": "system"}, turn]):
+            with contextlib.suppress(RenderError):  # not every template has a system turn
+                start = self._apply_template(messages, generation=True).partition(SENTINEL)[0]
+                begins = control.match(start)
+                run = begins[0] if begins is not None else ""
+                start = run if run.removeprefix(bos) else start
+                found |= {start, start.removeprefix(bos)}
+        return [text for text in found if text.strip()]
 
     def _whole(self, whole: Whole) -> list[Rendered]:
         if whole.ids:
@@ -140,36 +172,36 @@ class Renderer:
             except RenderError as error:
                 texts.append(SampleError("unrenderable", str(error)))
         good = [text for text in texts if isinstance(text, str)]
-        encoded = iter(self._encode_many(good, whole.add_special_tokens))
+        encoded = iter(self._encode_plain(good, whole.add_special_tokens))
         return [
-            self._cut(self._ended(next(encoded)), whole) if isinstance(text, str) else text
+            self._cut(self._eos(next(encoded)), whole) if isinstance(text, str) else text
             for text in texts
         ]
 
     def _without_rest(self, text: str) -> str:
         """Without what the template writes after the end of the last turn; see `_chat`."""
         end = self.contract.turn_end
-        if not self._is_chat:
+        if not self._is_chat or self.contract.end_text is not None:
             return text
         if not end:
             return text.rstrip()
-        rest = self._after_turn_end
+        rest = self._suffix.rpartition(end)[2]
         return text.removesuffix(rest) if text.endswith(end + rest) else text
 
     @cached_property
-    def _after_turn_end(self) -> str:
+    def _suffix(self) -> str:
+        """What the template writes after a completion."""
         turns = [*_messages("x"), {"role": "assistant", "content": SENTINEL}]
-        return self._apply_template(turns, generation=False).rpartition(self.contract.turn_end)[2]
-
-    @cached_property
-    def _special_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [str(token) for token in added if token.special]
+        return self._apply_template(turns, generation=False).rpartition(SENTINEL)[2]
 
     def _cut(self, ids: list[int], whole: Whole) -> Rendered:
         n = self.contract.max_length if whole.max_tokens == "model" else whole.max_tokens
+        ids = self._finished(ids)
         if n is not None and len(ids) > n:
-            ids = ids[:n] if whole.keep == "left" else ids[len(ids) - n :]
+            final = [] if self.contract.final_token_id is None else ids[-1:]  # is read, so it stays
+            n -= len(final)
+            rest = ids[: len(ids) - len(final)]
+            ids = (rest[:n] if whole.keep == "left" else rest[len(rest) - n :]) + final
         return self.checked(ids)
 
     def checked(self, ids: list[int]) -> Rendered:
@@ -202,25 +234,66 @@ class Renderer:
         for name, value in (("tools", sample.tools), ("template arguments", sample.template_args)):
             if value:
                 raise RenderError(f"{name} need a chat contract; this one is 'text'")
-        return sample.prompt + sample.completion
+        return self._with_end_text(sample.prompt + sample.completion)
 
     def _chat(self, sample: Sample) -> str:
         reserved = sorted(_RESERVED_ARGS.intersection(sample.template_args))
         if reserved:
             raise RenderError(f"a template argument must not be named {reserved[0]!r}")
         messages = [*_messages(sample.prompt), {"role": "assistant", "content": sample.completion}]
+        other = unreadable(messages)
+        if other is not None:
+            raise RenderError(f"{other}; a reward model reads text")
         text = self._apply_template(
             messages, generation=False, tools=sample.tools, arguments=sample.template_args
         )
+        self._check_nothing_is_lost(messages, sample)
+        end = self.contract.turn_end
+        if self.contract.end_text is not None and text.endswith(self._suffix):
+            text = text.removesuffix(self._suffix)
+            return text + end + self.contract.end_text if end else self._with_end_text(text)
         # Templates close a turn with more than its end token (a newline, say); a policy stops at
         # the token, and the pooled token must be the same one.
-        end = self.contract.turn_end
         if not end:
             return text.rstrip()
         cut = text.rfind(end)
         if cut < 0:
             raise RenderError(f"the chat template did not end the completion with {end!r}")
-        return text[: cut + len(end)]
+        return text[: cut + len(end)] + (self.contract.end_text or "")
+
+    def _with_end_text(self, text: str) -> str:
+        """A text that no template ends, with the contract's end."""
+        end = self.contract.end_text
+        if not end:
+            return text
+        text = text.rstrip("\n")
+        eos = self.tokenizer.eos_token
+        return text if eos and text.endswith(eos) else text + end
+
+    def _check_nothing_is_lost(self, messages: Sequence[Message], sample: Sample) -> None:
+        """Raise RenderError if the template leaves a turn out; it is asked once for each shape."""
+        arguments = sample.template_args
+        key = shape([*messages, arguments, {"tools": bool(sample.tools)}])
+        found = self._lost.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
+
+            def render(marked: list[Message]) -> str:
+                return self._apply_template(
+                    marked, generation=False, tools=sample.tools, arguments=arguments
+                )
+
+            try:
+                found = lost(messages, render)
+            except RenderError:  # it reads contents, and these are ours
+                found = None
+            if len(self._lost) >= _SHAPES_KEPT:
+                self._lost.clear()
+            self._lost[key] = found
+        if found is not None:
+            raise RenderError(
+                f"the chat template leaves out {found}; use the roles and fields that it was made "
+                "for"
+            )
 
     def _apply_template(
         self,
@@ -232,10 +305,19 @@ class Renderer:
     ) -> str:
         from jinja2 import TemplateError
 
+        conversation = [dict(message) for message in messages]
+        described: Any = [dict(tool) for tool in tools] or None
+        if self._spellings is not None:
+            try:
+                conversation = self._spellings.hidden(conversation)
+            except SpellingError as error:
+                raise RenderError(str(error)) from error
+            described = self._spellings.hidden(described)
+            arguments = self._spellings.hidden(arguments)
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
+                conversation,
+                tools=described,
                 chat_template=self.contract.chat_template,
                 tokenize=False,
                 add_generation_prompt=generation,
@@ -248,13 +330,26 @@ class Renderer:
         return text
 
     def _encode(self, text: str) -> list[int]:
-        return self._encode_many([_unicode(text)])[0]
+        [ids] = self._encode_many([_unicode(text)])
+        if isinstance(ids, RenderError):
+            raise ids
+        return ids
 
-    def _encode_many(
-        self, texts: Sequence[str], add_special_tokens: bool | None = None
-    ) -> list[list[int]]:
-        if add_special_tokens is None:
-            add_special_tokens = self.contract.add_special_tokens
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int] | RenderError]:
+        """The ids of texts that a template or `_text` wrote."""
+        spelled: dict[int, list[int] | RenderError] = {}
+        if self._is_chat and self._spellings is not None:
+            for index, text in enumerate(texts):
+                if self._spellings.is_hidden_in(text):
+                    try:
+                        spelled[index] = self._spellings.encode(text)
+                    except SpellingError as error:
+                        spelled[index] = RenderError(str(error))
+        rest = [text for index, text in enumerate(texts) if index not in spelled]
+        encoded = iter(self._encode_plain(rest, self.contract.add_special_tokens))
+        return [spelled[i] if i in spelled else next(encoded) for i in range(len(texts))]
+
+    def _encode_plain(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         encoded: list[list[int]] = []
         for first in range(0, len(texts), _TEXTS_PER_CALL):
             encoded += self.tokenizer(
@@ -264,14 +359,32 @@ class Renderer:
             )["input_ids"]
         return encoded
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _eos(self, ids: list[int]) -> list[int]:
+        """The ids of a text, which EOS ends where the contract asks for it."""
         eos = self.contract.eos_token_id
         if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         return ids
 
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt and a completion with the contract's end."""
+        end = self.contract.end_ids
+        if ids and end:
+            there = range(min(len(ids), len(end)), -1, -1)
+            ids += end[next(n for n in there if ids[len(ids) - n :] == end[:n]) :]
+        return self._finished(ids)
 
-def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    def _finished(self, ids: list[int]) -> list[int]:
+        """Any ids with what the contract says of every sequence's last tokens."""
+        final, dropped = self.contract.final_token_id, self.contract.drop_trailing_ids
+        if ids and final is not None and ids[-1] != final:
+            ids.append(final)
+        while ids and ids[-1] in dropped:
+            ids.pop()
+        return ids
+
+
+def _num_shared(left: Sequence[object], right: Sequence[object]) -> int:
     """The length of what both begin with."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

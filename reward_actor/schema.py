@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward_actor.contract import Combine
 
 if TYPE_CHECKING:
+    from reward_actor.contract import ScoringContract
     from reward_actor.readout import Readout
 
 ErrorType = Literal[
@@ -226,6 +227,19 @@ class MonitorReply(Wire):
     models: list[MonitoredModel]
 
 
+class RenderingInfo(Wire):
+    """How text becomes ids beside tokenizer and template: fields of the scoring contract."""
+
+    turn_end: str
+    end_text: str | None
+    end_ids: list[int]
+    append_eos: bool
+    final_token_id: int | None
+    drop_trailing_ids: list[int]
+    add_special_tokens: bool
+    plain_content: bool
+
+
 class Info(Wire):
     """What is served and every limit that a caller can run into.
 
@@ -248,8 +262,14 @@ class Info(Wire):
     normalisation: dict[str, float]
     limits: dict[str, float]
     versions: dict[str, str]
+    rendering: RenderingInfo | None = None
     ensemble: EnsembleInfo | None = None
     warnings: list[MonitorWarning] = []
+
+    @staticmethod
+    def rendering_of(contract: ScoringContract) -> RenderingInfo:
+        fields = RenderingInfo.model_fields
+        return RenderingInfo(**{name: getattr(contract, name) for name in fields})
 
     @staticmethod
     def ensemble_of(readout: Readout) -> EnsembleInfo | None:

@@ -5,6 +5,7 @@ Legend: n sequences, K members: the heads of all models behind the scorer, usual
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
 
     Scores = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 CACHE_SIZE = 65_536
 """Sequences whose raw scores are kept: 16 MB, with one head."""
@@ -134,6 +137,7 @@ class RewardScorer:
             for member, engine in zip(scorer.members, scorer.engines, strict=True):
                 renderer = Renderer(member.tokenizer, member.contract)
                 replay(renderer, member.dtype, engine.raw_scores, f"the {engine.path} path")
+        logger.info("%s takes the path %r in %s", path, scorer.path, scorer.dtype)
         return scorer
 
     @property

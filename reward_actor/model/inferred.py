@@ -8,9 +8,11 @@ from datetime import date
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig
 
 from reward_actor.contract import ScoringContract
+from reward_actor.model.ends import Inferred, turn_end_of, with_ends
 from reward_actor.model.layouts import CheckpointError as CheckpointError
 from reward_actor.model.layouts import Layout
 from reward_actor.model.rope import LengthClasses
@@ -27,6 +29,7 @@ def contract_for(
     format: str,
     max_length: int | None = None,
     append_eos: bool | None = None,
+    plain_content: bool = True,
     dtype: str = "float32",
 ) -> ScoringContract:
     """A contract, without golden samples, for a tokenizer and a network.
@@ -52,9 +55,15 @@ def contract_for(
     eos = tokenizer.eos_token_id
     template = tokenizer.chat_template if format == "chat" else None
     if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(sorted(template))
+            raise ValueError(
+                f"the tokenizer has only chat templates with names ({names}); write the one of its "
+                "training into the model's directory as chat_template.jinja"
+            )
         template = template["default"]
     today = date.today().isoformat()
-    turn_end = _turn_end(tokenizer, template, today) if template else ""
+    turn_end = turn_end_of(tokenizer, _suffix(tokenizer, template)) if template else ""
     return ScoringContract(
         format=cast('Literal["chat", "text"]', format),
         chat_template=template,
@@ -64,15 +73,16 @@ def contract_for(
         append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,
-        pad_token_id=_pad_token_id(tokenizer, turn_end),
+        pad_token_id=_pad_token_id(tokenizer, turn_end, text_config.vocab_size),
         max_length=max_length or limit,
         vocab_size=text_config.vocab_size,
+        plain_content=plain_content and format == "chat",
         dtype=dtype,
     )
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str) -> int:
-    """A token to pad with that never ends a sequence.
+def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str, vocab_size: int) -> int:
+    """A token to pad with that never ends a sequence and that the network has an embedding for.
 
     Ours pools by length, but plain `transformers` pools at the last token that is not this one:
     with pad == EOS it would read the token before.
@@ -82,7 +92,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str) -> int:
     candidates += [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
     # The byte 0, as byte-level BPE and SentencePiece write it: no text ends with it, either.
     candidates += [tokenizer.get_vocab().get(name) for name in ("\u0100", "<0x00>")]
-    fitting = [i for i in candidates if i is not None and i not in ends]
+    fitting = [i for i in candidates if i is not None and i not in ends and i < vocab_size]
     if not fitting:
         raise ValueError(
             "the tokenizer has no token to pad with that differs from those that end a text; add "
@@ -91,42 +101,51 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str) -> int:
     return int(fitting[0])
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str, day: str) -> str:
-    """What the template writes after a completion, up to and with its first special token."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}],
-        chat_template=template,
-        tokenize=False,
-        **clock(day),
-    )
+def _suffix(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """What the template writes after the last completion."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}],
+            chat_template=template,
+            tokenize=False,
+            **clock("2000-01-01"),
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be used: {error}") from error
     assert isinstance(text, str)
     if SENTINEL not in text:
         raise ValueError("the chat template does not write the completion that it is given")
-    suffix = text[text.rfind(SENTINEL) + len(SENTINEL) :]
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    ends = [suffix.find(token) + len(token) for token in special if token in suffix]
-    return suffix[: min(ends)] if ends else suffix.rstrip()
+    return text.rpartition(SENTINEL)[2]
 
 
 def infer_contract(
-    layout: Layout, tokenizer: PreTrainedTokenizerFast, format: str | None = None
-) -> ScoringContract:
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerFast,
+    format: str | None = None,
+    *,
+    ends_with: str | None = None,
+    append_eos: bool | None = None,
+) -> Inferred:
     """The contract of a foreign directory, under the rules of the system that wrote it.
 
-    `format` is "chat" by default where the tokenizer has a chat template. The caller has checked
-    that the model's own code may run.
+    `format` is "chat" by default where the tokenizer has a chat template. `ends_with` is what a
+    sequence ends with after its completion ("none": nothing), and `append_eos` whether EOS comes
+    behind that, where the caller knows better. The caller has checked that the model's own code may
+    run.
     """
     config = AutoConfig.from_pretrained(layout.base, trust_remote_code=layout.kind == "remote_code")
+    if layout.vocab_size is not None:
+        config.get_text_config().vocab_size = layout.vocab_size
     mean, std = layout.normalisation
-    # OpenRLHF ends every text with EOS and lets the tokenizer add nothing (reward_dataset.py).
-    # Whoever made another directory decided about EOS without us; its text is scored as it comes.
-    openrlhf = layout.kind == "openrlhf"
-    contract = contract_for(
+    base = contract_for(
         tokenizer,
         config,
         format=format or ("chat" if tokenizer.chat_template else "text"),
-        append_eos=openrlhf,
+        append_eos=False,
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
     )
-    add_special_tokens = contract.add_special_tokens and not openrlhf
-    return replace(contract, mean=mean, std=std, add_special_tokens=add_special_tokens)
+    # OpenRLHF lets the tokenizer add nothing (reward_dataset.py).
+    add_special_tokens = base.add_special_tokens and layout.system != "OpenRLHF"
+    base = replace(base, mean=mean, std=std, add_special_tokens=add_special_tokens)
+    suffix = _suffix(tokenizer, base.chat_template) if base.chat_template else ""
+    return with_ends(base, layout, tokenizer, suffix, ends_with, append_eos)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from reward_actor.contract import digests, sha256_file, weight_files
@@ -33,6 +35,9 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 BODY_PREFIXES = ("rwtranrsformer.", "rwtransformer.")
 
 HEADS = ("score", "classifier", "value_head", "v_head", "regression_head", "reward_head")
+
+# What data parallelism, torch.compile and PEFT put before every name.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
@@ -49,7 +54,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         hint = "; did you mean its export/ folder?" if (directory / "export").is_dir() else ""
         raise CheckpointError(f"{directory} holds no config.json, so no model{hint}")
-    return json_object(path)
+    config = json_object(path)
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{directory} holds quantised weights ({method or 'quantization_config'} in its "
+            "config.json), which this version does not read; give the model that was quantised, or "
+            "save it with whole weights (model.dequantize())"
+        )
+    return config
 
 
 def tensors(
@@ -129,6 +143,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OPENRLHF_CLASSES = ("RewardModel", "LLMForSequenceRegression")
 
 Kind = Literal["hf", "openrlhf", "remote_code", "peft"]
+System = Literal["OpenRLHF", "a reward token", "TRL", "probably TRL"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,8 @@ class Layout:
     head         the head's name in the weights.
     num_outputs  rows of the head.
     dtype        the widest in which a weight is stored; float32 for an adapter, which is merged.
+    prefix       what stands before the name of every weight: a wrapper's that was saved along.
+    vocab_size   of an adapter that brings embeddings of its own; None: config.json has it.
     """
 
     kind: Kind
@@ -150,6 +167,8 @@ class Layout:
     head: str
     num_outputs: int
     dtype: str
+    prefix: str = ""
+    vocab_size: int | None = None
 
     @property
     def normalisation(self) -> tuple[float, float]:
@@ -172,6 +191,18 @@ class Layout:
                 "finite numbers with std above 0. Correct them, or remove both"
             )
         return float(mean), float(std)
+
+    @property
+    def system(self) -> System | None:
+        """Whose training decided where a sequence ends, or None where nothing in the directory
+        says so. Files are searched for a word at most, never unpickled."""
+        named = _architecture(self.config) in _OPENRLHF_CLASSES
+        # It writes both of these; a prefix alone may have been added by hand, to name the head.
+        if named or {"value_head_prefix", "normalize_reward"} <= self.config.keys():
+            return "OpenRLHF"
+        if type(self.config.get("reward_token_id")) is int:
+            return "a reward token"
+        return _trl(self.directory)
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file that decides a reward, by name."""
@@ -205,9 +236,7 @@ def recognise(path: str | Path) -> Layout:
     if (directory / ADAPTER_CONFIG).exists():
         return _adapter(directory)
     config = read_config(directory)
-    found = tensors(directory)
-    if not found:
-        raise CheckpointError(f"{directory} holds no .safetensors weights{pickle_hint(directory)}")
+    found, prefix = _unwrapped(directory, tensors(directory))
     head = _head(directory, config, found)
     shape, _ = found[f"{head}.weight"]
     return Layout(
@@ -218,7 +247,59 @@ def recognise(path: str | Path) -> Layout:
         head,
         shape[0],
         widest(dtype for _, dtype in found.values()),
+        prefix,
     )
+
+
+def _trl(directory: Path) -> Literal["TRL", "probably TRL"] | None:
+    """Whether TRL's RewardTrainer saved a directory: by the tags of its model card, or by the class
+    of the arguments that a trainer leaves; probably, if those do not say whose they are."""
+    card = directory / "README.md"
+    if card.is_file() and "reward-trainer" in _tags(card.read_text("utf-8", errors="replace")):
+        return "TRL"
+    arguments = directory / "training_args.bin"
+    if not arguments.is_file() or arguments.stat().st_size > _MAX_PICKLE_BYTES:
+        return None
+    pickled = arguments.read_bytes()
+    if b"RewardConfig" in pickled:
+        return "TRL"
+    return None if b"TrainingArguments" in pickled else "probably TRL"
+
+
+def _tags(card: str) -> list[Any]:
+    """The tags in the YAML that begins a model card."""
+    parts = card.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return []
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except (yaml.YAMLError, ValueError):  # a date that does not exist, for one
+        return []
+    tags = metadata.get("tags") if isinstance(metadata, dict) else None
+    return tags if isinstance(tags, list) else []
+
+
+Tensors = dict[str, tuple[list[int], str]]
+
+
+def _unwrapped(directory: Path, found: Tensors) -> tuple[Tensors, str]:
+    """The tensors without a wrapper's prefix, and that. Raises CheckpointError for none and for
+    empty ones."""
+    if not found:
+        raise CheckpointError(f"{directory} holds no .safetensors weights{pickle_hint(directory)}")
+    empty = [name for name, (shape, _) in found.items() if 0 in shape]
+    if empty:
+        raise CheckpointError(
+            f"{directory} holds weights of size 0 ({empty[0]}, {len(empty)} in all), as ZeRO-3 "
+            "leaves them when they are saved without being gathered. Save the model again with "
+            "stage3_gather_16bit_weights_on_model_save, or make whole weights of the training's "
+            "checkpoint with zero_to_fp32.py"
+        )
+    prefix = ""
+    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in found)), None):
+        prefix += wrapper
+        found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
+    return found, prefix
 
 
 def tokenizer_directory(path: Path) -> Path:
@@ -304,11 +385,31 @@ def _head(directory: Path, config: Mapping[str, Any], names: Iterable[str]) -> s
             "knows only linear heads"
         )
     architecture = _architecture(config) or "a network"
+    others = _heads_of_another_kind(names)
+    if others:
+        raise CheckpointError(
+            f"{directory} has a head of a kind that this version does not know: {architecture} "
+            f"with {', '.join(others)}. It knows one linear layer, called {', '.join(HEADS)} or as "
+            '"value_head_prefix" in config.json says'
+        )
     raise CheckpointError(
         f"{directory} has no trained reward head: {architecture} without any of "
         f"{', '.join(head + '.weight' for head in HEADS)}. Serving it would score with random "
         f"numbers. Train it first: rayward train --model.path {directory}"
     )
+
+
+# Parts of a body, and of a causal language model, that stand beside its layers.
+_NO_HEAD = re.compile(r"embed|norm|wte|wpe|ln_|rotary|pos|lm_head|^h$|^layers$|proj_(in|out)$")
+
+
+def _heads_of_another_kind(names: set[str]) -> list[str]:
+    """The first weight of every part beside the body, which is the part with the most weights."""
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts.setdefault(name.split(".")[0], []).append(name)
+    body = max(parts, key=lambda part: len(parts[part]))
+    return [own[0] for part, own in parts.items() if part != body and not _NO_HEAD.search(part)]
 
 
 def _adapter(directory: Path) -> Layout:
@@ -324,9 +425,8 @@ def _adapter(directory: Path) -> Layout:
         name.removeprefix("base_model.model."): tensor
         for name, tensor in tensors(directory, [weights]).items()
     }
-    config, theirs = read_config(base), tensors(base)
-    if not theirs:
-        raise CheckpointError(f"{base} holds no .safetensors weights{pickle_hint(base)}")
+    config = read_config(base)
+    theirs, prefix = _unwrapped(base, tensors(base))
     heads = {name: own[name] for name in (f"{head}.weight" for head in HEADS) if name in own}
     head = _head(directory, config, heads or theirs)
     if _kind(base, config, head) == "remote_code":
@@ -336,7 +436,16 @@ def _adapter(directory: Path) -> Layout:
             f"base_model_name_or_path in {ADAPTER_CONFIG}"
         )
     shape, _ = {**theirs, **heads}[f"{head}.weight"]
-    return Layout("peft", directory, base, config, head, shape[0], "float32")
+    embeddings = [shape[0] for name, (shape, _) in own.items() if is_embedding(name)]
+    vocab_size = embeddings[0] if embeddings else None
+    return Layout("peft", directory, base, config, head, shape[0], "float32", prefix, vocab_size)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether an adapter's weight is a whole table of input embeddings."""
+    parts = name.split(".")
+    is_table = any(part in ("embed_tokens", "wte", "word_embeddings", "embed_in") for part in parts)
+    return is_table and parts[-1] == "weight" and "lora" not in name
 
 
 def _adapter_base(directory: Path) -> Path:

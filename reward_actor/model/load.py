@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reward_actor.contract import CONTRACT_FILE, ScoringContract, model_version
+from reward_actor.contract import ScoringContract, model_version
+from reward_actor.model.ends import Inferred
 from reward_actor.model.inferred import infer_contract
 from reward_actor.model.layouts import CheckpointError as CheckpointError
 from reward_actor.model.layouts import Layout, recognise
 from reward_actor.model.manifest import check_manifest
 from reward_actor.model.reward_model import RewardModel
 from reward_actor.model.tokenizer import load_tokenizer
-from reward_actor.model.weights import load_network, own_score
+from reward_actor.model.weights import load_network, own_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +34,7 @@ class LoadedModel:
     contract: ScoringContract
     dtype: str
     path: Path
+    inferred: Inferred | None = None  # where the directory has no contract
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerFast
     contract: ScoringContract
     dtype: str
+    inferred: Inferred | None = None
 
     def version(self) -> str:
         """The model_version, whatever runs the network. Reads all weights."""
@@ -49,20 +53,31 @@ class Opened:
 
 
 def load_contract(path: Path, *, trust_remote_code: bool = False) -> ScoringContract:
-    """The directory's contract, or one inferred from its tokenizer with a warning."""
+    """The directory's contract, or one inferred from what it holds, with a warning."""
     contract = ScoringContract.load(path)
     if contract is not None:
         return contract
     layout = recognise(path)
     layout.require_trust(trust_remote_code)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    contract = infer_contract(layout, tokenizer)
+    return _inferred(layout, load_tokenizer(path, trust_remote_code=trust_remote_code)).contract
+
+
+def _inferred(layout: Layout, tokenizer: PreTrainedTokenizerFast) -> Inferred:
+    inferred = infer_contract(layout, tokenizer)
+    contract, directory = inferred.contract, layout.directory
+    doubt = f" Not settled by its files: {inferred.doubt}." if inferred.doubt else ""
     warnings.warn(
-        f"{path} has no scoring_contract.json; inferred format {contract.format!r} from its "
-        "tokenizer. Nothing proves that these rewards are the ones of its training.",
-        stacklevel=2,
+        f"{directory} has no scoring_contract.json; inferred format {contract.format!r} from its "
+        f"tokenizer.{doubt} Nothing proves that these rewards are the ones of its training.",
+        stacklevel=3,
     )
-    return contract
+    if contract.template_date is not None:
+        warnings.warn(
+            f"the chat template of {directory} writes today's date, so its rewards change with "
+            f"the day. Fix the date: rayward convert {directory} DST",
+            stacklevel=3,
+        )
+    return inferred
 
 
 def load(
@@ -86,10 +101,16 @@ def load(
         model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-    if not (directory / CONTRACT_FILE).exists():
+    if not opened.contract.golden.samples:
         _check_pooling(model, directory)
     return LoadedModel(
-        opened.version(), model, opened.tokenizer, opened.contract, opened.dtype, directory
+        opened.version(),
+        model,
+        opened.tokenizer,
+        opened.contract,
+        opened.dtype,
+        directory,
+        opened.inferred,
     )
 
 
@@ -106,7 +127,11 @@ def open_directory(
     layout.require_trust(trust_remote_code)
     directory = layout.directory
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    contract = load_contract(directory, trust_remote_code=trust_remote_code)
+    inferred = None
+    contract = ScoringContract.load(directory)
+    if contract is None:
+        inferred = _inferred(layout, tokenizer)
+        contract = inferred.contract
     if layout.num_outputs != len(contract.heads):
         raise CheckpointError(
             f"{directory}: the head has {layout.num_outputs} outputs but the contract names "
@@ -116,7 +141,7 @@ def open_directory(
     dtype = contract.dtype if dtype == "auto" else dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
-    return Opened(layout, tokenizer, contract, dtype)
+    return Opened(layout, tokenizer, contract, dtype, inferred)
 
 
 def _check_pooling(model: RewardModel, directory: Path) -> None:
@@ -133,14 +158,27 @@ def _check_pooling(model: RewardModel, directory: Path) -> None:
     padded = torch.cat([row, torch.zeros_like(row)], dim=1)
     length = torch.tensor([row.shape[1]], device=device)
     with torch.inference_mode():
-        ours = model(padded, length).item()
-    own = own_score(model.network, ids)
-    if not abs(ours - own) <= 2e-2 * max(1.0, abs(own)):
-        raise CheckpointError(
-            f"{directory}: {type(model.network).__name__} scores {own:.4g} where its head at the "
-            f"last token says {ours:.4g}; it pools or attends in another way than this version "
-            "knows"
-        )
+        found = model(padded, length).flatten().tolist()
+    own = own_scores(model.network, ids, len(found))
+    if not all(map(math.isfinite, (*found, *own))):
+        raise CheckpointError(f"{directory}: {_not_finite(model)}")
+    for ours, theirs in zip(found, own, strict=True):
+        if not abs(ours - theirs) <= 2e-2 * max(1.0, abs(theirs)):
+            raise CheckpointError(
+                f"{directory}: {type(model.network).__name__} scores {theirs:.4g} where its head "
+                f"at the last token says {ours:.4g}; it pools or attends in another way than this "
+                "version knows"
+            )
+
+
+def _not_finite(model: RewardModel) -> str:
+    for name, parameter in model.network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"its weights hold numbers that are not finite (NaN or infinity, in {name})"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    hint = "" if dtype == "float32" else f"; load it with dtype {other}"
+    return f"its scores overflow in {dtype}{hint}"
 
 
 def resolve_device(device: str) -> str:

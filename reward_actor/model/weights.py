@@ -28,6 +28,8 @@ from reward_actor.model.layouts import (
     CheckpointError,
     Layout,
     code_reference,
+    is_embedding,
+    tensors,
 )
 from reward_actor.model.reward_model import Float32Head
 
@@ -61,13 +63,18 @@ def load_network(
     config.num_labels = layout.num_outputs
     if layout.kind == "peft":
         return _merged(layout, config, dtype)
-    if layout.kind == "hf" and layout.head == plain_head(config):
+    if layout.kind == "hf" and layout.head == plain_head(config) and not layout.prefix:
         return from_directory(layout.base, config, dtype)
-    return network_of(_weights(layout.base), config, layout.head, dtype, str(layout.base))
+    weights = _weights(layout.base, layout.prefix)
+    return network_of(weights, config, layout.head, dtype, str(layout.base))
 
 
-def _weights(directory: Path) -> dict[str, Tensor]:
-    return {name: w for path in weight_files(directory) for name, w in load_file(path).items()}
+def _weights(directory: Path, prefix: str = "") -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): weight
+        for path in weight_files(directory)
+        for name, weight in load_file(path).items()
+    }
 
 
 def _stored(directory: Path, name: str) -> Tensor | None:
@@ -91,19 +98,28 @@ def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     own = load_file(layout.directory / ADAPTER_WEIGHTS)
     head = plain_head(config)
     has_head = f"base_model.model.{head}.weight" in own
-    if has_head or layout.head == head:
+    if (has_head or layout.head == head) and not layout.prefix:
         base = from_directory(layout.base, config, torch.float32, head_elsewhere=has_head)
     else:
-        weights = _weights(layout.base)
-        base = network_of(weights, config, layout.head, torch.float32, str(layout.base))
+        weights = _weights(layout.base, layout.prefix)
+        if has_head:
+            weights[f"{head}.weight"] = own[f"base_model.model.{head}.weight"]
+        name = head if has_head else layout.head
+        base = network_of(weights, config, name, torch.float32, str(layout.base))
     misfit = f"{layout.directory} does not fit {layout.base}"
+    if layout.vocab_size not in (None, base.get_input_embeddings().num_embeddings):
+        # Tokens that were added for the training; the adapter has all their weights.
+        base.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
     try:
         adapted: Any = PeftModel.from_pretrained(base, layout.directory)
     except RuntimeError as error:  # shapes that differ
         raise CheckpointError(f"{misfit}: {error}") from error
     # The library only warns of weights that it finds no place for, and draws missing ones. Left to
     # itself it also asks the hub whether embeddings belong to the adapter.
-    embeddings = any("embed" in name and "lora" not in name for name in own)
+    saved = adapted.peft_config["default"].modules_to_save or ()
+    embeddings = any(
+        is_embedding(name) and not any(f".{module}." in name for module in saved) for name in own
+    )
     known = get_peft_model_state_dict(adapted, save_embedding_layers=embeddings)
     apart = known.keys() ^ own.keys()
     if apart:
@@ -154,8 +170,9 @@ def _own_code(layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
     return plain
 
 
-def own_score(network: nn.Module, row: list[int]) -> float:
-    """What a network's own forward says of one row. Raises CheckpointError if it is not one number.
+def own_scores(network: nn.Module, row: list[int], num_outputs: int = 1) -> list[float]:
+    """What a network's own forward says of one row, by output. Raises CheckpointError if that is
+    not so many numbers.
 
     A value for every token, (1, T) or (1, T, 1), counts by its last.
     """
@@ -167,12 +184,18 @@ def own_score(network: nn.Module, row: list[int]) -> float:
         output = network(**{k: v for k, v in inputs.items() if takes_all or k in accepted})
     found = [output[name] for name in _SCORES if isinstance(output, dict) and name in output]
     value = found[0] if found else output[0] if isinstance(output, tuple) else output
-    if not isinstance(value, Tensor) or value.numel() not in (1, len(row)):
+    if not isinstance(value, Tensor) or value.numel() not in (num_outputs, num_outputs * len(row)):
         raise CheckpointError(
             f"{type(network).__name__} returns no score that this version knows (a tensor, or an "
             f"output with one of {', '.join(_SCORES)})"
         )
-    return float(value.flatten()[-1])
+    return cast("list[float]", value.flatten()[-num_outputs:].float().tolist())
+
+
+def own_score(network: nn.Module, row: list[int]) -> float:
+    """`own_scores` of a network with one output."""
+    [score] = own_scores(network, row)
+    return score
 
 
 def _fill_normalisation(network: nn.Module, layout: Layout) -> None:
@@ -275,14 +298,31 @@ def from_directory(
 
     Raises CheckpointError unless every weight finds its place.
     """
-    network, report = plain_class(config).from_pretrained(  # never a class of the directory's own
-        directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        network, report = plain_class(config).from_pretrained(  # never a class of its own
+            directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except RuntimeError as error:  # sizes that differ; it has printed which ones
+        raise CheckpointError(
+            f"{directory} does not hold the weights of its own config.json: "
+            f"{_misfit(directory, config) or error}"
+        ) from error
     if head_elsewhere:
         head = plain_head(config) + "."
         report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(head)}
     check_complete(report, str(directory))
     return cast("PreTrainedModel", network)
+
+
+def _misfit(directory: Path, config: PretrainedConfig) -> str | None:
+    """The first weight of another size than its configuration asks for, in words."""
+    with torch.device("meta"):
+        expected = plain_class(config)(config).state_dict()
+    for name, (shape, _) in sorted(tensors(directory).items()):
+        asked = list(expected[name].shape) if name in expected else shape
+        if asked != shape:
+            return f"{name} has shape {shape}, and config.json asks for {asked}"
+    return None
 
 
 def check_complete(report: Mapping[str, Any], source: str) -> None:

@@ -121,6 +121,7 @@ class RewardService:
                 "max_length": contract.max_length,
             },
             versions=description.versions,
+            rendering=schema.Info.rendering_of(contract),
             ensemble=schema.Info.ensemble_of(description.readout),
             warnings=self.observer.warnings(),
         )

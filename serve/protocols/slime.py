@@ -1,7 +1,7 @@
 """slime's remote reward model (`--rm-type remote_rm --rm-url URL`): one sample, one bare number.
 
 Its prompt is a list of messages, a plain text, or (with `--apply-chat-template`) a text that went
-through a chat template already, which is told by its special tokens; its response holds the end
+through a chat template already, which is told by how it begins; its response holds the end
 token of its turn as it was sampled. It sends no model name.
 """
 

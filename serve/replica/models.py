@@ -124,6 +124,7 @@ class Loaded:
         """Raises ValueError as `load` does."""
         stamp = _stamp(directory)
         scorer = load(directory)
+        print(f"{directory}: path {scorer.path}, {scorer.dtype}", flush=True)  # the replica's log
         tokenizer = scorer.renderer.tokenizer
         return cls(
             directory,

@@ -177,6 +177,35 @@ def test_weights_keep_the_dtype_they_come_in(tmp_path: Path, tokenizer: Any) -> 
         assert {weight.dtype for weight in weights.values()} == {dtype}
 
 
+def test_float16_is_kept_and_proved(tmp_path: Path, tokenizer: Any) -> None:
+    network = make_network("llama").half()
+    network.config.dtype = torch.float16
+    network.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    contract = convert(tmp_path / "source", tmp_path / "converted")
+    assert contract.dtype == "float16"
+    assert contract.golden.raw_scores.keys() == {"float32", "bfloat16", "float16"}
+    before = from_pretrained(tmp_path / "source").score_ids(ROWS)
+    scorer = from_pretrained(tmp_path / "converted")
+    assert scorer.dtype == "float16"
+    assert scorer.score_ids(ROWS).tolist() == before.tolist()
+
+
+def test_what_pads_has_an_embedding(tmp_path: Path, tokenizer: Any) -> None:
+    """A pad token that was added to the tokenizer alone: plain loading works, so must this."""
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    network = make_network("llama", vocab_size=len(tokenizer) - 1)
+    network.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    contract = convert(tmp_path / "source", tmp_path / "converted")
+    assert contract.pad_token_id < len(tokenizer) - 1
+    group = Group("Name two fruits.", ["An apple."])
+    [before], [after] = (
+        from_pretrained(tmp_path / name).score([group]) for name in ("source", "converted")
+    )
+    assert after.rewards == pytest.approx(before.rewards, abs=1e-5)
+
+
 def test_the_format_can_be_chosen(tmp_path: Path, tokenizer: Any) -> None:
     foreign.openrlhf(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
@@ -185,7 +214,7 @@ def test_the_format_can_be_chosen(tmp_path: Path, tokenizer: Any) -> None:
     group = Group("Name two fruits. ", ["An apple."])
     [scored] = from_pretrained(tmp_path / "text").score([group])
     scorer = from_pretrained(tmp_path / "text")
-    ids = tokenizer("Name two fruits. An apple.")["input_ids"] + [tokenizer.eos_token_id]
+    ids = tokenizer(f"Name two fruits. An apple. {tokenizer.eos_token}")["input_ids"]
     assert scored.rewards == pytest.approx(scorer.score_ids([ids]).tolist(), abs=1e-6)
 
 

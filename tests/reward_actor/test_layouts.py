@@ -226,6 +226,39 @@ def test_an_adapter_whose_base_has_the_head(tmp_path: Path, tokenizer: Any) -> N
     assert scorer.score_ids(ROWS).tolist() == pytest.approx(own, abs=1e-5, rel=1e-5)
 
 
+@pytest.mark.parametrize("how", ["modules_to_save", "added tokens", "trained rows"])
+def test_adapters_bring_embeddings_of_their_own(how: str, tmp_path: Path, tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = make_network("llama")
+    causal = AutoModelForCausalLM.from_config(base.config)
+    causal.model.load_state_dict(base.model.state_dict())
+    causal.save_pretrained(tmp_path / "base")
+    settings: dict[str, Any] = {"modules_to_save": ["score"]}
+    rows = ROWS
+    if how == "trained rows":
+        settings["trainable_token_indices"] = [5, 9, 11]
+    else:
+        settings["modules_to_save"] = ["score", "embed_tokens"]
+    if how == "added tokens":
+        base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
+        rows = [*ROWS, [5, 402, 9, 401]]
+    base.config._name_or_path = base.name_or_path = "../base"
+    lora = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], **settings)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, lora)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with torch.inference_mode():
+        own = [adapted(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    scorer = from_pretrained(tmp_path / "adapter")
+    assert scorer.score_ids(rows).tolist() == pytest.approx(own, abs=1e-5, rel=1e-5)
+
+
 def edit_adapter(directory: Path, **changes: Any) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -294,6 +327,83 @@ def test_weights_that_nothing_reads_are_refused(tmp_path: Path, tokenizer: Any) 
     save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, path)
     with pytest.raises(CheckpointError, match=r"knows nothing of: .*q_proj\.bias"):
         load(tmp_path / "rm")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_names_of_wrappers_do_not_matter(prefix: str, tmp_path: Path, tokenizer: Any) -> None:
+    own = foreign.openrlhf(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    path = tmp_path / "rm" / "model.safetensors"
+    save_file({prefix + name: weight for name, weight in load_file(path).items()}, path)
+    scorer = from_pretrained(tmp_path / "rm")
+    assert scorer.score_ids(ROWS).tolist() == pytest.approx(scores(own), abs=1e-5, rel=1e-5)
+
+
+def edited(directory: Path, change: Any, **config: Any) -> Path:
+    """A plain sequence classifier whose weights went through `change`."""
+    make_network("llama").save_pretrained(directory)
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, **config}))
+    return directory
+
+
+def empty(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: w if "norm" in name else torch.empty(0) for name, w in weights.items()}
+
+
+def gated(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights.pop("score.weight")
+    other = {"regression_layer.weight": torch.ones(19, 64), "gating.0.weight": torch.ones(8, 64)}
+    return {**weights, **other}
+
+
+def not_a_number(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights["score.weight"][0, 3] = float("nan")
+    return weights
+
+
+def large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: (w * 3e4 if "layers.1.mlp.down" in name else w).half() for name, w in weights.items()
+    }
+
+
+def same(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (empty, {}, r"weights of size 0 \(model\.embed_tokens\.weight.*ZeRO-3.*zero_to_fp32"),
+        (gated, {"architectures": ["LlamaWithGating"]},
+         r"LlamaWithGating with gating\.0\.weight, regression_layer\.weight"),
+        (not_a_number, {}, r"not finite \(NaN or infinity, in score\.weight\)"),
+        (large, {"dtype": "float16"}, "float16.*overflow"),
+        (same, {"vocab_size": 401}, r"embed_tokens\.weight has shape \[400, 64\].*asks for \[401"),
+        (same, {"quantization_config": {"quant_method": "gptq"}}, r"quantised weights \(gptq"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_true(
+    change: Any, config: Any, reason: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    directory = edited(tmp_path / "rm", change, **config)
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ValueError, match=reason):
+        from_pretrained(directory)
+
+
+def test_chat_templates_that_all_have_names_are_listed(tmp_path: Path, tokenizer: Any) -> None:
+    directory = edited(tmp_path / "rm", same)
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ValueError, match=r"only chat templates with names \(rag, tool_use\)"):
+        from_pretrained(directory)
+    tokenizer.chat_template = {**tokenizer.chat_template, "default": tokenizer.chat_template["rag"]}
+    tokenizer.save_pretrained(directory)
+    assert from_pretrained(directory).contract.format == "chat"
 
 
 def test_an_index_cannot_reach_outside_its_directory(tmp_path: Path, tokenizer: Any) -> None:

@@ -137,8 +137,11 @@ def test_a_foreign_directory_is_read_with_a_warning(copy: Path, export_dir: Path
     (copy / "MANIFEST.json").unlink()
     with pytest.warns(UserWarning, match=r"no scoring_contract\.json"):
         foreign = RewardScorer.from_pretrained(copy, "cpu")
+    # Nothing says any more that it was trained to the token that ends a turn, as ours are.
     ours = RewardScorer.from_pretrained(export_dir, "cpu")
-    assert foreign.score([GROUP])[0].rewards == ours.score([GROUP])[0].rewards
+    newline = foreign.renderer.tokenizer.encode("\n")
+    rows = [[*ours.renderer.render(GROUP.prompt, text), *newline] for text in GROUP.completions]
+    assert foreign.score([GROUP])[0].rewards == ours.score_ids(rows).tolist()
     assert foreign.model_version != ours.model_version
 
 
@@ -162,6 +165,31 @@ def test_an_encoder_with_a_pooler_of_its_own_is_refused(copy: Path) -> None:
         pytest.raises(CheckpointError, match="pools or attends in another way"),
     ):
         RewardScorer.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_a_contract_that_proves_nothing_is_no_proof(
+    num_outputs: int, export_dir: Path, tmp_path: Path
+) -> None:
+    """Without golden samples the network must score as we do, however many outputs it has."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    directory = Path(shutil.copytree(export_dir, tmp_path / "foreign"))
+    (directory / "MANIFEST.json").unlink()
+    contract = json.loads((directory / "scoring_contract.json").read_text())
+    contract |= {"golden": None, "heads": ["a", "b"][:num_outputs]}
+    (directory / "scoring_contract.json").write_text(json.dumps(contract))
+    bert = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, num_labels=num_outputs,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(bert.classifier.weight, std=1.0)
+    torch.nn.init.normal_(bert.bert.pooler.dense.weight, std=1.0)
+    bert.save_pretrained(directory)
+    with pytest.raises(CheckpointError, match="pools or attends in another way"):
+        RewardScorer.from_pretrained(directory)
 
 
 def test_two_outputs_are_refused(copy: Path) -> None:

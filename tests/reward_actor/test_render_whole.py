@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_systems import CHAT_SYSTEMS, letters_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 
 from reward_actor.groups import SampleError, Whole
+from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
-from reward_actor.render import Renderer
+from reward_actor.render import Renderer, RenderError
 
 TEMPLATES = [None, THINKING, LLAMA_LIKE, NO_END_TOKEN]
 rows = st.lists(st.integers(3, 200), min_size=1, max_size=30)
@@ -90,8 +94,32 @@ def test_a_text_without_a_form_is_an_error_of_its_own(renderers: dict[str, Rende
     assert empty.type == "empty_sequence"
 
 
-def test_templated_text_is_told_by_its_special_tokens(renderers: dict[str, Renderer]) -> None:
+@pytest.mark.parametrize("name", CHAT_SYSTEMS)
+def test_every_system_knows_its_own_conversations(name: str) -> None:
+    from transformers import LlamaConfig
+
+    own = letters_tokenizer(CHAT_SYSTEMS[name])
+    network = LlamaConfig(vocab_size=400, max_position_embeddings=4096)
+    render = Renderer(own, contract_for(own, network, format="chat"))
+    later = replace(
+        render.contract, template_date="2031-05-06" * bool(render.contract.template_date) or None
+    )
+    user = {"role": "user", "content": "Hi."}
+    for day in (render, Renderer(own, later)):  # a policy renders on another day
+        for messages in ([user], [{"role": "system", "content": "Be brief."}, user]):
+            with contextlib.suppress(RenderError):
+                text = day._apply_template(messages, generation=True)
+                assert render.is_templated(text)
+                if messages[0] is user:  # a system prompt may be the first thing behind a BOS
+                    assert render.is_templated(text.removeprefix(own.bos_token or ""))
+    for text in ("Hi.", "What does <|im_end|> mean?", "<|", "<b>Hi.</b>", ""):
+        assert not render.is_templated(text)
+
+
+def test_templated_text_is_told_by_its_beginning(renderers: dict[str, Renderer]) -> None:
     templated = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
     assert renderers["chat"].is_templated(templated)
+    assert renderers["chat"].is_templated("<|im_start|>system\nBe brief.<|im_end|>\n" + templated)
+    assert not renderers["chat"].is_templated("What does <|im_end|> mean?")
     assert not renderers["chat"].is_templated("im_start Hi.")
     assert not renderers["text"].is_templated(templated)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
 from exports import make_export
 from service_process import Service
+from transformers import AutoModelForSequenceClassification
 
 from reward_actor import RewardScorer
 from reward_actor.model.manifest import write_manifest
+from reward_actor.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from nursery import Nursery
@@ -201,6 +204,43 @@ def test_a_bad_model_is_refused_and_the_old_one_goes_on(
             assert version == before
             assert rewards == pytest.approx(expected[version], abs=1e-5)
             assert http.get("/info").json()["num_replicas"] == 2
+    finally:
+        shutil.rmtree(model)
+
+
+def test_another_systems_model_is_served_to_its_own_end(
+    swapping: Service, registry: Path, base_model: Path
+) -> None:
+    """Without a contract: up to the newline behind the turn, by every way to a reward."""
+    model = Path(shutil.copytree(registry / "a", registry / "foreign"))
+    for name in ("scoring_contract.json", "MANIFEST.json"):
+        (model / name).unlink()
+    tokenizer = load_tokenizer(model)
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = network(torch.tensor([ids])).logits.item()
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    num_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    native = [
+        {"prompt": turns[:1], "completions": ["Hello."]},
+        {"texts": [text]},
+        {"prompt_ids": ids[:num_prompt], "completion_ids": [ids[num_prompt:-1], ids[num_prompt:]]},
+    ]
+    try:
+        with httpx.Client(base_url=swapping.url, timeout=60) as http:
+            assert swap(http, "foreign").status_code == 200
+            results = http.post("/v1/score", json={"groups": native}).json()["results"]
+            found = [reward for result in results for reward in result["rewards"]]
+            for body in ({"messages": turns}, {"input": text, "add_special_tokens": False}):
+                reply = http.post("/classify", json={**body, "use_activation": False})
+                found.append(reply.json()["data"][0]["probs"][0])
+            assert found == pytest.approx([expected] * 6, abs=1e-5)
+            rendering = http.get("/info").json()["rendering"]
+            assert (rendering["turn_end"], rendering["end_text"]) == ("<|im_end|>", "\n")
+            assert swap(http, "a").status_code == 200
     finally:
         shutil.rmtree(model)
 

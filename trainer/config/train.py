@@ -36,6 +36,11 @@ class ModelConfig(Section):
     format: Literal["auto", "chat", "text"] = Field(
         "auto", description="chat: the chat template frames a pair; text: prompt + completion"
     )
+    plain_content: bool = Field(
+        True,
+        description="a special token that a message spells is text; false: it is that token, so "
+        "that a completion can end its own turn",
+    )
     max_length: int | None = Field(
         None, ge=64, description="tokens in a sequence; none: what the model allows, at most 2048"
     )

@@ -87,6 +87,7 @@ def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
         network,
         format=choose_format(config.model.format, rows, tokenizer.chat_template is not None),
         max_length=config.model.max_length or min(limit, DEFAULT_MAX_LENGTH),
+        plain_content=config.model.plain_content,
         dtype=config.model.dtype,
     )
     if contract.template_date is not None:

@@ -1,0 +1,125 @@
+"""No turn of a conversation vanishes in a chat template, in training or in scoring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from chat_systems import CHAT_SYSTEMS, letters_tokenizer
+from transformers import LlamaConfig
+
+from reward_actor import Group
+from reward_actor.groups import SampleError
+from reward_actor.model.inferred import contract_for
+from reward_actor.render import Renderer, RenderError
+
+NETWORK = LlamaConfig(vocab_size=400, max_position_embeddings=8192)
+KNOWS_THREE_ROLES = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+FIRST_SYSTEM_ONLY = (
+    "{% for m in messages %}{% if m.role != 'system' or loop.first %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+FIRST_PART_ONLY = (
+    "{% for m in messages %}"
+    "{% set text = m.content if m.content is string else m.content[0].text %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}{% endfor %}"
+)
+USER = {"role": "user", "content": "Name two fruits."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def renderer(template: str | None = None, name: str = "qwen 2.5") -> Renderer:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS[name])
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return Renderer(tokenizer, contract_for(tokenizer, NETWORK, format="chat"))
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "lost"),
+    [
+        (
+            KNOWS_THREE_ROLES,
+            [{"role": "human", "content": "Hi."}],
+            r"the content of message 0 \(role 'human'\)",
+        ),
+        (
+            KNOWS_THREE_ROLES,
+            [USER, {"role": "tool", "content": "17 degrees"}],
+            r"the content of message 1 \(role 'tool'\)",
+        ),
+        (FIRST_SYSTEM_ONLY, [SYSTEM, USER, SYSTEM], r"the content of message 2 \(role 'system'\)"),
+        (
+            KNOWS_THREE_ROLES,
+            [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            r"tool call 0 of message 1 \(role 'assistant'\)",
+        ),
+        (
+            FIRST_PART_ONLY,
+            [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]}],
+            r"part 1 of message 0 \(role 'user'\)",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_named(template: str, prompt: Any, lost: str) -> None:
+    render = renderer(template)
+    for _ in range(2):  # the second time from what was kept
+        with pytest.raises(RenderError, match=f"leaves out {lost}"):
+            render.render(prompt, "Apples.")
+    (error,) = render.sequences(Group(prompt, ["Apples."]))
+    assert isinstance(error, SampleError)
+    assert error.type == "unrenderable"
+
+
+def test_what_is_not_text_is_named() -> None:
+    picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    with pytest.raises(RenderError, match=r"message 0 \(role 'user'\) has a content of 'image'"):
+        renderer(FIRST_PART_ONLY).render(picture, "A cat.")
+
+
+@pytest.mark.parametrize("name", CHAT_SYSTEMS)
+def test_known_templates_leave_no_ordinary_turn_out(name: str) -> None:
+    render = renderer(name=name)
+    again = [USER, {"role": "assistant", "content": "Apples."}, USER]
+    for prompt in ([USER], again, [{"role": "user", "content": "  "}]):
+        render.render(prompt, "Pears.")
+        render.render(prompt, "")
+
+
+def test_reasoning_of_earlier_turns_may_go_and_calls_stay() -> None:
+    render = renderer(name="qwen 3")
+    earlier = {"role": "assistant", "content": "<think>\npondering\n</think>\n\nApples."}
+    ids = render.render([USER, earlier, USER], "Pears.")
+    assert "pondering" not in render.tokenizer.decode(ids)
+    called = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    called.append({"role": "tool", "content": "17 degrees"})
+    text = render.tokenizer.decode(render.render(called, "Warm."))
+    assert "weather" in text
+    assert "17 degrees" in text
+
+
+def test_whatever_a_message_holds_it_is_looked_at_once_for_each_shape() -> None:
+    from datetime import date
+
+    render = renderer()
+    for number in range(3):
+        message = {**USER, "weight": 0.1 * number, "at": date(2026, 1, 1 + number)}
+        render.render([message], "Apples.")
+    assert len(render._lost) == 1
+
+
+def test_a_template_that_reads_its_contents_is_not_judged_by_others() -> None:
+    template = (
+        "{% for m in messages %}{% if m.content not in ('a', 'b') %}{{ raise_exception('odd') }}"
+        "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS["qwen 2.5"])
+    contract = contract_for(tokenizer, NETWORK, format="chat")
+    render = Renderer(tokenizer, replace(contract, chat_template=template))
+    assert tokenizer.decode(render.render("a", "b")) == "a<|im_end|>b<|im_end|>"
+    with pytest.raises(RenderError, match="odd"):
+        render.render("a", "c")
