@@ -1,22 +1,26 @@
 """vLLM rollout actors: sample completions and score them where they are made.
 
-A rollout goes to the scorer as token ids when policy and reward model share their tokenizer and
-chat template, so that what is scored is what was sampled; as text otherwise.
+A rollout goes to the scorer as token ids where policy and reward model share their tokenizer and
+chat template and the ids are those of its text under them; as text otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from reward_actor import schema
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
 from reward_actor.groups import Group, GroupScores, Prompt
-from reward_actor.render import RenderError, tokenizer_fingerprint
-from reward_actor.rollout.policy import policy_renderer
+from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
+from reward_actor.rollout.policy import group_to_score, policy_renderer
 from reward_actor.rollout.records import RolloutGroup, Sampling, VllmSettings
+
+logger = logging.getLogger(__name__)
 
 _CPU_BATCH_TOKENS = 8192
 
@@ -59,6 +63,8 @@ class RolloutActor:
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._scorer = _connect_scorer(scorer)
         self._by_ids: bool | None = None
+        self._told_of_text = False
+        self._scored = self._renderer  # as the scorer renders, once it has said so
         self._num_requests = 0
 
     async def ready(self) -> str:
@@ -69,7 +75,10 @@ class RolloutActor:
             info = await self._scorer.info()
             self._renderer.use_date(info.template_date)
             own = tokenizer_fingerprint(self._renderer.tokenizer, self._renderer.contract)
-            self._by_ids = info.tokenizer_fingerprint == own
+            self._by_ids = info.tokenizer_fingerprint == own and info.rendering is not None
+            if info.rendering is not None:
+                as_scored = replace(self._renderer.contract, **info.rendering.model_dump())
+                self._scored = Renderer(self._renderer.tokenizer, as_scored)
         return "token ids" if self._by_ids else "text"
 
     async def rollouts(
@@ -85,10 +94,22 @@ class RolloutActor:
         if self._scorer is not None:
             by_ids = await self.ready() == "token ids"
             sampled = [rollout for rollout in rollouts if rollout.error is None]
-            scores = await self._scorer.score_groups([_group(r, by_ids) for r in sampled])
+            scores = await self._scorer.score_groups([self._group(r, by_ids) for r in sampled])
             for rollout, score in zip(sampled, scores, strict=True):
                 rollout.scores = score
         return list(rollouts)
+
+    def _group(self, rollout: RolloutGroup, by_ids: bool) -> Group:
+        if not by_ids:
+            return Group(rollout.prompt, rollout.completions)
+        group = group_to_score(rollout, self._scored)
+        if group.prompt_ids is None and not self._told_of_text:
+            self._told_of_text = True
+            logger.warning(
+                "some rollouts travel as text: their token ids are not those of their text under "
+                "the chat template, which a reward is computed from"
+            )
+        return group
 
     async def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutGroup:
         from vllm import SamplingParams
@@ -137,12 +158,6 @@ def _connect_scorer(scorer: Any) -> Scorer | None:
     if isinstance(scorer, str) and scorer.startswith(("http://", "https://")):
         return AsyncRewardClient(scorer)
     return AsyncRewardHandle(scorer)
-
-
-def _group(rollout: RolloutGroup, by_ids: bool) -> Group:
-    if by_ids:
-        return Group(prompt_ids=rollout.prompt_ids, completion_ids=rollout.completion_ids)
-    return Group(rollout.prompt, rollout.completions)
 
 
 def _log_probs(output: Any) -> list[float]:

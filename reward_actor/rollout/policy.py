@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from reward_actor.groups import Prompt
+from reward_actor.groups import Group, Prompt
 from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.render import Renderer, RenderError
-from reward_actor.rollout.records import Sampling
+from reward_actor.rollout.records import RolloutGroup, Sampling
 
 
 def longest_needed(policy: str, prompts: Sequence[Prompt], sampling: Sampling) -> int:
@@ -36,3 +36,26 @@ def policy_renderer(policy: str) -> Renderer:
     config = AutoConfig.from_pretrained(policy)
     format_ = "chat" if tokenizer.chat_template else "text"
     return Renderer(tokenizer, contract_for(tokenizer, config, format=format_))
+
+
+def group_to_score(rollout: RolloutGroup, renderer: Renderer) -> Group:
+    """What a scorer that renders as `renderer` does is sent of a rollout: its token ids where they
+    are what the prompt and the completions render to, otherwise its text.
+
+    They are not where a template changes a completion (Qwen3 writes a think block before it, Llama
+    3 trims it) or a policy sampled tokens that the tokenizer would not choose for the same text. A
+    completion that was cut by its length is scored as if its turn had ended there, either way.
+    """
+    completion_ids = []
+    for text, sampled in zip(rollout.completions, rollout.completion_ids, strict=True):
+        try:
+            rendered = renderer.render(rollout.prompt, text)
+        except RenderError:
+            break
+        given = [*rollout.prompt_ids, *sampled]
+        if rendered[: len(given)] != given:
+            break
+        completion_ids.append(rendered[len(rollout.prompt_ids) :])
+    else:
+        return Group(prompt_ids=rollout.prompt_ids, completion_ids=completion_ids)
+    return Group(rollout.prompt, rollout.completions)

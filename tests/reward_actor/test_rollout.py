@@ -38,8 +38,8 @@ def actors(vllm_engine: None, service: str, base_model: Path) -> Iterator[list[A
         ray.kill(actor)
 
 
-def test_what_was_sampled_is_what_is_scored(actors: list[Any], export_dir: Path) -> None:
-    """Policy and reward model share a tokenizer: rollouts travel as ids and score as ids."""
+def test_a_rollout_is_scored_as_its_text_is(actors: list[Any], export_dir: Path) -> None:
+    """Policy and reward model share a tokenizer: ids travel where they are those of the text."""
     import ray
 
     assert ray.get(actors[0].ready.remote()) == "token ids"
@@ -55,9 +55,7 @@ def test_what_was_sampled_is_what_is_scored(actors: list[Any], export_dir: Path)
             assert 1 <= len(ids) <= 12
             assert len(log_probs) == len(ids)
             assert all(math.isfinite(value) and value <= 0 for value in log_probs)
-        [offline] = scorer.score(
-            [Group(prompt_ids=group.prompt_ids, completion_ids=group.completion_ids)]
-        )
+        [offline] = scorer.score([Group(PROMPTS[index], group.completions)])
         assert group.scores is not None
         assert group.scores.rewards == pytest.approx(offline.rewards, abs=1e-5)
         assert group.scores.model_version == offline.model_version

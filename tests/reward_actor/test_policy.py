@@ -1,0 +1,86 @@
+"""What a rollout sends to its scorer: token ids where they are the text's, otherwise the text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from chat_systems import CHAT_SYSTEMS, letters_tokenizer
+from transformers import LlamaConfig
+
+from reward_actor.groups import Group
+from reward_actor.model.inferred import contract_for
+from reward_actor.render import Renderer
+from reward_actor.rollout.policy import group_to_score
+from reward_actor.rollout.records import RolloutGroup
+
+NETWORK = LlamaConfig(vocab_size=400, max_position_embeddings=2048)
+USER = [{"role": "user", "content": "Name two fruits."}]
+
+
+def renderer(name: str) -> Renderer:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS[name])
+    return Renderer(tokenizer, contract_for(tokenizer, NETWORK, format="chat"))
+
+
+def sampled(render: Renderer, *texts: str, end: str = "") -> RolloutGroup:
+    ids = [render.tokenizer(text + end, add_special_tokens=False)["input_ids"] for text in texts]
+    log_probs = [[0.0] * len(row) for row in ids]
+    reasons = ["stop" if end else "length"] * len(texts)
+    return RolloutGroup(USER, render.prompt_ids(USER), list(texts), ids, log_probs, reasons)
+
+
+def scored_ids(render: Renderer, group: Group) -> list[object]:
+    return list(render.sequences(group))
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "travels_as_ids"),
+    [
+        ("qwen 2.5", ("Apples.", "Pears.\n"), True),
+        ("llama 3.1", ("Apples.",), True),
+        ("llama 3.1", ("Apples.", "Pears.\n\n"), False),  # trimmed by the template
+        ("qwen 3", ("Apples.",), False),  # a think block before the last answer
+        ("qwen 2.5", ("Apples <|im_start|>",), False),  # what is spelled is text
+    ],
+)
+def test_ids_travel_only_where_they_are_the_text(
+    name: str, texts: tuple[str, ...], travels_as_ids: bool
+) -> None:
+    render = renderer(name)
+    by_text = scored_ids(render, Group(USER, texts))
+    for end in (render.contract.turn_end, ""):  # stopped by itself, and cut by its length
+        group = group_to_score(sampled(render, *texts, end=end), render)
+        assert (group.prompt_ids is not None) == travels_as_ids
+        assert scored_ids(render, group) == by_text
+
+
+@pytest.mark.parametrize(
+    "scored",
+    [{"end_text": "\n"}, {"plain_content": False}, {"final_token_id": 7}],
+)
+def test_what_travels_is_what_the_scorer_renders(scored: dict[str, Any]) -> None:
+    policy = renderer("qwen 2.5")
+    if "end_text" in scored:
+        ends = policy.tokenizer("<|im_end|>\n", add_special_tokens=False)["input_ids"]
+        scored = {**scored, "end_ids": ends}
+    scorer = Renderer(policy.tokenizer, replace(policy.contract, **scored))
+    rollout = sampled(policy, "Apples.", end="<|im_end|>")
+    group = group_to_score(rollout, scorer)
+    assert group.prompt_ids is not None
+    assert scored_ids(scorer, group) == scored_ids(scorer, Group(USER, ["Apples."]))
+
+
+def test_tokens_that_the_tokenizer_would_not_choose_travel_as_text() -> None:
+    render = renderer("qwen 2.5")
+    rollout = sampled(render, "Apples.", end="<|im_end|>")
+    rollout.completion_ids[0][0] += 1
+    assert group_to_score(rollout, render) == Group(USER, ["Apples."])
+
+
+def test_a_prompt_that_cannot_be_rendered_travels_as_text() -> None:
+    render = renderer("gemma 2")
+    rollout = sampled(render, "Apples.", end="<end_of_turn>")
+    rollout.prompt = [{"role": "system", "content": "Gemma knows no such role."}, *USER]
+    assert group_to_score(rollout, render).prompt_ids is None
