@@ -15,6 +15,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("chat", "text"), help="[chat where there is a template]"
     )
+    parser.add_argument(
+        "--ends-with",
+        metavar="TEXT",
+        help="what a sequence ends with after its completion, in place of newlines where there is "
+        "no template; or none [as its system does]",
+    )
+    parser.add_argument(
+        "--append-eos",
+        action=argparse.BooleanOptionalAction,
+        help="whether EOS comes behind that [as its system does]",
+    )
     parser.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
     parser.add_argument("--device", default="cpu", help="where the golden samples are scored")
     parser.add_argument(
@@ -33,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
+        ends_with=arguments.ends_with,
+        append_eos=arguments.append_eos,
+        tell=lambda line: print(f"inferred {line}"),
     )
     print(f"reward model: {arguments.destination}")
     print(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")

@@ -17,7 +17,13 @@ HELP = "score a file of prompts and completions"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|URL")
     parser.add_argument("input", metavar="INPUT", help=".jsonl rows of prompt and completions")
-    parser.add_argument("output", metavar="OUTPUT", help=".jsonl rows with rewards")
+    parser.add_argument("output", metavar="OUTPUT", nargs="?", help=".jsonl rows with rewards")
+    parser.add_argument(
+        "--explain",
+        metavar="ROW",
+        type=int,
+        help="print how the rewards of this row of INPUT, from 1, come about; needs no OUTPUT",
+    )
     add_loading(parser)
 
 
@@ -26,8 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     loading = loading_options(arguments)
     rows = list(read_rows(arguments.input))
+    if arguments.explain is not None:
+        return _explain(arguments, rows, loading)
+    if arguments.output is None:
+        raise ValueError("give OUTPUT, a .jsonl file to write, or --explain ROW")
     groups = [group_of(row, place) for place, row in rows]
-    with _scorer(arguments.model, loading) as score:
+    with _scorer(arguments.model, loading) as (score, path):
         scores = score(groups)
     num_errors = sum(error is not None for result in scores for error in result.errors)
     write_rows(
@@ -35,20 +45,42 @@ def run(arguments: argparse.Namespace) -> int:
         (scored_row(row, result) for (_, row), result in zip(rows, scores, strict=True)),
     )
     num_scored = sum(len(result.rewards) for result in scores) - num_errors
-    print(f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output}")
+    print(
+        f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output} ({path})"
+    )
     if num_errors:
         print(f"{num_errors} completions have no reward; see their `errors`", file=sys.stderr)
     return 0
 
 
+def _explain(
+    arguments: argparse.Namespace, rows: list[tuple[str, dict[str, Any]]], loading: dict[str, Any]
+) -> int:
+    from reward_actor.explain import explain
+    from reward_actor.files import group_of
+    from reward_actor.scorer import RewardScorer
+
+    if is_url(arguments.model):
+        raise ValueError("--explain needs the model's directory; a service keeps its tokens")
+    if not 1 <= arguments.explain <= len(rows):
+        raise ValueError(f"--explain is {arguments.explain}; INPUT has rows 1 to {len(rows)}")
+    place, row = rows[arguments.explain - 1]
+    scorer = RewardScorer.from_pretrained(arguments.model, **loading)
+    for line in explain(scorer, group_of(row, place)):
+        print(line)
+    return 0
+
+
 @contextmanager
-def _scorer(model: str, loading: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
+def _scorer(model: str, loading: dict[str, Any]) -> Iterator[tuple[Callable[[Any], Any], str]]:
+    """What scores groups, and the path that they take there."""
     if is_url(model):
         from reward_actor.client.sync import RewardClient
 
         with RewardClient(model) as client:
-            yield client.score_groups
+            yield client.score_groups, client.info().path
         return
     from reward_actor.scorer import RewardScorer
 
-    yield RewardScorer.from_pretrained(model, **loading).score
+    scorer = RewardScorer.from_pretrained(model, **loading)
+    yield scorer.score, f"{scorer.path}, {scorer.dtype}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_score_writes_rewards_beside_the_rows(
     ("text", "message"),
     [
         ("", "holds no rows"),
+        ('[\n {"prompt": "a", "completions": ["b"]}\n]', "is one JSON array over many lines"),
         ("{", "in.jsonl:1: not JSON"),
         ('{"prompt": "a", "completions": ["b"]}\n\n[1]', "in.jsonl:3: a list, not a JSON object"),
         ('{"completions": ["b"]}', "in.jsonl:1: needs a prompt"),
@@ -67,6 +69,46 @@ def test_a_bad_input_file_is_told_by_line(
     assert error.startswith("error: ")
     assert message in error
     assert not output.exists()
+
+
+def test_a_mark_before_the_first_row_is_no_part_of_it(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "completions": ["b"]}\r\n')
+    [(place, row)] = read_rows(source)
+    assert (place, row["prompt"]) == (f"{source}:1", "a")
+
+
+def test_a_row_is_explained(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in.jsonl", ROWS)
+    assert rayward.main(["score", str(export_dir), str(source), "--explain", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "contract (as exported):" in told
+    assert told.count("<- read here") == 2
+    assert "path forest in blocks, float32" in told
+    for arguments, message in (
+        (["http://127.0.0.1:1", str(source), "--explain", "1"], "needs the model's directory"),
+        ([str(export_dir), str(source), "--explain", "4"], "INPUT has rows 1 to 3"),
+        ([str(export_dir), str(source)], "give OUTPUT"),
+    ):
+        assert rayward.main(["score", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_converting_says_how_sequences_end_and_why(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = Path(shutil.copytree(export_dir, tmp_path / "foreign"))
+    for name in ("scoring_contract.json", "MANIFEST.json"):
+        (foreign / name).unlink()
+    with pytest.warns(UserWarning, match=r"--ends-with TEXT"):
+        assert rayward.main(["convert", str(foreign), str(tmp_path / "whole")]) == 0
+    template = "what the chat template writes after the last message"
+    assert f'inferred end_text = "\\n": {template}' in capsys.readouterr().out
+    options = ["--ends-with", "<|im_end|>", "--no-append-eos"]
+    assert rayward.main(["convert", str(foreign), str(tmp_path / "ours"), *options]) == 0
+    assert 'inferred end_text = "": as you said' in capsys.readouterr().out
 
 
 def test_a_damaged_input_file_is_named(tmp_path: Path) -> None:
