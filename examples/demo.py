@@ -232,7 +232,7 @@ def compare_with_offline(rows: Sequence[dict[str, Any]], served: Sequence[Any]) 
 def groups_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
     from reward_actor import Group
 
-    return [Group(prompt_ids=r["prompt_ids"], completion_ids=r["completion_ids"]) for r in rows]
+    return [Group(row["prompt"], row["completions"]) for row in rows]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
