@@ -26,12 +26,8 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import psutil
+from typing import Any
 
 _PRELOADED = (
     "aiohttp",
@@ -111,37 +107,6 @@ class Nursery:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
-
-
-def descendants(process: "psutil.Process") -> "Iterator[psutil.Process]":
-    """All that it started; behind a client, the program and what that started. A program may
-    become a client in turn, as Ray's workers do."""
-    import psutil
-
-    try:
-        name = Path(f"/proc/{process.pid}/comm").read_text().split()
-        is_client = name[:1] == [_FORKED]
-        children = [psutil.Process(int(name[1]))] if is_client else process.children()
-    except (OSError, psutil.NoSuchProcess):
-        return
-    for child in children:
-        yield child
-        yield from descendants(child)
-
-
-def titled(
-    name: str, processes: "Iterable[psutil.Process] | None" = None
-) -> "list[psutil.Process]":
-    """Those whose title begins so, Ray's workers say; among all that these tests started, where no
-    others are given. A process may end while it is looked at."""
-    import psutil
-
-    found = []
-    for process in psutil.Process().children(recursive=True) if processes is None else processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "".join(process.cmdline()[:1]).startswith(name):
-                found.append(process)
-    return found
 
 
 # ---- the nursery
@@ -362,7 +327,7 @@ def _become(
 # ---- the client
 
 
-_FORKED = "forked"
+FORKED = "forked"
 """A client's name in /proc is this word and the pid of what was forked for it."""
 
 # A cluster's few workers without a job are not worth an import of Ray for all.
@@ -403,7 +368,7 @@ def _ask(python: str, path: str) -> None:
     socket.send_fds(connection, [b"."], files)
     pid = _receive(connection)
     with open("/proc/self/comm", "w") as name:
-        name.write(f"{_FORKED} {pid}")
+        name.write(f"{FORKED} {pid}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(pid, number))
     code = _receive(connection)

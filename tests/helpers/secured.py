@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from isolation import environment_for_a_cluster, free_port
-from nursery import descendants, titled
+from processes import descendants, titled
 
 from serve.http.auth import add_token
 

@@ -13,7 +13,7 @@ from types import TracebackType
 import httpx
 import psutil
 from isolation import environment_for_a_cluster, free_port
-from nursery import descendants, titled
+from processes import descendants, titled
 
 _START_S = 120.0
 

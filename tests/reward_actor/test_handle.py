@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import ray
-from nursery import titled
+from processes import titled
 
 from reward_actor import (
     AsyncRewardHandle,

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nursery import titled
+from processes import titled
 
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
 from reward_actor.client.handle import AsyncRewardHandle

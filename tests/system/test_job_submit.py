@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from isolation import free_port
-from nursery import descendants
+from processes import descendants
 
 if TYPE_CHECKING:
     from nursery import Nursery

@@ -20,8 +20,8 @@ import grpc
 import httpx
 import psutil
 import pytest
-from nursery import titled
 from pickles import with_pickled_weights
+from processes import titled
 from secured import Secured, secured_service
 from traversal import NAMES
 

@@ -17,7 +17,7 @@ import torch
 from exports import make_export
 from isolation import environment_for_a_cluster, free_port
 from missing import CPU
-from nursery import descendants, titled
+from processes import descendants, titled
 
 from reward_actor import Group, RewardClient, RewardHandle, RewardScorer, binary
 from reward_actor.groups import GroupScores

@@ -16,7 +16,7 @@ import pytest
 import torch
 from engines import OnWorkers, train_without_ray
 from isolation import environment_for_a_cluster
-from nursery import descendants, titled
+from processes import descendants, titled
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
