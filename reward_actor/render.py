@@ -36,7 +36,6 @@ _RESERVED_ARGS = frozenset((
 ))  # fmt: skip
 _TEXTS_PER_CALL = 1000
 _SHAPES_KEPT = 10_000
-_UNKNOWN = ""
 
 
 @dataclass(frozen=True)
@@ -274,8 +273,9 @@ class Renderer:
         """Raise RenderError if the template leaves a turn out; it is asked once for each shape."""
         arguments = sample.template_args
         key = shape([*messages, arguments, {"tools": bool(sample.tools)}])
-        found = self._lost.get(key, _UNKNOWN)
-        if found is _UNKNOWN:
+        try:
+            found = self._lost[key]
+        except KeyError:
 
             def render(marked: list[Message]) -> str:
                 return self._apply_template(

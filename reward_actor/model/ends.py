@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
 
 from reward_actor.contract import ScoringContract
+from reward_actor.model.layouts import MAX_PICKLE_BYTES, OPENRLHF_CLASSES, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,6 +31,49 @@ _COMPLETIONS = ("x", "x.", "1", "x\n")
 
 NOTHING = "none"
 """As `ends_with`: a sequence ends with its completion."""
+
+
+System = Literal["OpenRLHF", "a reward token", "TRL", "probably TRL"]
+
+
+def system_of(layout: Layout) -> System | None:
+    """Whose training decided where a sequence ends, or None where nothing in the directory says so.
+    Files are searched for a word at most, never unpickled."""
+    named = architecture_of(layout.config) in OPENRLHF_CLASSES
+    # It writes both of these; a prefix alone may have been added by hand, to name the head.
+    if named or {"value_head_prefix", "normalize_reward"} <= layout.config.keys():
+        return "OpenRLHF"
+    if type(layout.config.get("reward_token_id")) is int:
+        return "a reward token"
+    return _trl(layout.directory)
+
+
+def _trl(directory: Path) -> Literal["TRL", "probably TRL"] | None:
+    """Whether TRL's RewardTrainer saved a directory: by the tags of its model card, or by the class
+    of the arguments that a trainer leaves; probably, if those do not say whose they are."""
+    card = directory / "README.md"
+    if card.is_file() and "reward-trainer" in _tags(card.read_text("utf-8", errors="replace")):
+        return "TRL"
+    arguments = directory / "training_args.bin"
+    if not arguments.is_file() or arguments.stat().st_size > MAX_PICKLE_BYTES:
+        return None
+    pickled = arguments.read_bytes()
+    if b"RewardConfig" in pickled:
+        return "TRL"
+    return None if b"TrainingArguments" in pickled else "probably TRL"
+
+
+def _tags(card: str) -> list[Any]:
+    """The tags in the YAML that begins a model card."""
+    parts = card.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return []
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except (yaml.YAMLError, ValueError):  # a date that does not exist, for one
+        return []
+    tags = metadata.get("tags") if isinstance(metadata, dict) else None
+    return tags if isinstance(tags, list) else []
 
 
 @dataclass(frozen=True)
@@ -52,18 +99,20 @@ class Inferred:
 def with_ends(
     contract: ScoringContract,
     layout: Layout,
+    system: System | None,
     tokenizer: PreTrainedTokenizerFast,
     suffix: str,
     ends_with: str | None = None,
     append_eos: bool | None = None,
 ) -> Inferred:
-    """`contract`, which holds no end but its turn_end, with the one of the system behind `layout`.
+    """`contract`, which holds no end but its turn_end, with the one of the system that trained it.
 
     suffix: what the chat template writes after a completion, "" without one. ends_with, append_eos:
     what the caller knows better; see `infer_contract`.
     """
     reasons = {}
-    system, eos = layout.system, tokenizer.eos_token
+    said = ends_with is not None or append_eos is not None
+    eos = tokenizer.eos_token
     is_chat = contract.format == "chat"
     turn_end, end, final = contract.turn_end or suffix, suffix, None
     why = "what the chat template writes after the last message" if is_chat else ""
@@ -83,8 +132,7 @@ def with_ends(
         reasons["append_eos"] = "as you said"
     if system == "a reward token":
         final = layout.config["reward_token_id"]
-        why_final = "reward_token_id in config.json: the token that its own code reads"
-        reasons["final_token_id"] = why_final
+        reasons["final_token_id"] = "reward_token_id in config.json: what its own code reads"
     elif final is not None:
         reasons["final_token_id"] = why
     rest = end.removeprefix(turn_end)
@@ -105,9 +153,8 @@ def with_ends(
     )
     pad = layout.config.get("pad_token_id")
     if layout.kind == "peft" and tokenizer.pad_token_id is not None:
-        pad = (
-            tokenizer.pad_token_id
-        )  # an adapter comes without the configuration it was trained with
+        # An adapter comes without the configuration that it was trained with.
+        pad = tokenizer.pad_token_id
     last = [final] if final is not None else end_ids[-1:]
     if layout.kind in ("hf", "peft") and pad is not None and last == [pad]:
         contract = replace(contract, drop_trailing_ids=[pad])
@@ -115,15 +162,11 @@ def with_ends(
             f"{tokenizer.convert_ids_to_tokens(pad)} ends a sequence and is its pad token, which "
             "transformers passes over when it looks for the token to read"
         )
-    return Inferred(contract, reasons, _doubt(layout, contract, ends_with, append_eos))
+    is_settled = system not in (None, "probably TRL") or said
+    return Inferred(contract, reasons, None if is_settled else _doubt(layout, contract))
 
 
-def _doubt(
-    layout: Layout, contract: ScoringContract, ends_with: str | None, append_eos: bool | None
-) -> str | None:
-    is_known = layout.system not in (None, "probably TRL")
-    if is_known or ends_with is not None or append_eos is not None:
-        return None
+def _doubt(layout: Layout, contract: ScoringContract) -> str:
     convert = f"rayward convert {layout.directory} DST"
     if contract.format == "text":
         opposite = "--no-append-eos" if contract.append_eos else "--append-eos"

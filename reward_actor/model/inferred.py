@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig
 
 from reward_actor.contract import ScoringContract
-from reward_actor.model.ends import Inferred, turn_end_of, with_ends
+from reward_actor.model.ends import Inferred, system_of, turn_end_of, with_ends
 from reward_actor.model.layouts import CheckpointError as CheckpointError
 from reward_actor.model.layouts import Layout
 from reward_actor.model.rope import LengthClasses
@@ -137,6 +137,7 @@ def infer_contract(
     if layout.vocab_size is not None:
         config.get_text_config().vocab_size = layout.vocab_size
     mean, std = layout.normalisation
+    system = system_of(layout)
     base = contract_for(
         tokenizer,
         config,
@@ -145,7 +146,7 @@ def infer_contract(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
     )
     # OpenRLHF lets the tokenizer add nothing (reward_dataset.py).
-    add_special_tokens = base.add_special_tokens and layout.system != "OpenRLHF"
+    add_special_tokens = base.add_special_tokens and system != "OpenRLHF"
     base = replace(base, mean=mean, std=std, add_special_tokens=add_special_tokens)
     suffix = _suffix(tokenizer, base.chat_template) if base.chat_template else ""
-    return with_ends(base, layout, tokenizer, suffix, ends_with, append_eos)
+    return with_ends(base, layout, system, tokenizer, suffix, ends_with, append_eos)

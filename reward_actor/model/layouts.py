@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from reward_actor.contract import digests, sha256_file, weight_files
@@ -41,7 +40,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
-_MAX_PICKLE_BYTES = 64 * 2**20
+MAX_PICKLE_BYTES = 64 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -115,7 +114,7 @@ def is_deepspeed_chat(directory: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.filename.endswith("data.pkl") and entry.file_size <= _MAX_PICKLE_BYTES:
+            if entry.filename.endswith("data.pkl") and entry.file_size <= MAX_PICKLE_BYTES:
                 names = archive.read(entry)
                 return any(prefix.encode() in names for prefix in BODY_PREFIXES)
     return False
@@ -140,10 +139,9 @@ def pickle_hint(directory: Path) -> str:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The class of OpenRLHF's reward models, new and old; both are made at run time.
-_OPENRLHF_CLASSES = ("RewardModel", "LLMForSequenceRegression")
+OPENRLHF_CLASSES = ("RewardModel", "LLMForSequenceRegression")
 
 Kind = Literal["hf", "openrlhf", "remote_code", "peft"]
-System = Literal["OpenRLHF", "a reward token", "TRL", "probably TRL"]
 
 
 @dataclass(frozen=True)
@@ -192,18 +190,6 @@ class Layout:
             )
         return float(mean), float(std)
 
-    @property
-    def system(self) -> System | None:
-        """Whose training decided where a sequence ends, or None where nothing in the directory
-        says so. Files are searched for a word at most, never unpickled."""
-        named = _architecture(self.config) in _OPENRLHF_CLASSES
-        # It writes both of these; a prefix alone may have been added by hand, to name the head.
-        if named or {"value_head_prefix", "normalize_reward"} <= self.config.keys():
-            return "OpenRLHF"
-        if type(self.config.get("reward_token_id")) is int:
-            return "a reward token"
-        return _trl(self.directory)
-
     def digests(self) -> dict[str, str]:
         """sha256 of every file that decides a reward, by name."""
         files = digests(self.directory)
@@ -251,34 +237,6 @@ def recognise(path: str | Path) -> Layout:
     )
 
 
-def _trl(directory: Path) -> Literal["TRL", "probably TRL"] | None:
-    """Whether TRL's RewardTrainer saved a directory: by the tags of its model card, or by the class
-    of the arguments that a trainer leaves; probably, if those do not say whose they are."""
-    card = directory / "README.md"
-    if card.is_file() and "reward-trainer" in _tags(card.read_text("utf-8", errors="replace")):
-        return "TRL"
-    arguments = directory / "training_args.bin"
-    if not arguments.is_file() or arguments.stat().st_size > _MAX_PICKLE_BYTES:
-        return None
-    pickled = arguments.read_bytes()
-    if b"RewardConfig" in pickled:
-        return "TRL"
-    return None if b"TrainingArguments" in pickled else "probably TRL"
-
-
-def _tags(card: str) -> list[Any]:
-    """The tags in the YAML that begins a model card."""
-    parts = card.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return []
-    try:
-        metadata = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, ValueError):  # a date that does not exist, for one
-        return []
-    tags = metadata.get("tags") if isinstance(metadata, dict) else None
-    return tags if isinstance(tags, list) else []
-
-
 Tensors = dict[str, tuple[list[int], str]]
 
 
@@ -322,8 +280,8 @@ def tokenizer_directory(path: Path) -> Path:
 def _kind(directory: Path, config: Mapping[str, Any], head: str) -> Kind:
     import transformers
 
-    architecture = _architecture(config)
-    if "value_head_prefix" in config or architecture in _OPENRLHF_CLASSES:
+    architecture = architecture_of(config)
+    if "value_head_prefix" in config or architecture in OPENRLHF_CLASSES:
         return "openrlhf"
     if architecture.endswith("ForSequenceClassification") and hasattr(transformers, architecture):
         return "hf"  # whatever code was beside it before `transformers` had the class
@@ -346,7 +304,7 @@ def _check_code_is_here(directory: Path) -> None:
             )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
     """The first class that config.json names, or nothing."""
     named = config.get("architectures")
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
@@ -384,7 +342,7 @@ def _head(directory: Path, config: Mapping[str, Any], names: Iterable[str]) -> s
             f"{directory}: its head is not one linear layer (it has {nested[0]}); this version "
             "knows only linear heads"
         )
-    architecture = _architecture(config) or "a network"
+    architecture = architecture_of(config) or "a network"
     others = _heads_of_another_kind(names)
     if others:
         raise CheckpointError(
