@@ -17,12 +17,14 @@ EVERYTHING = "RAYWARD_TEST_EVERYTHING"
 
 GPU = "NVIDIA GPU"
 CPU = "machine without a GPU"
+SKYWORK = "Skywork-Reward-V2-Qwen3-0.6B"
 _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
     "vLLM": "make setup",
     GPU: "pytest -m cuda where there is one",
     CPU: "vLLM's CPU engine takes no share of a GPU",
+    SKYWORK: "download Skywork/Skywork-Reward-V2-Qwen3-0.6B, SKYWORK=DIRECTORY make test-long",
 }
 
 
