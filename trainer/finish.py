@@ -22,7 +22,7 @@ from reward_actor.model.tokenizer import load_tokenizer
 from trainer.evaluation.metrics import folded, measure
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
 from trainer.network import adapters, zero
-from trainer.network.configuration import base_config
+from trainer.network.base_config import base_config
 from trainer.report.card import model_card
 from trainer.report.page import write_report
 

@@ -60,9 +60,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
         prepared.num_used, config.training.global_batch_pairs
     )
-    from trainer.network.optimizers import (
-        check_optimizer,  # with torch, which `prepare` needed, too
-    )
+    from trainer.network.optimizers import check_optimizer  # with torch, that `prepare` has loaded
 
     check_optimizer(config.optimizer, num_steps)
     facts = {

@@ -41,7 +41,7 @@ def train_on_one(
 ) -> Any:
     from reward_actor.model.inferred import contract_for
     from reward_actor.model.tokenizer import load_tokenizer
-    from trainer.network.configuration import base_config
+    from trainer.network.base_config import base_config
 
     config = settings(model, output_dir=output_dir, **changes)
     whole = TrainingData(data, heldout, (1.0,), 0, has_ties=False)

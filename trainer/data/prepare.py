@@ -77,7 +77,7 @@ def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
     from reward_actor.model.inferred import contract_for
     from reward_actor.model.tokenizer import load_tokenizer
     from reward_actor.render import Renderer
-    from trainer.network.configuration import base_config
+    from trainer.network.base_config import base_config
 
     network = base_config(config.model.directory)
     tokenizer = load_tokenizer(Path(config.model.directory))

@@ -21,7 +21,7 @@ from reward_actor.model.reward_model import RewardModel, head_name
 from reward_actor.transformers_internals import attention_is, attention_of, initialise
 from trainer.config.train import TrainConfig
 from trainer.network import adapters
-from trainer.network.configuration import base_config
+from trainer.network.base_config import base_config
 from trainer.network.packed import TrainedModel
 
 Context = AbstractContextManager[None]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, PretrainedConfig
 
 
 def base_config(path: str, num_outputs: int = 1) -> PretrainedConfig:
