@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import ray
 import torch
 from engines import OnWorkers, train_without_ray
 from isolation import environment_for_a_cluster
-from processes import descendants, titled
+from processes import titled
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
@@ -55,7 +56,8 @@ def config_in(output_dir: Path) -> TrainConfig:
     return TrainConfig.model_validate_json(text)
 
 
-def start(python: str, config: TrainConfig) -> subprocess.Popen[str]:
+def start(python: str, config: TrainConfig, cluster: str | None = None) -> subprocess.Popen[str]:
+    """On the cluster at this address, or on one of its own."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
     return subprocess.Popen(
@@ -64,7 +66,7 @@ def start(python: str, config: TrainConfig) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=environment_for_a_cluster(),
+        env=environment_for_a_cluster() | ({} if cluster is None else {"RAY_ADDRESS": cluster}),
     )
 
 
@@ -76,13 +78,14 @@ def states_of(config: TrainConfig) -> list[SavedState]:
 
 
 def kill_after_step(process: subprocess.Popen[str], config: TrainConfig, step: int, by: int) -> str:
-    """Wait for a checkpoint at `step` or later, send the signal; what was printed."""
+    """Wait for a checkpoint at `step` or later, send the signal; what was printed. No other
+    training may run."""
     deadline = time.monotonic() + 240
     while not any(state.step >= step for state in states_of(config)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = titled("ray::RayTrainWorker", descendants(psutil.Process(process.pid)))
+    workers = titled("ray::RayTrainWorker")
     assert len(workers) == 2
     process.send_signal(by)
     out, err = process.communicate(timeout=60)
@@ -109,13 +112,13 @@ def interrupted(
     (half / "state").mkdir(parents=True)
     (half / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
     last = states_of(config)[0].step
-    printed.append(
-        kill_after_step(start(nursery.python, config), config, last + EVERY, signal.SIGKILL)
-    )
+    shared = ray.get_runtime_context().gcs_address
+    process = start(nursery.python, config, shared)
+    printed.append(kill_after_step(process, config, last + EVERY, signal.SIGKILL))
     assert not half.exists()
     weights = next((run_dir / states_of(config)[0].folder).rglob("*model_states.pt"))
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
-    process = start(nursery.python, config)
+    process = start(nursery.python, config, shared)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return root / "broken", root / "whole", [*printed, out + err]
