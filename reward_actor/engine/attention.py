@@ -4,17 +4,20 @@ Legend: N rows; M query rows; Hq query heads and Hkv key heads (Hq a multiple of
 Queries are (M, Hq, D), keys and values (N, Hkv, D), outputs (M, Hq, D). Positions along a path are
 contiguous, so causal order is the order of the path and a sliding window is an ordinary band.
 
-Three ways to the same result, all differentiable:
+Five ways to the same result; all but the last are differentiable:
 - `path_attention`: one masked call for each run of queries. On any device. The reference.
 - `varlen_attention`: one variable-length call for all runs, on CUDA in half precision.
 - `cascade_attention`: on a CPU, computed in float32. A segment's keys meet all queries below it in
   one product, and the parts are joined by their log-sum-exp (Juravsky et al., Hydragen,
   arXiv:2402.05099, section 3.1); no key is copied for each path.
+- `flex_attention`: one call with the forest's mask, on CUDA, where a plan says so.
+- `paged.PagedAttention`: on a CPU, by vLLM's kernel, where a plan says so.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -29,6 +32,10 @@ NAME = "rayward_forest"
 
 # What some families pass to their attention and no function here computes.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask")
+
+
+_MAX_COMPILED = 64
+"""Graphs of FlexAttention: one for each kind of heads, window, and use of gradients."""
 
 
 class UnsupportedAttention(ValueError):
@@ -49,11 +56,15 @@ def attend(
     """
     if window is not None and window >= plan.longest_path:
         window = None
+    if plan.kernel == "flex":
+        return flex_attention(query, key, value, plan, scale, window)
     dtype = query.dtype
     is_half = dtype in (torch.bfloat16, torch.float16)
     has_kernel = "window_size" in _varlen_arguments() or (_varlen_arguments() and window is None)
     if query.is_cuda and is_half and has_kernel:
         return varlen_attention(query, key, value, plan, scale, window)
+    if plan.takes_pages(query.dtype) and not _needs_gradient(query, key, value):
+        return plan.paged(query, key, value, scale, window)
     if query.device.type == "cpu" and window is None:
         if query.dtype == torch.float32:
             return cascade_attention(query, key, value, plan, scale)
@@ -218,6 +229,66 @@ def _varlen_arguments() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """One call of FlexAttention (Dong et al., arXiv:2412.05496): no key is copied, and blocks that
+    no query sees are left out."""
+    output = _flex(query.is_cuda)(
+        _heads_first(query),
+        _heads_first(key),
+        _heads_first(value),
+        block_mask=plan.block_mask(window),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)
+
+
+@lru_cache
+def _flex(on_cuda: bool) -> Callable[..., Tensor]:
+    """FlexAttention is a kernel when it is compiled, and a reference when it is not."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not on_cuda:
+        return cast("Callable[..., Tensor]", flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        # At its limit the compiler would go on without the kernel, with all pairs in memory.
+        with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED):
+            return compiled(query, key, value, **settings)
+
+    return call
+
+
+def flex_fault(
+    num_heads: int, num_key_heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why FlexAttention cannot run for such heads, forward and backward, or None. It is compiled
+    here, so that whatever its compiler misses is known before a network runs."""
+    from reward_actor.engine.forest import plan_forests
+
+    [forest] = plan_forests([[0] * 200 + [1] * 100, [0] * 200 + [2] * 30], 10**6)
+    query, key, value = (
+        torch.zeros(forest.num_rows, n, width, dtype=dtype, device=device).requires_grad_()
+        for n in (num_heads, num_key_heads, num_key_heads)
+    )
+    try:
+        with torch.enable_grad():
+            plan = AttentionPlan(forest, device, kernel="flex")
+            output = flex_attention(query, key, value, plan)
+            torch.autograd.grad(output.sum(), (query, key, value))
+    except Exception as error:  # a compiler's, a driver's, no memory
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 def cascade_attention(

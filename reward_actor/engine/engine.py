@@ -1,10 +1,12 @@
 """Token sequences through a reward model by the fastest path that is exact for it. No Ray.
 
-Legend: n sequences, K heads. Four paths; the first that the probe finds exact is taken:
+Legend: n sequences, K heads. The first path that the probe finds exact is taken:
   forest in compiled blocks   `Decoder`, for networks built like Llama, on CUDA
   forest in blocks            the same without `torch.compile`
   forest                      `transformers`' own forward with our attention function
   padded                      one row a sequence, padded on the right, like lengths together
+Before each forest the same with another attention: "paged", vLLM's for CPUs where it is installed;
+"flex", FlexAttention on CUDA in float32, and where flash attention fails.
 """
 
 from __future__ import annotations
@@ -12,17 +14,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reward_actor.engine import paged
+from reward_actor.engine.attention_plan import Kernel
 from reward_actor.engine.decoder import Decoder
 from reward_actor.engine.memory import LEAST_BUDGET, default_budget, is_out_of_memory
 from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking, Sequences
-from reward_actor.engine.probe import MakePacking, Probe
+from reward_actor.engine.probe import Probe
 from reward_actor.model.rope import LengthClasses
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "forest", "padded"]
+Blocks = Literal["compiled", "plain", "none"]
+"""How a decoder in blocks of rows is run, if there is one."""
 
 Plan = Sequence[tuple[list[int], Sequence[Batch]]]
 """The batches of sequences that may share a pass, and the places of those among all of them."""
@@ -213,14 +221,14 @@ def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Pac
             "are damaged, or overflow in that dtype (then load it with a wider one)"
         )
     if attention != "padded":
-        candidates: list[tuple[MakePacking, MakePacking]] = [
-            (_in_blocks, _in_blocks),
-            (ForestPacking, ForestPacking),
-        ]
         # On a CPU the compiler takes a minute at every start for nothing measurable.
+        decoders: list[Blocks] = ["plain", "none"]
         if model.device.type == "cuda":
-            candidates.insert(0, (_in_compiled_blocks, _in_blocks))
-        for make, make_plain in candidates:
+            decoders.insert(0, "compiled")
+        for blocks, kernel in product(decoders, _kernels(model)):
+            make = partial(_forest, blocks=blocks, kernel=kernel)
+            uncompiled: Blocks = "plain" if blocks == "compiled" else blocks
+            make_plain = partial(_forest, blocks=uncompiled, kernel=kernel)
             try:
                 path = make(model)
             except ValueError as error:
@@ -243,12 +251,30 @@ def _choose(model: RewardModel, attention: Attention, probe: Probe) -> tuple[Pac
     return padded, reason
 
 
-def _in_blocks(model: RewardModel) -> ForestPacking:
-    return ForestPacking(model, Decoder(model.backbone))
+def _forest(model: RewardModel, blocks: Blocks, kernel: Kernel | None) -> ForestPacking:
+    """Raises ValueError where there can be no decoder in blocks."""
+    decoder = None
+    if blocks != "none":
+        decoder = Decoder(model.backbone, compiled=blocks == "compiled")
+    return ForestPacking(model, decoder, kernel)
 
 
-def _in_compiled_blocks(model: RewardModel) -> ForestPacking:
-    return ForestPacking(model, Decoder(model.backbone, compiled=True))
+def _kernels(model: RewardModel) -> list[Kernel | None]:
+    """What attention may take here, fastest first."""
+    if model.device.type == "cuda":
+        # In half precision one call of flash attention takes all runs, where the device has it.
+        return ["flex", None] if _dtype(model) == "float32" else [None, "flex"]
+    return ["paged", None] if paged.is_better(_head_width(model), model.device) else [None]
+
+
+def _head_width(model: RewardModel) -> int | None:
+    """The width of the network's attention heads, or None where its configuration has no such."""
+    text: Any = model.network.config.get_text_config()
+    try:
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    except AttributeError:
+        return None
+    return int(width)
 
 
 def _dtype(model: RewardModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,8 +15,8 @@ _MAX_BUDGET = {"cpu": 16_384, "cuda": 65_536}
 LEAST_BUDGET = 256
 _CGROUP = "/sys/fs/cgroup"
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.5}
-# What a process takes of a GPU beside PyTorch's tensors: CUDA's context, kernels, workspaces.
-_CONTEXT_BYTES = 768 * 2**20
+CONTEXT_BYTES = 768 * 2**20
+"""What a process takes of a GPU beside PyTorch's tensors: CUDA's context, kernels, workspaces."""
 
 
 def default_budget(model: RewardModel, memory_share: float = 1.0) -> int:
@@ -26,12 +26,17 @@ def default_budget(model: RewardModel, memory_share: float = 1.0) -> int:
     rest, so that it does not count however free it is.
     """
     device = model.device
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     if kind == "cuda":
         allowed = allowed_bytes(torch.cuda.mem_get_info(device)[1], memory_share)
         free = min(free_device_memory(device), allowed - torch.cuda.memory_allocated(device))
     else:
         free = free_host_memory()
+    return budget_within(free, model, kind)
+
+
+def budget_within(free: float, model: RewardModel, kind: Literal["cpu", "cuda"]) -> int:
+    """Tokens in one forward pass on a kind of device with so many bytes free."""
     fitting = int(free * _SHARE_OF_FREE_MEMORY[kind] / bytes_per_token(model))
     return max(LEAST_BUDGET, min(_MAX_BUDGET[kind], fitting))
 
@@ -43,7 +48,7 @@ def allowed_bytes(total: int, memory_share: float) -> int:
     """
     if memory_share >= 1.0:
         return total
-    allowed = int(total * memory_share) - _CONTEXT_BYTES
+    allowed = int(total * memory_share) - CONTEXT_BYTES
     if allowed <= 0:
         raise ValueError(
             f"a share of {memory_share:g} of a GPU with {total / 2**30:.1f} GiB leaves no room for "

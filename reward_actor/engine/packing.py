@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reward_actor.engine.attention import NAME
-from reward_actor.engine.attention_plan import AttentionPlan
+from reward_actor.engine.attention_plan import AttentionPlan, Kernel
 from reward_actor.engine.decoder import last_layer_pooled
 from reward_actor.engine.forest import Forest, plan_forests
 from reward_actor.transformers_internals import attention_is
@@ -124,19 +124,25 @@ class _PaddedBatch:
 class ForestPacking:
     """Every distinct prefix once: see `reward_actor.engine.forest`.
 
-    With a decoder in blocks of rows, otherwise through `transformers`' own forward.
+    With a decoder in blocks of rows, otherwise through `transformers`' own forward; with a kernel
+    for its attention, where that is not what every machine has.
     """
 
-    def __init__(self, model: RewardModel, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self, model: RewardModel, decoder: Decoder | None = None, kernel: Kernel | None = None
+    ) -> None:
         self._model = model
         self.decoder = decoder
+        self._kernel = kernel
         self.name = "forest"
         if decoder is not None:
             self.name += " in compiled blocks" if decoder.is_compiled else " in blocks"
+        if kernel is not None:
+            self.name += f", {kernel}"
 
     def plan(self, sequences: Sequences, budget: int) -> list[_ForestBatch]:
         forests = plan_forests(sequences, budget)
-        return [_ForestBatch(self._model, self.decoder, forest) for forest in forests]
+        return [_ForestBatch(self._model, self.decoder, f, self._kernel) for f in forests]
 
 
 @dataclass(frozen=True)
@@ -144,25 +150,27 @@ class _ForestBatch:
     model: RewardModel
     decoder: Decoder | None
     forest: Forest
+    kernel: Kernel | None
 
     @property
     def indices(self) -> list[int]:
         return [int(i) for i in self.forest.indices]
 
     def pooled(self) -> Tensor:
-        last = AttentionPlan(self.forest, self.model.device, pooled=True)
+        every = AttentionPlan(self.forest, self.model.device, kernel=self.kernel)
+        last = every.of_pooled()
         if self.decoder is None:
             with last_layer_pooled(self.model.backbone, last) as is_pooled:
-                hidden = self._every_row()
+                hidden = self._every_row(every)
             hidden = hidden if is_pooled else hidden[self._tensor(last.query_rows)]
         else:
-            every = AttentionPlan(self.forest, self.model.device)
             hidden = self.decoder.pooled(every, last, *self._inputs())
         # Equal sequences end in one row.
         return hidden[self._tensor(np.searchsorted(last.query_rows, self.forest.last_rows))]
 
     def every_token(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
-        return self._every_row(), self.token_rows()
+        plan = AttentionPlan(self.forest, self.model.device, kernel=self.kernel)
+        return self._every_row(plan), self.token_rows()
 
     def token_rows(self) -> list[NDArray[np.int64]]:
         return [self.forest.path_rows(int(segment)) for segment in self.forest.last_segments]
@@ -171,8 +179,7 @@ class _ForestBatch:
     def num_rows(self) -> int:
         return self.forest.num_rows
 
-    def _every_row(self) -> Tensor:
-        plan = AttentionPlan(self.forest, self.model.device)
+    def _every_row(self, plan: AttentionPlan) -> Tensor:
         ids, positions = self._inputs()
         if self.decoder is not None:
             return self.decoder.all_rows(plan, ids, positions)
@@ -190,7 +197,7 @@ class _ForestBatch:
 def pad_right(rows: Sequences) -> tuple[Tensor, Tensor]:
     """n rows of ids -> (n, T) ids, padded with 0 on the right, and their (n,) lengths."""
     lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
     return input_ids, lengths

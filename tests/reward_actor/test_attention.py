@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -93,6 +94,71 @@ def test_the_joined_parts_have_the_gradients_of_the_reference(
         outcomes.append(torch.autograd.grad(output, (query, key, value), gradient))
     for ours, reference in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, reference, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("window", [None, 10])
+def test_the_mask_of_one_call_for_all_is_that_of_the_reference(
+    window: int | None, pooled: bool
+) -> None:
+    """FlexAttention, which a CPU runs without its kernel."""
+    [forest] = plan_forests(DEEP, 10**6)
+    query, key, value = tensors(forest)
+    plan = AttentionPlan(forest, CPU, pooled=pooled)
+    query = query[torch.from_numpy(plan.query_rows)]
+    right = path_attention(query, key, value, plan, window=window)
+    output = attend(
+        query, key, value, AttentionPlan(forest, CPU, pooled=pooled, kernel="flex"), window=window
+    )
+    torch.testing.assert_close(output, right, atol=2e-6, rtol=0)
+
+
+# Segments of several blocks of FlexAttention's mask, and of a part of one.
+WIDE = [[0] * a + [b] * c for a in (130, 256, 400) for b, c in ((1, 1), (2, 127), (3, 300))]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 140])
+@example(sequences=WIDE)
+@example(sequences=DEEP)
+@given(sequences=batches)
+def test_the_masks_blocks_are_those_that_are_seen(
+    window: int | None, pooled: bool, sequences: list[list[int]]
+) -> None:
+    """Blocks that are called whole are seen by all their rows; no other one has more than those
+    that are listed."""
+    [forest] = plan_forests(sequences, 10**6)
+    plan = AttentionPlan(forest, CPU, pooled=pooled)
+    mask = plan.block_mask(window)
+    seen = torch.zeros(len(plan.query_rows), forest.num_rows, dtype=torch.bool)
+    for segment in range(len(forest.starts)):
+        path = torch.from_numpy(forest.path_rows(segment))
+        for row in range(int(forest.starts[segment]), int(forest.ends[segment])):
+            place = np.flatnonzero(plan.query_rows == row)
+            visible = path[: int(forest.position_ids[row]) + 1]
+            for at in place:
+                seen[at, visible if window is None else visible[-window:]] = True
+    query, key = torch.meshgrid(*(torch.arange(n) for n in seen.shape), indexing="ij")
+    nobody = torch.zeros(())
+    assert torch.equal(mask.mask_mod(nobody, nobody, query, key), seen)
+
+    def listed(counts: Tensor | None, blocks: Tensor | None) -> set[tuple[int, int]]:
+        assert counts is not None
+        assert blocks is not None
+        pairs = zip(counts[0, 0].tolist(), blocks[0, 0].tolist(), strict=True)
+        return {(row, key) for row, (n, keys) in enumerate(pairs) for key in keys[:n]}
+
+    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partly = listed(mask.kv_num_blocks, mask.kv_indices)
+    assert not whole & partly
+    for row in range(-(-seen.shape[0] // 128)):
+        for column in range(-(-seen.shape[1] // 128)):
+            block = seen[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)]
+            if (row, column) in whole:
+                assert block.all()
+            elif (row, column) not in partly:
+                assert not block.any()
 
 
 def test_a_level_of_one_key_is_read_again_and_a_long_one_is_joined() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -333,5 +334,5 @@ def test_an_explanation_shows_what_was_read(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert 'end_text = "\\n"  (inferred: what the chat template writes' in text
     assert f"reward {reward(scorer):.7g} = (raw score - 0) / 1" in text
-    assert "path forest in blocks, float32" in text
+    assert re.search(r"path forest in blocks(, paged)?, float32", text)
     assert "unrenderable: the text is not valid Unicode" in text

@@ -9,12 +9,13 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, engine, groups, make_network, transformers_own
 
-from reward_actor.engine import attention, decoder
+from reward_actor.engine import attention, decoder, paged
 from reward_actor.engine.engine import Engine, UnscorableModel
 from reward_actor.engine.twin import other_layer, twin
 from reward_actor.model.reward_model import RewardModel
 
 PADDED = {"gemma2", "bloom"}  # soft-capped attention, ALiBi
+PAGED = ", paged" if paged.is_better(32, torch.device("cpu")) else ""
 IN_BLOCKS = {"llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"}
 
 
@@ -27,7 +28,7 @@ def test_the_probe_finds_the_fastest_exact_path(family: str) -> None:
         with pytest.raises(ValueError, match="cannot be packed"):
             Engine(found.model, "forest")
     else:
-        assert found.path == ("forest in blocks" if family in IN_BLOCKS else "forest")
+        assert found.path == ("forest in blocks" if family in IN_BLOCKS else "forest") + PAGED
         assert found.fallback_reason is None
 
 
@@ -49,7 +50,7 @@ def test_a_window_that_a_network_ignores_is_ignored() -> None:
     """Llama with a stray `sliding_window` in its configuration, as converted models have it."""
     model = RewardModel(make_network("llama", sliding_window=16)).eval()
     found = Engine(model)
-    assert found.path == "forest in blocks"
+    assert found.path == "forest in blocks" + PAGED
     sequences = groups(seed=6)
     own = transformers_own(model, sequences)
     np.testing.assert_allclose(found.raw_scores(sequences)[:, 0], own, atol=1e-5, rtol=0)

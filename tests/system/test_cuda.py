@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, VOCAB_SIZE, make_network
 from missing import GPU
 
-from reward_actor.engine.attention import path_attention, varlen_attention
+from reward_actor.engine.attention import flex_attention, path_attention, varlen_attention
 from reward_actor.engine.attention_plan import AttentionPlan
 from reward_actor.engine.engine import Engine
 from reward_actor.engine.forest import plan_forests
@@ -51,6 +51,30 @@ def test_the_kernel_aligns_the_mask_to_the_end_of_the_keys(
     torch.testing.assert_close(ours.float(), right, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7, 100])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_one_call_with_a_mask_is_the_reference_with_its_gradients(
+    window: int | None, pooled: bool, dtype: torch.dtype
+) -> None:
+    """FlexAttention, compiled."""
+    device = torch.device("cuda")
+    for sequences in (some_groups(0), some_groups(1)[:1]):
+        [forest] = plan_forests(sequences, 10**6)
+        plan = AttentionPlan(forest, device, pooled=pooled, kernel="flex")
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = [(len(plan.query_rows), 4, 64), *[(forest.num_rows, 2, 64)] * 2]
+        heads = [torch.randn(s, generator=generator, device=device) for s in shapes]
+        outcomes = []
+        for way, given in ((flex_attention, dtype), (path_attention, torch.float32)):
+            some = [tensor.to(given).requires_grad_() for tensor in heads]
+            output = way(*some, plan, window=window)
+            outcomes.append((output, *torch.autograd.grad(output.float().square().sum(), some)))
+        limit = 5e-4 if dtype == torch.float32 else 5e-2
+        for ours, right in zip(*outcomes, strict=True):
+            torch.testing.assert_close(ours.float(), right, atol=limit, rtol=limit)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_the_device(family: str) -> None:
     """float32 to 1e-5 of the CPU's padded path; bfloat16 within its own distance from float32."""
@@ -58,7 +82,9 @@ def test_every_family_on_the_device(family: str) -> None:
     sequences = some_groups(1)
     expected = Engine(RewardModel(network).eval(), "padded").raw_scores(sequences)
     torch.backends.cuda.matmul.allow_tf32 = False
-    full = Engine(RewardModel(network.cuda()).eval()).raw_scores(sequences)
+    found = Engine(RewardModel(network.cuda()).eval())
+    assert found.path.endswith(", flex") or found.path == "padded", found.fallback_reason
+    full = found.raw_scores(sequences)
     np.testing.assert_allclose(full, expected, atol=2e-5, rtol=0)
     half = RewardModel(network.bfloat16()).eval()
     noise = np.abs(Engine(half, "padded").raw_scores(sequences) - expected).max()

@@ -6,13 +6,16 @@ prefixes are shared), A outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reward_actor.engine.attention import flex_fault
 from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking
 from reward_actor.engine.probe import Probe
 from reward_actor.model.rope import LengthClasses
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from reward_actor.model.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 2**31
 
@@ -81,20 +86,23 @@ class PackedForward:
         self._engine = engine
         model = engine.module.model
         self._classes = LengthClasses(model.network.config)
-        padded: Packing = PaddedPacking(model)
-        forest: Packing = ForestPacking(model)
+        self.path: Packing = PaddedPacking(model)
         self.why_padded: str | None = "training.packing is padded"
         if packing != "padded":
             probe = Probe(model, self._classes, _UNLIMITED, self._hidden)
-            faults = from_all(
-                probe.fault(forest, ForestPacking)
-            )  # the same way on all, or they would not meet
-            self.why_padded = next((fault for fault in faults if fault is not None), None)
+            for make in _forests(model):
+                forest = make(model)
+                # The same way on all workers, or they would not meet.
+                faults = from_all(probe.fault(forest, make))
+                fault = next((fault for fault in faults if fault is not None), None)
+                if fault is None:
+                    self.path, self.why_padded = forest, None
+                    break
+                self.why_padded = fault
         if packing == "forest" and self.why_padded is not None:
             raise ValueError(
                 f"training.packing: this network cannot be packed ({self.why_padded}); use auto"
             )
-        self.path = padded if self.why_padded else forest
 
     @property
     def packed(self) -> bool:
@@ -129,6 +137,34 @@ class PackedForward:
         a gradient of zero."""
         output: Tensor = self._engine(batches)
         return output[:num_sequences]
+
+
+def _forests(model: RewardModel) -> list[Callable[[RewardModel], Packing]]:
+    """The ways to pack, fastest first. On every worker at once."""
+    ways: list[Callable[[RewardModel], Packing]] = [ForestPacking]
+    first, heads = next(model.parameters()), _heads(model)
+    # In half precision one call of flash attention takes all segments; without it, and without
+    # FlexAttention, each segment is a call of its own.
+    if first.is_cuda and first.dtype == torch.float32 and heads is not None:
+        # A compiler that fails on one worker must not do so in the middle of a network whose
+        # weights the others wait for.
+        faults = from_all(flex_fault(*heads, first.dtype, first.device))
+        if not any(faults):
+            ways.insert(0, partial(ForestPacking, kernel="flex"))
+        else:
+            logger.warning("no FlexAttention: %s", next(filter(None, faults)))
+    return ways
+
+
+def _heads(model: RewardModel) -> tuple[int, int, int] | None:
+    """Query heads, key heads, width; None where the configuration does not have them."""
+    text: Any = model.network.config.get_text_config()
+    try:
+        num = int(text.num_attention_heads)
+        width = getattr(text, "head_dim", None) or text.hidden_size // num
+    except AttributeError:
+        return None
+    return num, int(getattr(text, "num_key_value_heads", None) or num), int(width)
 
 
 class _Renumbered:
