@@ -25,7 +25,10 @@ TESTS = $(if $(wildcard tests/$(PACKAGE)),tests/$(PACKAGE),$(PACKAGE))
 TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 FAST := not (ray or browser or deepspeed or vllm or process or alone or long)
 
-.PHONY: setup browser demo test test-fast test-long lint format clean
+# CUDA's build of torch, which make check-cuda runs on tensors without memory: PyPI's on x86-64.
+CUDA_TORCH ?= torch==2.13.0
+
+.PHONY: setup browser demo test test-fast test-long check-cuda lint format clean
 
 setup: $(VENV)/.ready
 
@@ -69,6 +72,18 @@ test: setup browser
 test-long: setup browser
 	@$(BIN)/python -m pytest --hypothesis-profile=long $(TESTS)
 
+# The GPU's code without a GPU, and what memory it would take. Installs several GB.
+check-cuda: $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH))
+	@$(VENV)-cuda/bin/python -m benchmarks.gpu --dry-run
+
+$(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH)): constraints.txt
+	@echo "check-cuda: $(CUDA_TORCH) for CUDA into $(VENV)-cuda; some minutes"
+	@$(PYTHON) -m venv $(VENV)-cuda
+	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -q install --no-compile "$(CUDA_TORCH)"
+	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -q install --no-compile \
+		-c constraints.txt transformers pydantic numpy
+	@touch $@
+
 lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -80,4 +95,4 @@ format: setup
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-cuda outputs build *.egg-info

@@ -15,6 +15,8 @@ from benchmarks.common.workloads import Workload, count_prefix_tokens
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 _GIB = 1 << 30
+_NOISE = 0.15
+"""Greatest less least over the median: above this the machine was too noisy for a figure."""
 _HEADINGS = (
     "workload",
     "peer",
@@ -37,6 +39,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "max": max(values),
         "iqr": quartiles[2] - quartiles[0],
     }
+
+
+def too_noisy(measured: Mapping[str, Sequence[float]]) -> list[str]:
+    """What is measured by values that spread too far to tell, with how far."""
+    found = []
+    for name, values in measured.items():
+        apart, median = max(values) - min(values), statistics.median(values)
+        if apart > _NOISE * median:
+            found.append(f"{name} ({apart / median:.0%})" if median else f"{name} (median 0)")
+    return found
+
+
+def print_noise(names: Sequence[str]) -> None:
+    """Below a table: which of its figures say nothing."""
+    if names:
+        print(f"too noisy to tell (spread above {_NOISE:.0%}): {', '.join(names)}")
 
 
 def max_abs_diff(rewards: Sequence[float], reference: Sequence[float]) -> float:
@@ -138,10 +156,14 @@ def asked(arguments: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def write(result: Mapping[str, Any], output: Path) -> None:
+def save(result: Mapping[str, Any], output: Path) -> None:
     """A run's figures as JSON."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(result: Mapping[str, Any], output: Path) -> None:
+    save(result, output)
     print(f"written to {output}")
 
 

@@ -54,6 +54,11 @@ class Shape:
 SHAPES = {
     "tiny": Shape("llama", 64, 96, 2, 2, 1, 32, 512, 2048),
     "79m": Shape("llama", 768, 2048, 12, 12, 4, 64, 4096, 2048),
+    # Heads of real models in a body like that of the 79m, with about as many parameters: Qwen3-0.6B
+    # (2 query heads to a key head, 128 wide), Llama-3.2-1B (4, 64 wide), Qwen2.5-3B (8, 128 wide).
+    "79m-16on8x128": Shape("qwen3", 768, 2048, 8, 16, 8, 128, 4096, 2048),
+    "79m-32on8x64": Shape("llama", 768, 2048, 9, 32, 8, 64, 4096, 2048),
+    "79m-16on2x128": Shape("qwen3", 768, 2048, 9, 16, 2, 128, 4096, 2048),
     "0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, 40_960),
     "1b": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128_256, 8192),
     "8b": Shape("llama", 4096, 14_336, 32, 32, 8, 128, 128_256, 8192),
@@ -61,11 +66,28 @@ SHAPES = {
 
 
 def build_network(shape: Shape, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A sequence classifier with one label in evaluation mode, made on the device itself.
+    """`empty_network` with random weights.
 
     The same weights for the same shape, dtype and kind of device, in every process. Matrices are
     drawn wide enough for every layer's attention to show in the rewards, which spread by about 1.
     """
+    import torch
+
+    network = empty_network(shape, dtype, device)
+    generator = torch.Generator(device).manual_seed(WEIGHTS_SEED)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+            else:
+                std = 1.0 if "embed" in name else float(parameter.shape[-1]) ** -0.5
+                parameter.normal_(std=std, generator=generator)
+    return network
+
+
+def empty_network(shape: Shape, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A sequence classifier with one label in evaluation mode, made on the device itself, whose
+    weights are whatever lay there."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, initialization
 
@@ -75,14 +97,6 @@ def build_network(shape: Shape, dtype: torch.dtype, device: str) -> PreTrainedMo
         network = AutoModelForSequenceClassification.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    generator = torch.Generator(device).manual_seed(WEIGHTS_SEED)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)
-            else:
-                std = 1.0 if "embed" in name else float(parameter.shape[-1]) ** -0.5
-                parameter.normal_(std=std, generator=generator)
     ready: PreTrainedModel = network.eval().requires_grad_(False)
     return ready
 

@@ -19,7 +19,18 @@ from typing import Any
 from benchmarks.common import machine
 from benchmarks.common.arguments import positive
 from benchmarks.common.channel import ChildError
-from benchmarks.common.report import RESULTS, asked, heading, spread, summarize, table, write
+from benchmarks.common.report import (
+    RESULTS,
+    asked,
+    heading,
+    print_noise,
+    save,
+    spread,
+    summarize,
+    table,
+    too_noisy,
+    write,
+)
 from benchmarks.common.rounds import PEERS, TOLERANCES, Rounds, Setting, choose_peers
 from benchmarks.common.shapes import SHAPES, Shape
 from benchmarks.common.workloads import Range, Workload, grpo, real, unique
@@ -46,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, why in skipped.items():
         print(f"skipped: {name}: {why}")
     setting = Setting(args.shape, device, args.dtype, args.threads, preloads, overrides)
+    began = asked(arguments)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         try:
             rounds = Rounds(setting, Path(scratch), stack)
@@ -53,21 +65,26 @@ def main(arguments: list[str] | None = None) -> int:
             for number in range(args.rounds):
                 rounds.run(number)
                 print_round(rounds, number, args.rounds)
+                result = {
+                    **began,
+                    **rounds.machine,
+                    "device": device,
+                    "threads": args.threads,
+                    "preloads": [Path(path).name for path in preloads],
+                    "shape": {
+                        "name": args.shape,
+                        "layer_parameters": SHAPES[args.shape].layer_parameters,
+                    },
+                    **figures(rounds, workloads, SHAPES[args.shape], number + 1),
+                    "skipped": skipped,
+                }
+                default_name = f"scoring-{device.split(':')[0]}-{result['dtype']}.json"
+                output = args.output or RESULTS / default_name
+                if number + 1 < args.rounds:
+                    save(result, output)  # of a run that is cut short, what it had
         except (ChildError, ValueError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return 1
-    result = {
-        **asked(arguments),
-        **rounds.machine,
-        "device": device,
-        "threads": args.threads,
-        "preloads": [Path(path).name for path in preloads],
-        "shape": {"name": args.shape, "layer_parameters": SHAPES[args.shape].layer_parameters},
-        **figures(rounds, workloads, SHAPES[args.shape], args.rounds),
-        "skipped": skipped,
-    }
-    default_name = f"scoring-{device.split(':')[0]}-{result['dtype']}.json"
-    output = args.output or RESULTS / default_name
     print_result(result)
     write(result, output)
     return 0
@@ -175,6 +192,13 @@ def figures(
             )
             for workload in workloads
         },
+        "too_noisy": too_noisy(
+            {
+                f"{mode} on {workload}": [run["seconds"] for run in runs]
+                for workload, by_mode in rounds.runs.items()
+                for mode, runs in by_mode.items()
+            }
+        ),
     }
 
 
@@ -187,6 +211,7 @@ def print_round(rounds: Rounds, number: int, num_rounds: int) -> None:
 def print_result(result: dict[str, Any]) -> None:
     print(f"\n{heading(result)}")
     print(table(result["workloads"]))
+    print_noise(result["too_noisy"])
 
 
 if __name__ == "__main__":

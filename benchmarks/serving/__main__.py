@@ -19,7 +19,7 @@ from benchmarks.common import machine
 from benchmarks.common.arguments import positive, positive_float, seconds
 from benchmarks.common.channel import ChildError
 from benchmarks.common.processes import adopt_orphans, end_on_sigterm
-from benchmarks.common.report import RESULTS, asked, write
+from benchmarks.common.report import RESULTS, asked, print_noise, write
 from benchmarks.common.rounds import TOLERANCES, Setting
 from benchmarks.common.shapes import SHAPES
 from benchmarks.common.workloads import Range
@@ -89,9 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
         "largest_difference_of_rewards": turns.largest_diff,
         "measurements": figures,
         "targets": report.targets(figures),
+        "too_noisy": report.noisy(figures),
     }
     print(f"\n{result['machine']['cpu']}, {args.dtype}, {args.threads} threads, {args.shape}\n")
     print(report.tables(figures, result["targets"]))
+    print_noise(result["too_noisy"])
     output = args.output or RESULTS / f"serving-cpu-{args.dtype}.json"
     write(result, output)
     return 0

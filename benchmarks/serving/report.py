@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.report import spread
+from benchmarks.common.report import spread, too_noisy
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 Figures = dict[str, dict[str, dict[str, Any]]]
@@ -124,6 +124,19 @@ def tables(figures: Figures, met: Sequence[Mapping[str, Any]]) -> str:
         ]
         parts.append(f"### targets\n\n{markdown(rows)}")
     return "\n\n".join(parts)
+
+
+def noisy(figures: Figures) -> list[str]:
+    """What spread too far over the rounds to tell: of each server its first column."""
+    return too_noisy(
+        {
+            f"{label} on {measurement}": next(
+                numbers[column]["rounds"] for column in _COLUMNS if column in numbers
+            )
+            for measurement, by_label in figures.items()
+            for label, numbers in by_label.items()
+        }
+    )
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

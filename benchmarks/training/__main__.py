@@ -27,7 +27,7 @@ from benchmarks.common import probe
 from benchmarks.common.arguments import positive
 from benchmarks.common.channel import Answer
 from benchmarks.common.machine import available_threads
-from benchmarks.common.report import RESULTS, asked, heading, spread, write
+from benchmarks.common.report import RESULTS, asked, heading, print_noise, spread, write
 from benchmarks.common.shapes import SHAPES, build_network
 from benchmarks.common.workloads import Range
 from benchmarks.training.engines import ZERO_STAGE, Engine, deepspeed_engine, torch_engine
@@ -222,6 +222,13 @@ def print_round(
 def print_result(result: dict[str, Any]) -> None:
     print(f"\n{heading(result, result['engine'])}")
     print(table(result["workloads"]))
+    print_noise(
+        [
+            f"{peer} on {name}"
+            for name, figures in result["workloads"].items()
+            for peer in figures["too_noisy"]
+        ]
+    )
     for name, profiled in result["profiles"].items():
         print(f"\nours, {name}, one profiled step: {profiled['seconds']:.3f} s")
         print(profile_table(profiled))

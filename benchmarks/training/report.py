@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from benchmarks.common.report import aligned, gib, max_abs_diff, spread
+from benchmarks.common.report import aligned, gib, max_abs_diff, spread, too_noisy
 from benchmarks.training.peers import PEERS, Step
 
 _HEADINGS = (
@@ -114,6 +114,13 @@ def summarize(
         "losses": [statistics.fmean(step.losses) for step in ours],
         "grad_norms": [step.grad_norm for step in ours],
         "peers": peers,
+        # Tokens a second: the rounds have other pairs.
+        "too_noisy": too_noisy(
+            {
+                peer: [step.num_computed_tokens / step.seconds for step in steps]
+                for peer, steps in measured.steps.items()
+            }
+        ),
     }
 
 

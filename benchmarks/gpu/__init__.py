@@ -1,0 +1,1 @@
+"""What a GPU is measured by, and what is known about it without one."""
