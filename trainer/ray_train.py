@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -62,6 +63,7 @@ def launch(
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # An evaluation beside the training has the resources of one more worker.
     num_beside = int(config.evaluation.asynchronous)
+    quiet = contextlib.ExitStack()
     num_places = settings.num_workers + num_beside
     connect(
         num_places * settings.cpus_per_worker + 1,
@@ -82,10 +84,11 @@ def launch(
         job = Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
         with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
-            return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say)
+            return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say, quiet)
     finally:
         if not was_connected:
             ray.shutdown()
+        quiet.close()
 
 
 def _fit(
@@ -96,7 +99,9 @@ def _fit(
     is_private: bool,
     ray_dir: str,
     say: Callable[[str], None],
+    quiet: contextlib.ExitStack,
 ) -> dict[str, Any]:
+    """quiet: takes what nobody wants to read of an interrupted training."""
     config = job.config
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     least, most = config.distributed.min_workers, config.distributed.num_workers
@@ -127,6 +132,9 @@ def _fit(
         try:
             result = trainer.fit()
         except KeyboardInterrupt:
+            # Workers end one after the other, and tell of those that are gone.
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             trainer.abort()
             raise
         except Exception as error:
