@@ -6,10 +6,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_actor import conversation
 from reward_actor.groups import Group, GroupScores, Prompt
 
 if TYPE_CHECKING:
@@ -85,17 +86,35 @@ def _to_line(row: Mapping[str, Any]) -> str:
 
 
 def prompt_of(row: Row, place: str) -> Prompt:
-    """The row's prompt: text or chat messages. Raises ValueError naming the place."""
+    """The row's prompt: text, or chat messages, or those as JSON. Raises ValueError naming the
+    place."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
+        prompt = conversation.messages_in(prompt) or prompt
+    if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
-    raise ValueError(f"{place}: needs a prompt: text, or a list of {{role, content}} messages")
+    if not isinstance(prompt, list):
+        raise ValueError(f"{place}: needs a prompt: text, or a list of {{role, content}} messages")
+    return conversation.messages(prompt, f"{place}: prompt")
+
+
+def question_of(row: Row, place: str) -> Group:
+    """The row's prompt, with `tools` and `chat_template_kwargs` where it has them; no completions.
+
+    Raises ValueError naming the place.
+    """
+    return Group(
+        prompt_of(row, place),
+        template_args=conversation.template_args(
+            row.get("chat_template_kwargs"), f"{place}: chat_template_kwargs"
+        ),
+        tools=conversation.tools(row.get("tools"), f"{place}: tools"),
+    )
 
 
 def group_of(row: Row, place: str) -> Group:
-    """The row's group: `prompt` with `completions` (or one `completion`), or their token ids.
+    """The row's group: `prompt` with `completions` (or one `completion`), `tools` and
+    `chat_template_kwargs` where the row has them; or token ids.
 
     Raises ValueError naming the place.
     """
@@ -111,7 +130,7 @@ def group_of(row: Row, place: str) -> Group:
     completions = row.get("completions", [row["completion"]] if "completion" in row else None)
     if not isinstance(completions, list) or not all(isinstance(c, str) for c in completions):
         raise ValueError(f"{place}: needs completions: a list of strings (or one completion)")
-    return Group(prompt_of(row, place), completions)
+    return replace(question_of(row, place), completions=completions)
 
 
 def scored_row(row: Row, scores: GroupScores) -> Row:
@@ -121,6 +140,8 @@ def scored_row(row: Row, scores: GroupScores) -> Row:
 
 def rollout_row(rollout: RolloutGroup) -> Row:
     row = {name: value for name, value in vars(rollout).items() if name != "scores"}
+    told = {"tools": row.pop("tools"), "chat_template_kwargs": row.pop("template_args")}
+    row |= {name: value for name, value in told.items() if value}
     if row["error"] is None:
         del row["error"]
     return row if rollout.scores is None else {**row, **_scores(rollout.scores)}
@@ -142,14 +163,6 @@ def _scores(scores: GroupScores) -> Row:
 
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
 
 
 def replace_text(path: Path, text: str) -> None:

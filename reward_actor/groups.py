@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float32]
 
 Message = Mapping[str, Any]
-"""One chat turn, {"role": str, "content": str}."""
+"""One chat turn, {"role": str, "content": str} with what else `reward_actor.conversation` knows."""
 
 Prompt = str | Sequence[Message]
 
@@ -38,7 +38,7 @@ class Group:
     """A prompt and its n completions, as text or as token ids (never a mixture).
 
     With ids, the sequence that is scored is `prompt_ids + completion_ids[i]`, as given, with what
-    is missing of the contract's end. `template_args` go to the chat template.
+    is missing of the contract's end. `tools` and `template_args` go to the chat template.
     """
 
     prompt: Prompt | None = None
@@ -46,6 +46,7 @@ class Group:
     prompt_ids: Sequence[int] | None = None
     completion_ids: Sequence[Sequence[int]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.completions, str):
@@ -56,6 +57,8 @@ class Group:
             raise ValueError("prompt_ids goes with completion_ids, not with completions")
         if self.prompt is not None and self.completion_ids:
             raise ValueError("prompt goes with completions, not with completion_ids")
+        if self.prompt_ids is not None and (self.tools or self.template_args):
+            raise ValueError("tools and template_args go with a prompt; ids are rendered already")
 
     def __len__(self) -> int:
         return len(self.completions) if self.prompt_ids is None else len(self.completion_ids)

@@ -95,14 +95,20 @@ class Renderer:
             self.contract = replace(self.contract, template_date=day)
 
     def prompt_ids(
-        self, prompt: Prompt, *, template_args: Mapping[str, Any] | None = None
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """What a policy continues: the prompt with the generation prompt of its template."""
         if not self._is_chat:
             if not isinstance(prompt, str):
                 raise RenderError("a list of messages needs a chat contract; this one is 'text'")
             return self._encode(prompt)
-        text = self._apply_template(_messages(prompt), generation=True, arguments=template_args)
+        text = self._apply_template(
+            _messages(prompt), generation=True, tools=tools, arguments=template_args
+        )
         return self._encode(text)
 
     def sequences(self, group: Group | Whole) -> list[Rendered]:
@@ -116,7 +122,9 @@ class Renderer:
             ]
         prompt = group.prompt
         assert prompt is not None
-        samples = [Sample(prompt, text, (), group.template_args) for text in group.completions]
+        samples = [
+            Sample(prompt, text, group.tools, group.template_args) for text in group.completions
+        ]
         return [
             self.checked(ids) if isinstance(ids, list) else SampleError("unrenderable", str(ids))
             for ids in self.render_many(samples)
@@ -134,7 +142,9 @@ class Renderer:
         else:
             assert group.prompt is not None
             try:
-                prompt = self.prompt_ids(group.prompt, template_args=group.template_args)
+                prompt = self.prompt_ids(
+                    group.prompt, tools=group.tools, template_args=group.template_args
+                )
             except RenderError:  # a prompt that no policy could continue
                 prompt = []
         return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]

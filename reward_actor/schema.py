@@ -9,9 +9,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WrapValidator,
+    model_validator,
+)
 
 from reward_actor.contract import Combine
+from reward_actor.conversation import joined, without_nulls
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
@@ -60,21 +68,74 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+def _joined(content: Any) -> Any:
+    return joined(content) if isinstance(content, list) else content
+
+
+Content = Annotated[
+    str | None, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart] | None)
+]
+"""Parts of text become one, with newlines between them."""
+
+Role = Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class ChatMessage(Wire):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str
+    """One turn, with all that training renders of it. A null content is for turns that call."""
+
+    role: Role
+    content: Content = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is null, and the message calls no tool")
+        return self
+
+    def as_message(self) -> dict[str, Any]:
+        """As it is rendered."""
+        fields = self.model_dump(exclude_none=True)
+        if not fields.get("tool_calls"):
+            fields.pop("tool_calls", None)
+        return dict(without_nulls({**fields, "content": self.content or ""}))
+
+
+def _text_or_messages(value: Any, messages: Any) -> Any:
+    return value if isinstance(value, str) else messages(value)
+
+
+if TYPE_CHECKING:
+    PromptField = str | list[ChatMessage]
+else:
+    # Not a union, whose complaints would be those of both shapes, under the names of both.
+    PromptField = Annotated[
+        list[ChatMessage],
+        WrapValidator(_text_or_messages, json_schema_input_type=str | list[ChatMessage]),
+    ]
 
 
 class GroupRequest(Wire):
     """One prompt with its completions: text (`prompt`, `completions`) or token ids
     (`prompt_ids`, `completion_ids`); or whole sequences (`texts`) that their sender has put into
-    the model's chat template already."""
+    the model's chat template already. `tools` and `chat_template_kwargs` go to the chat template of
+    a prompt."""
 
-    prompt: str | list[ChatMessage] | None = None
+    prompt: PromptField | None = None
     completions: list[str] | None = None
     prompt_ids: list[TokenId] | None = None
     completion_ids: list[list[TokenId]] | None = None
     texts: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> GroupRequest:
@@ -90,6 +151,8 @@ class GroupRequest(Wire):
                 "give prompt and completions, or prompt_ids and completion_ids, or texts, not a "
                 "mixture"
             )
+        if self.prompt is None and (self.tools or self.chat_template_kwargs):
+            raise ValueError("tools and chat_template_kwargs go with a prompt")
         return self
 
 

@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from reward_actor.cluster import connect
-    from reward_actor.files import prompt_of, read_rows, rollout_row, write_rows
+    from reward_actor.files import question_of, read_rows, rollout_row, write_rows
     from reward_actor.rollout.policy import longest_needed
     from reward_actor.rollout.pool import sample, start_rollout_actors
     from reward_actor.rollout.records import Sampling, VllmSettings
 
-    prompts = [prompt_of(row, place) for place, row in read_rows(arguments.prompts)]
+    prompts = [question_of(row, place) for place, row in read_rows(arguments.prompts)]
     num_gpus = arguments.num_gpus
     if num_gpus is None:
         import torch

@@ -42,19 +42,19 @@ def weight(group: Group | Whole) -> int:
     prompt = group.prompt
     assert prompt is not None
     size = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
+    size += sum(len(str(tool)) for tool in group.tools)
     return len(group) * size + sum(map(len, group.completions))
 
 
 def check(group: Group | Whole) -> None:
     """Raise ValueError for what has no place in a body."""
-    if isinstance(group, Whole):
-        if group.ids or group.add_special_tokens or group.max_tokens is not None:
-            raise ValueError(
-                "only texts of a Whole travel to a service, without special tokens and uncut; give "
-                "ids as a Group"
-            )
-    elif group.template_args:
-        raise ValueError("template_args do not travel to a service; score with a RewardScorer")
+    if isinstance(group, Whole) and (
+        group.ids or group.add_special_tokens or group.max_tokens is not None
+    ):
+        raise ValueError(
+            "only texts of a Whole travel to a service, without special tokens and uncut; give ids "
+            "as a Group"
+        )
 
 
 def encode(groups: Sequence[Group | Whole], token_rewards: bool) -> tuple[bytes, str]:
@@ -77,7 +77,12 @@ def _to_json(group: Group | Whole) -> dict[str, Any]:
         }
     assert group.prompt is not None
     prompt = group.prompt if isinstance(group.prompt, str) else [dict(m) for m in group.prompt]
-    return {"prompt": prompt, "completions": list(group.completions)}
+    body: dict[str, Any] = {"prompt": prompt, "completions": list(group.completions)}
+    if group.tools:
+        body["tools"] = [dict(tool) for tool in group.tools]
+    if group.template_args:
+        body["chat_template_kwargs"] = dict(group.template_args)
+    return body
 
 
 def decode(body: bytes, media_type: str, groups: Sequence[Group | Whole]) -> list[GroupScores]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from reward_actor import conversation
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Message, Prompt
 
@@ -14,21 +16,34 @@ Reward = TypeVar("Reward", bound=float | None)
 
 
 def to_groups(
-    prompts: Sequence[Prompt], completions: Sequence[Completion]
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    tools: Sequence[Any] | None = None,
+    template_args: Sequence[Any] | None = None,
 ) -> tuple[list[Group], list[list[int]]]:
     """The completions grouped by equal prompts, and the places where those of each group stood.
 
     Of a completion that is a conversation, everything but its last message belongs to the prompt.
-    Raises ValueError for messages that hold more than text.
+    tools, template_args: of each sample what its chat template is told besides; None: nothing.
+    Raises ValueError for messages that hold more than text and calls.
     """
-    groups: dict[str, tuple[Prompt, list[str], list[int]]] = {}
-    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    groups: dict[str, tuple[Group, list[str], list[int]]] = {}
+    nothing = [None] * len(prompts)
+    samples = zip(prompts, completions, tools or nothing, template_args or nothing, strict=True)
+    for place, (prompt, completion, its_tools, its_args) in enumerate(samples):
         shown, text = _shown(prompt, completion)
-        _, texts, places = groups.setdefault(json.dumps(shown), (shown, [], []))
+        group = Group(
+            shown,
+            template_args=conversation.template_args(its_args, "chat_template_kwargs"),
+            tools=conversation.tools(its_tools, "tools"),
+        )
+        key = json.dumps([group.prompt, group.tools, group.template_args])
+        _, texts, places = groups.setdefault(key, (group, [], []))
         texts.append(text)
         places.append(place)
     found = groups.values()
-    return [Group(prompt, texts) for prompt, texts, _ in found], [places for *_, places in found]
+    whole = [replace(group, completions=texts) for group, texts, _ in found]
+    return whole, [places for *_, places in found]
 
 
 def in_order(rewards: Sequence[Sequence[Reward]], places: Sequence[Sequence[int]]) -> list[Reward]:
@@ -67,24 +82,17 @@ def _shown(prompt: Prompt, completion: Completion) -> tuple[Prompt, str]:
     """What the completion's last message answers, and that message."""
     if isinstance(completion, str):
         return prompt if isinstance(prompt, str) else _messages(prompt), completion
-    *earlier, last = _messages(completion) or [{"role": "assistant", "content": ""}]
+    said = conversation.messages(completion, "completion") if len(completion) else [_NOTHING]
+    *earlier, last = said
+    if last.get("tool_calls"):
+        raise ValueError("the last message of a completion calls a tool; only text has a reward")
     return [*_messages(prompt), *earlier], last["content"]
 
 
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
-    """Role and content: what else a message carries (its tool calls, say) is no reward model's."""
+_NOTHING: Message = {"role": "assistant", "content": ""}
+
+
+def _messages(prompt: Prompt) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return [{"role": m["role"], "content": _text(m.get("content"))} for m in prompt]
-
-
-def _text(content: Any) -> str:
-    if content is None:  # of a message that only calls a tool
-        return ""
-    if isinstance(content, str):
-        return content
-    parts: list[Any]
-    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError("a message holds more than text; this service scores text only")
-    return "".join(parts)
+    return conversation.messages(prompt, "prompt")

@@ -9,6 +9,8 @@
         train_dataset=dataset,  # with a column "prompt", of texts or of messages
     )
 
+Columns `tools` and `chat_template_kwargs` go to the reward model's chat template, too.
+
 With an `AsyncRewardClient` (or `asynchronous=True`) TRL runs it beside its other reward functions.
 TRL calls it with the prompts repeated for each completion; equal prompts go out as one group, so
 that their tokens are computed once. A sample without a reward (too long, say) becomes None, which
@@ -18,7 +20,7 @@ TRL leaves out of its group's advantages.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 
 from reward_actor.client.sync import AsyncRewardClient, RewardClient
@@ -53,7 +55,7 @@ def reward_function(
         async def rewards_soon(
             prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
         ) -> Rewards:
-            groups, places = to_groups(prompts, completions)
+            groups, places = to_groups(prompts, completions, *_told(columns))
             scores = await waits.score_groups(groups)
             return in_order([group.rewards for group in scores], places)
 
@@ -64,9 +66,14 @@ def reward_function(
     def rewards(
         prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
     ) -> Rewards:
-        groups, places = to_groups(prompts, completions)
+        groups, places = to_groups(prompts, completions, *_told(columns))
         scores = blocks.score_groups(groups)
         return in_order([group.rewards for group in scores], places)
 
     rewards.__name__ = name
     return rewards
+
+
+def _told(columns: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a dataset's columns say to the chat template."""
+    return columns.get("tools"), columns.get("chat_template_kwargs")

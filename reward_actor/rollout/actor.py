@@ -15,10 +15,16 @@ from typing import Any, Protocol
 from reward_actor import schema
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
-from reward_actor.groups import Group, GroupScores, Prompt
+from reward_actor.groups import Group, GroupScores
 from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
-from reward_actor.rollout.policy import group_to_score, policy_renderer
-from reward_actor.rollout.records import RolloutGroup, Sampling, VllmSettings
+from reward_actor.rollout.policy import group_to_score, policy_renderer, question_ids
+from reward_actor.rollout.records import (
+    Question,
+    RolloutGroup,
+    Sampling,
+    VllmSettings,
+    asked,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +88,7 @@ class RolloutActor:
         return "token ids" if self._by_ids else "text"
 
     async def rollouts(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+        self, prompts: Sequence[Question], sampling: Sampling, seeds: Sequence[int]
     ) -> list[RolloutGroup]:
         """Sample every prompt and score the completions. Equal seeds give equal rollouts."""
         rollouts = await asyncio.gather(
@@ -101,7 +107,7 @@ class RolloutActor:
 
     def _group(self, rollout: RolloutGroup, by_ids: bool) -> Group:
         if not by_ids:
-            return Group(rollout.prompt, rollout.completions)
+            return rollout.as_text()
         group = group_to_score(rollout, self._scored)
         if group.prompt_ids is None and not self._told_of_text:
             self._told_of_text = True
@@ -111,20 +117,25 @@ class RolloutActor:
             )
         return group
 
-    async def _sample(self, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutGroup:
+    async def _sample(self, question: Question, sampling: Sampling, seed: int) -> RolloutGroup:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        group = asked(question)
+        assert group.prompt is not None
+        rollout = RolloutGroup(
+            group.prompt, [], [], [], [], [], tools=group.tools, template_args=group.template_args
+        )
         try:
-            prompt_ids = self._renderer.prompt_ids(prompt)
+            rollout.prompt_ids = prompt_ids = question_ids(self._renderer, group)
         except RenderError as error:
-            return RolloutGroup(prompt, [], [], [], [], [], error=str(error))
+            return replace(rollout, error=str(error))
         room = self._max_length - len(prompt_ids)
         if room < 1:
             too_long = (
                 f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
             )
-            return RolloutGroup(prompt, prompt_ids, [], [], [], [], error=too_long)
+            return replace(rollout, error=too_long)
         parameters = SamplingParams(
             n=sampling.num_completions,
             temperature=sampling.temperature,
@@ -142,9 +153,8 @@ class RolloutActor:
         ):
             final = output
         completions = sorted(final.outputs, key=lambda output: output.index)
-        return RolloutGroup(
-            prompt=prompt,
-            prompt_ids=prompt_ids,
+        return replace(
+            rollout,
             completions=[output.text for output in completions],
             completion_ids=[list(output.token_ids) for output in completions],
             log_probs=[_log_probs(output) for output in completions],

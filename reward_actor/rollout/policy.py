@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from reward_actor.groups import Group, Prompt
+from reward_actor.groups import Group
 from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.render import Renderer, RenderError
-from reward_actor.rollout.records import RolloutGroup, Sampling
+from reward_actor.rollout.records import Question, RolloutGroup, Sampling, asked
 
 
-def longest_needed(policy: str, prompts: Sequence[Prompt], sampling: Sampling) -> int:
+def longest_needed(policy: str, prompts: Sequence[Question], sampling: Sampling) -> int:
     """Tokens that the longest prompt and its completion can take, at most what the policy takes.
 
     An engine of that length spares the memory of a long-context model's full length. Raises
@@ -23,8 +23,16 @@ def longest_needed(policy: str, prompts: Sequence[Prompt], sampling: Sampling) -
     longest = 0
     for prompt in prompts:
         with contextlib.suppress(RenderError):  # becomes this prompt's error when it is sampled
-            longest = max(longest, len(renderer.prompt_ids(prompt)))
+            longest = max(longest, len(question_ids(renderer, asked(prompt))))
     return min(longest + sampling.max_tokens, renderer.contract.max_length)
+
+
+def question_ids(renderer: Renderer, question: Group) -> list[int]:
+    """What the policy continues. Raises RenderError."""
+    assert question.prompt is not None
+    return renderer.prompt_ids(
+        question.prompt, tools=question.tools, template_args=question.template_args
+    )
 
 
 def policy_renderer(policy: str) -> Renderer:
@@ -49,7 +57,9 @@ def group_to_score(rollout: RolloutGroup, renderer: Renderer) -> Group:
     completion_ids = []
     for text, sampled in zip(rollout.completions, rollout.completion_ids, strict=True):
         try:
-            rendered = renderer.render(rollout.prompt, text)
+            rendered = renderer.render(
+                rollout.prompt, text, tools=rollout.tools, template_args=rollout.template_args
+            )
         except RenderError:
             break
         given = [*rollout.prompt_ids, *sampled]
@@ -58,4 +68,4 @@ def group_to_score(rollout: RolloutGroup, renderer: Renderer) -> Group:
         completion_ids.append(rendered[len(rollout.prompt_ids) :])
     else:
         return Group(prompt_ids=rollout.prompt_ids, completion_ids=completion_ids)
-    return Group(rollout.prompt, rollout.completions)
+    return rollout.as_text()

@@ -9,10 +9,9 @@ from typing import Any
 import ray
 
 from reward_actor.cluster import require_resources
-from reward_actor.groups import Prompt
 from reward_actor.rollout.actor import RolloutActor
 from reward_actor.rollout.policy import policy_renderer
-from reward_actor.rollout.records import RolloutGroup, Sampling, VllmSettings
+from reward_actor.rollout.records import Question, RolloutGroup, Sampling, VllmSettings
 
 # Small enough for a progress bar that moves, large enough to keep vLLM's batch full.
 _PROMPTS_PER_CALL = 8
@@ -43,7 +42,7 @@ def start_rollout_actors(engine: VllmSettings, num_actors: int, scorer: Any = No
 
 
 def sample(
-    actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling
+    actors: Sequence[Any], prompts: Sequence[Question], sampling: Sampling
 ) -> Iterator[tuple[int, RolloutGroup]]:
     """(index of the prompt, its rollouts) as they come, every prompt once, spread over the actors.
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from reward_actor.groups import GroupScores, Prompt
+from reward_actor.groups import Group, GroupScores, Prompt
+
+Question = Prompt | Group
+"""What a policy is asked: a prompt, or a group without completions, which may have tools and
+template arguments."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +55,15 @@ class RolloutGroup:
     finish_reasons: list[str]
     scores: GroupScores | None = None
     error: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_text(self) -> Group:
+        """What was asked, with the completions."""
+        return Group(
+            self.prompt, self.completions, template_args=self.template_args, tools=self.tools
+        )
+
+
+def asked(question: Question) -> Group:
+    return question if isinstance(question, Group) else Group(question)

@@ -1,5 +1,6 @@
 // The form: turns of the prompt, two to eight completions, and the request that they make.
 
+import { ServiceError } from "./api.js";
 import { makeCard, markStale, number } from "./cards.js";
 import { byId, copyOf } from "./dom.js";
 
@@ -26,7 +27,7 @@ export function start() {
     addTurn("", last === "user" ? "assistant" : "user").querySelector("textarea").focus();
   });
   byId("add-completion").addEventListener("click", () => addCard("").field.focus());
-  byId("turns").addEventListener("input", () => markStale(cards));
+  for (const id of ["turns", "as-json"]) byId(id).addEventListener("input", () => markStale(cards));
 }
 
 /** Under a text contract the prompt is one text without roles. */
@@ -38,16 +39,35 @@ export function setFormat(format) {
 
 export const allCards = () => [...cards];
 
-/** What /v1/score gets: a single user's turn as a string, which every model takes. */
+/** What /v1/score gets. Throws ServiceError for JSON that is none. */
 export function request() {
+  const completions = cards.map((card) => card.field.value);
+  return { groups: [{ ...(fromJson() ?? fromTurns()), completions }], token_rewards: true };
+}
+
+function fromJson() {
+  const text = byId("as-json").value.trim();
+  if (!text) return null;
+  let given = null;
+  try {
+    given = JSON.parse(text);
+  } catch (error) {
+    throw new ServiceError("invalid_request", `The conversation is no JSON: ${error.message}`);
+  }
+  if (given === null || typeof given !== "object" || Array.isArray(given)) {
+    throw new ServiceError("invalid_request", "The conversation must be a JSON object with a prompt.");
+  }
+  return given;
+}
+
+/** A single user's turn as a string, which every model takes. */
+function fromTurns() {
   const messages = turns.map((turn) => ({
     role: turn.querySelector("select").value,
     content: turn.querySelector("textarea").value,
   }));
   const isString = isText || (messages.length === 1 && messages[0].role === "user");
-  const prompt = isString ? messages.map((message) => message.content).join("\n") : messages;
-  const completions = cards.map((card) => card.field.value);
-  return { groups: [{ prompt, completions }], token_rewards: true };
+  return { prompt: isString ? messages.map((message) => message.content).join("\n") : messages };
 }
 
 function addTurn(text, role = "user") {

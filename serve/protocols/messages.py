@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
+from reward_actor.conversation import without_nulls
 from reward_actor.groups import Message
-
-
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-def _joined(content: Any) -> Any:
-    """Parts as one text, with a newline between them, as vLLM joins them."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise ValueError('each part of a content must be {"type": "text", "text": ...}')
-        texts.append(text)
-    return "\n".join(texts)
-
-
-Content = Annotated[
-    str | None, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart] | None)
-]
+from reward_actor.schema import Content, Role
 
 
 class LenientMessage(BaseModel):
@@ -38,9 +16,10 @@ class LenientMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Role
     content: Content = None
 
 
 def as_prompt(messages: Sequence[LenientMessage]) -> list[Message]:
-    return [message.model_dump() for message in messages]
+    """A null content is an empty one: templates would write the word."""
+    return [{**without_nulls(m.model_dump()), "content": m.content or ""} for m in messages]

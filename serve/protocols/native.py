@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
-from reward_actor import binary, schema
+from reward_actor import binary, conversation, schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
 from serve.http.requests import json_reply
@@ -55,9 +55,12 @@ def to_group(request: schema.GroupRequest) -> Group | Whole:
         return Group(prompt_ids=request.prompt_ids, completion_ids=request.completion_ids or [])
     assert request.prompt is not None
     prompt = request.prompt
-    if not isinstance(prompt, str):
-        return Group([message.model_dump() for message in prompt], request.completions or [])
-    return Group(prompt, request.completions or [])
+    return Group(
+        prompt if isinstance(prompt, str) else [message.as_message() for message in prompt],
+        request.completions or [],
+        template_args=conversation.template_args(request.chat_template_kwargs, "args"),
+        tools=conversation.tools(request.tools, "tools"),
+    )
 
 
 def to_reply(scores: GroupScores) -> dict[str, Any]:

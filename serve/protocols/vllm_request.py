@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from reward_actor import schema
+from reward_actor import conversation, schema
 from reward_actor.groups import Group, Whole
 from serve.protocols.drop_in import DropIn, shape_of
 from serve.protocols.messages import LenientMessage, as_prompt
@@ -31,7 +31,7 @@ Samples = Annotated[
 
 
 class VllmRequest(DropIn):
-    """`input` (texts or token ids) or `messages` (one conversation).
+    """`input` (texts or token ids) or `messages` (one conversation, with `tools`).
 
     Texts are templated by their sender; the tokenizer adds its special tokens unless
     `add_special_tokens` is false. `truncate_prompt_tokens`: longer samples are cut (-1: to what the
@@ -51,6 +51,7 @@ class VllmRequest(DropIn):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -83,6 +84,8 @@ class VllmRequest(DropIn):
                 "the last of the messages must be the assistant's, with content: its reward is "
                 "what is answered"
             )
+        if (last.model_extra or {}).get("tool_calls"):
+            raise ValueError("the last of the messages calls a tool; only text has a reward")
         refused = {
             "add_generation_prompt": "a completion is scored, and none would follow",
             "continue_final_message": "a reward is read at the end of its turn",
@@ -124,8 +127,12 @@ def to_group(request: VllmRequest) -> Group | Whole:
     if request.messages is not None:
         *prompt, completion = request.messages
         assert completion.content is not None
-        arguments = request.chat_template_kwargs or {}
-        return Group(as_prompt(prompt), [completion.content], template_args=arguments)
+        return Group(
+            as_prompt(prompt),
+            [completion.content],
+            template_args=conversation.template_args(request.chat_template_kwargs, "args"),
+            tools=conversation.tools(request.tools, "tools"),
+        )
     assert request.input is not None
     asked = request.truncate_prompt_tokens
     max_tokens: int | Literal["model"] | None = "model" if asked == -1 else asked

@@ -147,7 +147,7 @@ def _parse(got: Received) -> tuple[list[Group | Whole], bool]:
             parsed.append(Group(prompt_ids=group.prompt_ids, completion_ids=ids))
         else:
             prompt = group.prompt
-            messages = prompt if isinstance(prompt, str) else [m.model_dump() for m in prompt or []]
+            messages = prompt if isinstance(prompt, str) else [m.as_message() for m in prompt or []]
             parsed.append(Group(messages, group.completions or []))
     return parsed, request.token_rewards
 

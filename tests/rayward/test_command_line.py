@@ -48,7 +48,10 @@ def test_score_writes_rewards_beside_the_rows(
         ("{", "in.jsonl:1: not JSON"),
         ('{"prompt": "a", "completions": ["b"]}\n\n[1]', "in.jsonl:3: a list, not a JSON object"),
         ('{"completions": ["b"]}', "in.jsonl:1: needs a prompt"),
-        ('{"prompt": [{"role": "user"}], "completions": []}', "in.jsonl:1: needs a prompt"),
+        (
+            '{"prompt": [{"role": "user"}], "completions": []}',
+            "in.jsonl:1: prompt.0.content is null",
+        ),
         ('{"prompt": "a"}', "in.jsonl:1: needs completions"),
         ('{"prompt": "a", "completions": [1]}', "in.jsonl:1: needs completions"),
         ('{"prompt_ids": [1], "completion_ids": [["a"]]}', "must be lists of token ids"),

@@ -226,7 +226,6 @@ def test_a_reply_that_is_none_is_said_to_be_one(body: bytes) -> None:
 def test_what_no_body_can_hold_is_refused_before_it_is_sent() -> None:
     with stub() as server, RewardClient(server.url) as client:
         for group in (
-            Group("p", ["x"], template_args={"thinking": True}),
             Whole(ids=[[1]]),
             Whole(["x"], max_tokens=3),
         ):

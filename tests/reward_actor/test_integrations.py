@@ -50,7 +50,7 @@ def test_of_a_conversation_all_but_the_last_message_is_the_prompt() -> None:
     [group], _ = to_groups([USER], [completion])
     assert [m["content"] for m in group.prompt or []] == ["Name two fruits.", "", "42"]
     assert group.completions == ["It is 42."]
-    with pytest.raises(ValueError, match="text only"):
+    with pytest.raises(ValueError, match="a reward model reads text"):
         to_groups([[{"role": "user", "content": [{"type": "image", "image": 1}]}]], ["x"])
 
 

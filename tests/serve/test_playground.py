@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -81,6 +82,33 @@ def test_the_heat_map_has_one_cell_a_token_with_its_reward(visit: Callable[..., 
     assert (low, high) == (f"−{largest:.3f}", f"+{largest:.3f}")
     one.page.get_by_label("Prompt tokens").uncheck()
     assert one.page.locator(".token[data-part=prompt]:visible").count() == 0
+
+
+def test_a_conversation_as_json_takes_the_place_of_the_turns(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.write(COMPLETIONS)
+    one.page.get_by_text("A conversation as JSON, with tools").click()
+    field = one.page.locator("#as-json")
+    turns = [
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": "Apples."},
+        {"role": "user", "content": "And more?"},
+    ]
+    field.fill(json.dumps({"prompt": turns}))
+    [result] = one.score()["results"]
+    with RewardClient(one.url) as client:
+        expected = client.score(turns, COMPLETIONS)
+    assert result["rewards"] == pytest.approx(expected.rewards, abs=1e-5)
+    # The template of this model writes no calls.
+    turns[1] |= {"content": None, "tool_calls": [{"function": {"name": "fruits"}}]}
+    field.fill(json.dumps({"prompt": turns}))
+    [result] = one.score()["results"]
+    assert result["rewards"] == [None] * len(COMPLETIONS)
+    assert "tool call 0 of message 1" in one.texts(".sample-error")[0]
+    for text, told in (("{", "The conversation is no JSON"), ("[1]", "must be a JSON object")):
+        field.fill(text)
+        one.page.get_by_role("button", name="Score").click()
+        assert told in one.texts("#status")[0]
 
 
 def test_what_is_served_and_how_long_it_took(visit: Callable[..., Visit]) -> None:

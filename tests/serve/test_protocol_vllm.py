@@ -132,7 +132,9 @@ def test_an_image_is_refused(http: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": [image]}, CHAT[1]]}
     reply = http.post("/classify", json=body)
     assert reply.status_code == 422
-    assert "each part" in reply.json()["error"]["message"]
+    message = reply.json()["error"]["message"]
+    assert message.startswith("messages.0.content: ")
+    assert "is of type 'image_url'; a reward model reads text" in message
     assert "canary" not in reply.text
 
 

@@ -60,7 +60,7 @@ def test_columns_can_be_renamed(tmp_path: Path):
         ({"prompt": "p", "chosen": [], "rejected": "b"}, "'chosen' is empty"),
         ({"prompt": "p", "chosen": 1, "rejected": "b"}, "'chosen' is int, not text or messages"),
         ({"prompt": 1, "chosen": "a", "rejected": "b"}, "'prompt' is int"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "'chosen' must hold messages"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "'chosen'.0 is text, not a message"),
         (
             {"chosen": [USER], "rejected": [USER, BAD]},
             "the last message of 'chosen' is of 'user', not 'assistant'",

@@ -42,10 +42,6 @@ def test_many_requests_give_the_numbers_of_one(
 
 
 def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Path) -> None:
-    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(ValueError, match=r"tools.jsonl:2 has tools"):
-        evaluate_model(service, add(tmp_path / "tools.jsonl", pair, {**pair, "tools": tools}))
     dialogue = {
         "chosen": "\n\nHuman: Hi\n\nAssistant: Hey",
         "rejected": "\n\nHuman: Hi\n\nAssistant: No",

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from reward_actor import conversation
+from reward_actor.conversation import kind_of
 from reward_actor.groups import Message
 from trainer.data.rows import Row, Side, num_shared, prompt_key
 
@@ -100,8 +102,10 @@ def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
         margin=_margin(raw, columns.margin_column, is_pair, is_tie),
         attributes=tuple(attributes[i] for i in order if attributes),
         subset=_subset(raw, columns.subset_column),
-        tools=_tools(raw, columns.tools_column),
-        template_args=_template_args(raw, columns.template_args_column),
+        tools=conversation.tools(raw.get(columns.tools_column), repr(columns.tools_column)),
+        template_args=conversation.template_args(
+            raw.get(columns.template_args_column), repr(columns.template_args_column)
+        ),
         is_dialogue=any(side.prompt == "" for side in sides),
     )
 
@@ -171,8 +175,10 @@ def _sides(
         if len(several) < 2:
             raise ValueError(f"{name!r} holds {len(several)} completions; a ranking needs two")
         given = [(name, value) for value in several]
+    if isinstance(prompt, str):
+        prompt = conversation.messages_in(prompt) or prompt
     if isinstance(prompt, list):
-        prompt = parse_messages(prompt, columns.prompt_column)
+        prompt = conversation.messages(prompt, repr(columns.prompt_column))
     elif prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"{columns.prompt_column!r} is {kind_of(prompt)}, not text or messages")
     return tuple(parse_side(prompt or "", value, name) for name, value in given)
@@ -244,36 +250,20 @@ def _subset(raw: Mapping[str, Any], name: str) -> str:
     raise ValueError(f"{name!r} is {kind_of(value)}, not text")
 
 
-def _tools(raw: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    value = raw.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"{name!r} is not a list of tool definitions")
-    return [without_nulls(tool) for tool in value]
-
-
-def _template_args(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = raw.get(name)
-    if not isinstance(value or {}, dict):
-        raise ValueError(f"{name!r} is {kind_of(value)}, not an object")
-    return dict(without_nulls(value or {}))
-
-
-# What chat templates read of a message.
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-
-
 def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
     """A completion as text, or as messages that may repeat the prompt, of the named column.
 
     Raises ValueError.
     """
     if isinstance(value, str):
+        value = conversation.messages_in(value) or value
+    if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"{column!r} is empty")
         return Side(prompt, value)
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind_of(value)}, not text or messages")
-    *context, last = parse_messages(value, column)
+    *context, last = conversation.messages(value, repr(column))
     if last["role"] != "assistant":
         raise ValueError(f"the last message of {column!r} is of {last['role']!r}, not 'assistant'")
     if last.get("tool_calls"):
@@ -315,35 +305,3 @@ def _begins(messages: list[Message], prompt: list[Message]) -> bool:
         return message["role"], message["content"].strip(), message.get("tool_calls")
 
     return list(map(said, messages[: len(prompt)])) == list(map(said, prompt))
-
-
-def parse_messages(value: list[Any], column: str) -> list[Message]:
-    """Messages with nothing but what chat templates read. Raises ValueError."""
-    if not value:
-        raise ValueError(f"{column!r} is empty")
-    messages: list[Message] = []
-    for message in value:
-        # A turn that calls tools may say nothing besides.
-        said = isinstance(message, dict) and (
-            "" if message.get("tool_calls") and message.get("content") is None
-            else message.get("content")
-        )  # fmt: skip
-        if not isinstance(said, str) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{column!r} must hold messages {{'role': text, 'content': text}}")
-        known = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-        messages.append(without_nulls({**known, "content": said}))
-    return messages
-
-
-def without_nulls(value: Any) -> Any:
-    """A JSON value without its nulls: a table has one for each key that another row has."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, for messages."""
-    return {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text"}.get(
-        type(value).__name__, type(value).__name__
-    )

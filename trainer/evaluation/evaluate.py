@@ -152,7 +152,7 @@ def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
         if client.info().format == "chat" and any(row.is_dialogue for row in rows):
             raise ValueError(f"{url} scores chats; whole dialogues as text cannot be framed")
     usable = [row for row in rows if _compares(row)]
-    groups = [group for row in usable for group in _groups(row, f"{data}:{row.number}")]
+    groups = [group for row in usable for group in _groups(row)]
     with scoring(url) as score:
         scores = score(groups)
     samples = iter(
@@ -177,14 +177,17 @@ def _compares(row: Row) -> bool:
     return any(thing != things[0] for thing in things)
 
 
-def _groups(row: Row, place: str) -> list[Group]:
+def _groups(row: Row) -> list[Group]:
     """The row's completions in their order, those of one prompt in one group."""
-    if row.tools or row.template_args:
-        raise ValueError(f"{place} has tools or template arguments; a service does not take them")
     if row.ids:
         return [Group(prompt_ids=[], completion_ids=row.ids)]
     return [
-        Group(prompt, [side.completion for side in sides])
+        Group(
+            prompt,
+            [side.completion for side in sides],
+            template_args=row.template_args,
+            tools=row.tools,
+        )
         for prompt, sides in groupby(row.sides, key=lambda side: side.prompt)
     ]
 

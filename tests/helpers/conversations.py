@@ -1,0 +1,29 @@
+"""A conversation with all that training renders, and a template that writes all of it."""
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if brief is defined and brief and loop.last %}(brief) {% endif %}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": None, "parameters": {"type": "object"}},
+    }
+]
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"at": None}}}
+ASKED = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Rain?"}, {"type": "text", "text": "Now."}],
+    },
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "I look."},
+    {"role": "tool", "content": "3 mm", "tool_call_id": "1"},
+]
+ARGS = {"brief": True}
+ANSWER = "Yes."
+ROW = {"prompt": ASKED, "completions": [ANSWER], "tools": TOOLS, "chat_template_kwargs": ARGS}

@@ -1,0 +1,188 @@
+"""Conversations with tools, calls, results and reasoning: one sequence by every way to it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from chat_systems import CHAT_SYSTEMS, letters_tokenizer
+from conversations import ANSWER, ARGS, ASKED, ROW, TEMPLATE, TOOLS
+from families import make_network
+from fastapi.exceptions import RequestValidationError
+
+from reward_actor import Group, conversation, schema
+from reward_actor.client import bodies
+from reward_actor.files import group_of, question_of
+from reward_actor.integrations.grouping import to_groups
+from reward_actor.model.inferred import contract_for
+from reward_actor.render import Renderer
+from reward_actor.rollout.policy import group_to_score, question_ids
+from reward_actor.rollout.records import RolloutGroup
+from serve.http.requests import parse
+from serve.protocols.native import to_group
+from trainer.config.data import Columns
+from trainer.data.parse import parse_line
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS["qwen 2.5"])
+    tokenizer.chat_template = TEMPLATE
+    network = make_network("qwen3", pad_token_id=tokenizer.pad_token_id)
+    return Renderer(tokenizer, contract_for(tokenizer, network.config, format="chat"))
+
+
+@pytest.fixture(scope="module")
+def expected(renderer: Renderer) -> list[int]:
+    """What training renders."""
+    pair = {"prompt": ASKED, "chosen": ANSWER, "rejected": "No.", "tools": TOOLS,
+            "chat_template_kwargs": ARGS}  # fmt: skip
+    row = parse_line(1, json.dumps(pair).encode(), Columns())
+    ids = renderer.render(
+        row.sides[0].prompt, ANSWER, tools=row.tools, template_args=row.template_args
+    )
+    text = renderer.tokenizer.decode(ids)
+    for part in ("Rain?\nNow.", "<call>weather</call>", "I look.", "3 mm", "(brief) Yes."):
+        assert part in text
+    assert "null" not in text
+    assert "None" not in text
+    return ids
+
+
+def sequence(renderer: Renderer, group: Any) -> list[int]:
+    [ids] = renderer.sequences(group)
+    assert isinstance(ids, list), ids
+    return ids
+
+
+@pytest.mark.parametrize("as_json", [(), ("tools",), ("prompt", "tools", "chat_template_kwargs")])
+def test_a_row_of_a_file(renderer: Renderer, expected: list[int], as_json: tuple[str, ...]) -> None:
+    row = {k: json.dumps(v) if k in as_json else v for k, v in ROW.items()}
+    assert sequence(renderer, group_of(row, "in:1")) == expected
+
+
+@pytest.mark.parametrize("as_json", [(), ("prompt", "tools", "chosen")])
+def test_a_training_row_of_a_table(
+    renderer: Renderer, expected: list[int], as_json: tuple[str, ...]
+) -> None:
+    pair = {"prompt": ASKED, "chosen": [{"role": "assistant", "content": ANSWER}],
+            "rejected": "No.", "tools": TOOLS, "chat_template_kwargs": ARGS}  # fmt: skip
+    pair = {k: json.dumps(v) if k in as_json else v for k, v in pair.items()}
+    row = parse_line(1, json.dumps(pair).encode(), Columns())
+    side = row.sides[0]
+    found = renderer.render(
+        side.prompt, side.completion, tools=row.tools, template_args=row.template_args
+    )
+    assert found == expected
+
+
+def test_a_request(renderer: Renderer, expected: list[int]) -> None:
+    body = json.dumps({"groups": [ROW]}).encode()
+    [group] = parse(schema.ScoreRequest, body).groups
+    assert sequence(renderer, to_group(group)) == expected
+
+
+def test_what_a_client_sends(renderer: Renderer, expected: list[int]) -> None:
+    given = group_of(ROW, "in:1")
+    bodies.check(given)
+    body, media_type = bodies.encode([given], token_rewards=False)
+    assert media_type == bodies.JSON
+    [group] = parse(schema.ScoreRequest, body).groups
+    assert sequence(renderer, to_group(group)) == expected
+    plain = Group(given.prompt, given.completions)
+    assert bodies.weight(given) > bodies.weight(plain)
+
+
+def test_an_adapters_samples(renderer: Renderer, expected: list[int]) -> None:
+    said = [{"role": "assistant", "content": ANSWER}]
+    groups, places = to_groups([ASKED] * 2, [said, ANSWER], [TOOLS] * 2, [ARGS, json.dumps(ARGS)])
+    assert places == [[0, 1]]
+    assert renderer.sequences(groups[0]) == [expected, expected]
+    # The turns that a completion begins with are the prompt's.
+    groups, _ = to_groups([ASKED[:1]], [[*ASKED[1:], *said]], [TOOLS], [ARGS])
+    assert sequence(renderer, groups[0]) == expected
+    with pytest.raises(ValueError, match="calls a tool; only text has a reward"):
+        to_groups([ASKED[:1]], [ASKED[:2]])
+    groups, places = to_groups([ASKED] * 2, [ANSWER] * 2, [TOOLS, None])
+    assert places == [[0], [1]]
+
+
+def test_a_rollout(renderer: Renderer, expected: list[int]) -> None:
+    question = question_of({k: v for k, v in ROW.items() if k != "completions"}, "in:1")
+    prompt_ids = question_ids(renderer, question)
+    assert question.prompt is not None
+    rollout = RolloutGroup(
+        question.prompt, prompt_ids, [ANSWER], [expected[len(prompt_ids) :]], [[]], ["stop"],
+        tools=question.tools, template_args=question.template_args,
+    )  # fmt: skip
+    assert sequence(renderer, rollout.as_text()) == expected
+    assert sequence(renderer, group_to_score(rollout, renderer)) == expected
+
+
+def test_ids_are_rendered_already() -> None:
+    with pytest.raises(ValueError, match="tools and template_args go with a prompt"):
+        Group(prompt_ids=[1], completion_ids=[[2]], tools=TOOLS)
+    body = {"prompt_ids": [1], "completion_ids": [[2]], "tools": TOOLS}
+    with pytest.raises(RequestValidationError, match="go with a prompt"):
+        parse(schema.ScoreRequest, json.dumps({"groups": [body]}).encode())
+
+
+BAD: list[tuple[Any, str, str]] = [
+    ("hello", "prompt.1", "is text, not a message"),
+    ({"content": "a"}, "prompt.1.role", "is null, not text"),
+    ({"role": "user"}, "prompt.1.content", "is null, not text, and the message calls no tool"),
+    ({"role": "user", "content": 5}, "prompt.1.content", "is int, not text"),
+    ({"role": "user", "content": ["a"]}, "prompt.1.content.0", "a reward model reads text"),
+    (
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        "prompt.1.content.0",
+        "is of type 'image_url'; a reward model reads text",
+    ),
+    (
+        {"role": "assistant", "content": "", "tool_calls": "x"},
+        "prompt.1.tool_calls",
+        "list of calls",
+    ),
+    ({"role": "tool", "content": "", "tool_call_id": 5}, "prompt.1.tool_call_id", "is int"),
+]
+
+
+@pytest.mark.parametrize(("message", "place", "why"), BAD, ids=[place for _, place, _ in BAD])
+def test_what_is_no_message_is_named_by_its_place(message: Any, place: str, why: str) -> None:
+    prompt = [ASKED[0], message]
+    with pytest.raises(ValueError, match="in:1") as told:
+        group_of({"prompt": prompt, "completions": ["a"]}, "in:1")
+    assert f"{place} " in str(told.value)
+    assert why in str(told.value)
+    with pytest.raises(ValueError, match="1") as told:
+        to_groups([prompt], ["a"])
+    assert f"{place} " in str(told.value)
+    body = json.dumps({"groups": [{"prompt": prompt, "completions": ["a"]}]}).encode()
+    with pytest.raises(RequestValidationError) as refused:
+        parse(schema.ScoreRequest, body)
+    where = [".".join(map(str, error["loc"])) for error in refused.value.errors()]
+    assert all(one.startswith("groups.0.prompt.1") for one in where), where
+    # A message as a whole says which of its fields is missing.
+    asked_for = place.removesuffix(".0")
+    assert any(one.startswith(f"groups.0.{asked_for}") for one in where) or "content" in str(
+        refused.value.errors()
+    )
+
+
+def test_text_that_looks_like_json_is_messages_in_tables_only() -> None:
+    text = json.dumps([{"role": "user", "content": "Hi."}])
+    assert conversation.messages_in(text) is not None
+    for plain in ("[1, 2]", "[]", "[x", '["a"]', '[{"a": 1}]', "hello", "[" * 100_000):
+        assert conversation.messages_in(plain) is None
+    body = json.dumps({"groups": [{"prompt": text, "completions": ["a"]}]}).encode()
+    [group] = parse(schema.ScoreRequest, body).groups
+    assert to_group(group).prompt == text  # type: ignore[union-attr]
+
+
+def test_the_json_schema_says_that_a_prompt_is_text_or_messages() -> None:
+    properties = schema.GroupRequest.model_json_schema()["properties"]
+    kinds = json.dumps(properties["prompt"])
+    assert '"type": "string"' in kinds
+    assert "ChatMessage" in kinds
+    assert {"tools", "chat_template_kwargs"} <= properties.keys()

@@ -1,0 +1,123 @@
+"""A conversation with tools, a call, its result and reasoning has one reward, by every way in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conversations import ANSWER, ARGS, ASKED, ROW, TEMPLATE, TOOLS
+from exports import make_export
+from transformers import AutoTokenizer
+
+from rayward import main
+from reward_actor import AsyncRewardHandle, RewardClient, RewardHandle, RewardScorer
+from reward_actor.files import group_of
+from reward_actor.integrations.trl import reward_function
+from trainer.config.data import Columns
+from trainer.data.parse import parse_row
+from trainer.evaluation.evaluate import evaluate_model
+
+PAIR = {"prompt": ASKED, "chosen": ANSWER, "rejected": "No.", "tools": TOOLS,
+        "chat_template_kwargs": ARGS}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def export(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tools")
+    shutil.copytree(base_model, root / "base")
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "base")
+    return make_export(root / "base", root / "tools", seed=5)
+
+
+@pytest.fixture(scope="module")
+def trained(export: Path) -> float:
+    """The reward of the ids that training renders."""
+    scorer = RewardScorer.from_pretrained(export, "cpu")
+    row = parse_row(1, PAIR, Columns())
+    ids = scorer.renderer.render(
+        row.sides[0].prompt, ANSWER, tools=row.tools, template_args=row.template_args
+    )
+    text = scorer.renderer.tokenizer.decode(ids)
+    assert all(part in text for part in ("weather", "I look.", "3 mm", "(brief) Yes."))
+    return float(scorer.score_ids([ids])[0])
+
+
+@pytest.fixture(scope="module")
+def url(service: str, export: Path) -> Iterator[str]:
+    """A second application in the cluster of the shared one."""
+    from ray import serve
+
+    from serve.app import build, resolve
+    from serve.config import ServeConfig
+
+    config = ServeConfig(
+        model=str(export), device="cpu", cpus_per_replica=0.5, threads_per_replica=1
+    )
+    serve.run(build(resolve(config), use_gpu=False), name="tools", route_prefix="/tools")
+    yield service + "/tools"
+    serve.delete("tools")
+
+
+def test_clients_and_handles(url: str, trained: float) -> None:
+    group = group_of(ROW, "in:1")
+    with RewardClient(url) as client:
+        [over_http] = client.score_groups([group])
+    [over_ray] = RewardHandle("tools").score_groups([group])
+    assert over_http.errors == over_ray.errors == [None]
+    assert over_http.rewards == over_ray.rewards == [pytest.approx(trained, abs=1e-5)]
+
+
+def test_an_asynchronous_handle(url: str, trained: float) -> None:
+    async def score() -> list[float | None]:
+        [scores] = await AsyncRewardHandle("tools").score_groups([group_of(ROW, "in:1")])
+        return scores.rewards
+
+    assert asyncio.run(score()) == [pytest.approx(trained, abs=1e-5)]
+
+
+def test_vllms_route(url: str, trained: float) -> None:
+    said = [{"role": "assistant", "content": ANSWER}]
+    body = {"messages": [*ASKED, *said], "tools": TOOLS, "chat_template_kwargs": ARGS}
+    reply = httpx.post(f"{url}/classify", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["data"][0]["probs"] == [pytest.approx(trained, abs=1e-5)]
+    called = {**said[0], "tool_calls": ASKED[1]["tool_calls"]}
+    reply = httpx.post(f"{url}/classify", json={"messages": [*ASKED, called]}, timeout=60)
+    assert reply.status_code == 422
+    assert "calls a tool; only text has a reward" in reply.text
+
+
+def test_trls_adapter(url: str, trained: float) -> None:
+    score = reward_function(url)
+    rewards = score([ASKED], [ANSWER], tools=[TOOLS], chat_template_kwargs=[ARGS])
+    assert rewards == [pytest.approx(trained, abs=1e-5)]
+
+
+@pytest.mark.parametrize("where", ["service", "directory"])
+def test_files(url: str, export: Path, trained: float, tmp_path: Path, where: str) -> None:
+    rows, scored = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    rows.write_text(json.dumps(ROW) + "\n")
+    assert main(["score", url if where == "service" else str(export), str(rows), str(scored)]) == 0
+    [row] = map(json.loads, scored.read_text().splitlines())
+    assert row["rewards"] == [pytest.approx(trained, abs=1e-5)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(PAIR) + "\n")
+    result = evaluate_model(url if where == "service" else str(export), str(pairs))
+    assert result["num_pairs"] == 1
+
+
+def test_what_is_wrong_is_named(url: str) -> None:
+    prompt = [*ASKED, {"role": "user", "content": [{"type": "image_url"}]}]
+    body = {"groups": [{"prompt": prompt, "completions": [ANSWER]}]}
+    reply = httpx.post(f"{url}/v1/score", json=body, timeout=60)
+    assert reply.status_code == 422
+    message = reply.json()["error"]["message"]
+    assert "groups.0.prompt.3.content" in message
+    assert "is of type 'image_url'; a reward model reads text" in message
