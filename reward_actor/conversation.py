@@ -16,6 +16,8 @@ from reward_actor.groups import Message
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What chat templates read of a message."""
 
+_LONGEST_TYPE = 32
+
 
 def messages(value: object, place: str) -> list[Message]:
     """Messages with nothing but what chat templates read, and contents that are text.
@@ -23,66 +25,67 @@ def messages(value: object, place: str) -> list[Message]:
     The parts of a content are joined by newlines, as vLLM joins them. A null content is an empty
     one where the message calls a tool.
     """
-    if not _is_list(value):
+    value = _plain(value, place)
+    if not isinstance(value, list):
         raise ValueError(f"{place} is {kind_of(value)}, not a list of messages")
-    if not value:
-        raise ValueError(f"{place} is empty")
     return [_message(item, f"{place}.{number}") for number, item in enumerate(value)]
 
 
 def _message(value: Any, place: str) -> Message:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         raise ValueError(f"{place} is {kind_of(value)}, not a message {{role, content}}")
-    known = {name: value[name] for name in FIELDS if value.get(name) is not None}
+    known = {name: value[name] for name in FIELDS if name in value}
     for name in ("role", "name", "tool_call_id", "reasoning_content"):
-        if not isinstance(known.get(name, "" if name != "role" else None), str):
+        if not isinstance(known.get(name, None if name == "role" else ""), str):
             raise ValueError(f"{place}.{name} is {kind_of(known.get(name))}, not text")
-    calls = known.pop("tool_calls", None)
-    if calls is not None and not _are_objects(calls):
+    if not _are_objects(known.get("tool_calls", [])):
         raise ValueError(f"{place}.tool_calls is not a list of calls")
-    known["content"] = _content(known.get("content"), f"{place}.content", can_be_null=bool(calls))
-    if calls:
-        known["tool_calls"] = list(calls)
-    return dict(without_nulls(known))
-
-
-def _content(value: Any, place: str, *, can_be_null: bool) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None and can_be_null:
-        return ""
-    if _is_list(value):
-        return joined(value, place)
-    more = ", and the message calls no tool" if value is None else ""
-    raise ValueError(f"{place} is {kind_of(value)}, not text{more}")
+    if not known.get("tool_calls"):
+        known.pop("tool_calls", None)
+    content = known.get("content")
+    if content is None and "tool_calls" in known:
+        content = ""
+    if isinstance(content, list):
+        content = joined(content, f"{place}.content")
+    if not isinstance(content, str):
+        more = ", and the message calls no tool" if content is None else ""
+        raise ValueError(f"{place}.content is {kind_of(content)}, not text{more}")
+    return {**known, "content": content}
 
 
 def joined(parts: Sequence[Any], place: str = "content") -> str:
     """The text of a content in parts, {"type": "text", "text": ...}."""
     texts = []
     for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-        text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
-        if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or len(kind) > _LONGEST_TYPE:  # it may be anything's text
+            raise ValueError(f'{place}.{number} is no part {{"type": "text", "text": ...}}')
+        if kind != "text":
             raise ValueError(f"{place}.{number} is of type {kind!r}; a reward model reads text")
-        texts.append(text)
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{place}.{number}.text is {kind_of(part.get('text'))}, not text")
+        texts.append(part["text"])
     return "\n".join(texts)
 
 
 def tools(value: object, place: str) -> tuple[dict[str, Any], ...]:
     """Tool definitions: a list of objects, or that as JSON, in which tables keep it."""
-    value = _from_json(value) or ()
+    value = _plain(_from_json(value), place)
+    if value is None:
+        return ()
     if not _are_objects(value):
         raise ValueError(f"{place} is not a list of tool definitions")
-    return tuple(without_nulls(tool) for tool in value)
+    return tuple(value)
 
 
 def template_args(value: object, place: str) -> dict[str, Any]:
     """What else the chat template is told: an object, or that as JSON."""
-    value = _from_json(value) or {}
-    if not isinstance(value, Mapping):
+    value = _plain(_from_json(value), place)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
         raise ValueError(f"{place} is {kind_of(value)}, not an object")
-    return dict(without_nulls(value))
+    return value
 
 
 def messages_in(text: str) -> list[Any] | None:
@@ -105,11 +108,23 @@ def _from_json(value: Any) -> Any:
         return value
 
 
+def _plain(value: object, place: str) -> Any:
+    try:
+        return without_nulls(value)
+    except RecursionError:
+        raise ValueError(f"{place} is nested too deeply") from None
+
+
 def without_nulls(value: Any) -> Any:
-    """A JSON value without its nulls: a table has one for each key that another row has."""
+    """A JSON value without its nulls: a table has one for each key that another row has. Arrays,
+    which a table's lists become, are lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if _is_list(value) else value
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def kind_of(value: object) -> str:
@@ -119,9 +134,5 @@ def kind_of(value: object) -> str:
     )
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _are_objects(value: Any) -> bool:
-    return _is_list(value) and all(isinstance(item, Mapping) for item in value)
+def _are_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

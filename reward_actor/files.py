@@ -93,7 +93,7 @@ def prompt_of(row: Row, place: str) -> Prompt:
         prompt = conversation.messages_in(prompt) or prompt
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, list):
+    if not isinstance(prompt, list) or not prompt:
         raise ValueError(f"{place}: needs a prompt: text, or a list of {{role, content}} messages")
     return conversation.messages(prompt, f"{place}: prompt")
 

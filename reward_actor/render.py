@@ -11,10 +11,11 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from reward_actor import conversation
 from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
 from reward_actor.spellings import SpellingError, Spellings
-from reward_actor.turns import lost, shape, unreadable
+from reward_actor.turns import lost, shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,6 +35,15 @@ _RESERVED_ARGS = frozenset((
     "continue_final_message", "tokenize", "tokenizer_kwargs", "return_assistant_tokens_mask",
     "return_dict", "return_tensors", "padding", "truncation", "max_length", "strftime_now",
 ))  # fmt: skip
+# What expressions of a template raise over values that it was not made for.
+_OF_A_TEMPLATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _TEXTS_PER_CALL = 1000
 _SHAPES_KEPT = 10_000
 
@@ -102,12 +112,14 @@ class Renderer:
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """What a policy continues: the prompt with the generation prompt of its template."""
-        if not self._is_chat:
-            if not isinstance(prompt, str):
-                raise RenderError("a list of messages needs a chat contract; this one is 'text'")
-            return self._encode(prompt)
+        sample = self._read(Sample(prompt, "", tools, template_args or {}))
+        if isinstance(sample.prompt, str):
+            return self._encode(sample.prompt)
         text = self._apply_template(
-            _messages(prompt), generation=True, tools=tools, arguments=template_args
+            sample.prompt,
+            generation=True,
+            tools=sample.tools,
+            arguments=sample.template_args,
         )
         return self._encode(text)
 
@@ -234,25 +246,36 @@ class Renderer:
     def _is_chat(self) -> bool:
         return self.contract.format == "chat"
 
-    def _to_text(self, sample: Sample) -> str:
-        return _unicode(self._chat(sample) if self._is_chat else self._text(sample))
-
-    def _text(self, sample: Sample) -> str:
-        if not isinstance(sample.prompt, str):
-            raise RenderError("a list of messages needs a chat contract; this one is 'text'")
-        for name, value in (("tools", sample.tools), ("template arguments", sample.template_args)):
-            if value:
-                raise RenderError(f"{name} need a chat contract; this one is 'text'")
-        return self._with_end_text(sample.prompt + sample.completion)
-
-    def _chat(self, sample: Sample) -> str:
-        reserved = sorted(_RESERVED_ARGS.intersection(sample.template_args))
+    def _read(self, sample: Sample) -> Sample:
+        """The sample as `reward_actor.conversation` reads it, and as this contract allows: with
+        messages under "chat", with text alone under "text"."""
+        if not self._is_chat:
+            if not isinstance(sample.prompt, str):
+                raise RenderError("a list of messages needs a chat contract; this one is 'text'")
+            told = (("tools", sample.tools), ("template arguments", sample.template_args))
+            for name, value in told:
+                if value:
+                    raise RenderError(f"{name} need a chat contract; this one is 'text'")
+            return sample
+        try:
+            prompt = _messages(sample.prompt)
+            tools = conversation.tools(sample.tools, "tools")
+            arguments = conversation.template_args(sample.template_args, "chat_template_kwargs")
+        except ValueError as error:
+            raise RenderError(str(error)) from error
+        reserved = sorted(_RESERVED_ARGS.intersection(arguments))
         if reserved:
             raise RenderError(f"a template argument must not be named {reserved[0]!r}")
-        messages = [*_messages(sample.prompt), {"role": "assistant", "content": sample.completion}]
-        other = unreadable(messages)
-        if other is not None:
-            raise RenderError(f"{other}; a reward model reads text")
+        return Sample(prompt, sample.completion, tools, arguments)
+
+    def _to_text(self, sample: Sample) -> str:
+        sample = self._read(sample)
+        if isinstance(sample.prompt, str):
+            return _unicode(self._with_end_text(sample.prompt + sample.completion))
+        return _unicode(self._chat(sample, sample.prompt))
+
+    def _chat(self, sample: Sample, prompt: Sequence[Message]) -> str:
+        messages = [*prompt, {"role": "assistant", "content": sample.completion}]
         text = self._apply_template(
             messages, generation=False, tools=sample.tools, arguments=sample.template_args
         )
@@ -282,7 +305,8 @@ class Renderer:
     def _check_nothing_is_lost(self, messages: Sequence[Message], sample: Sample) -> None:
         """Raise RenderError if the template leaves a turn out; it is asked once for each shape."""
         arguments = sample.template_args
-        key = shape([*messages, arguments, {"tools": bool(sample.tools)}])
+        # A digest: keys are a sender's, and may be of any length.
+        key = sha256_text(shape([*messages, arguments, {"tools": bool(sample.tools)}]))
         try:
             found = self._lost[key]
         except KeyError:
@@ -315,18 +339,18 @@ class Renderer:
     ) -> str:
         from jinja2 import TemplateError
 
-        conversation = [dict(message) for message in messages]
+        turns = [dict(message) for message in messages]
         described: Any = [dict(tool) for tool in tools] or None
         if self._spellings is not None:
             try:
-                conversation = self._spellings.hidden(conversation)
+                turns = self._spellings.hidden(turns)
+                described = self._spellings.hidden(described)
+                arguments = self._spellings.hidden(arguments)
             except SpellingError as error:
                 raise RenderError(str(error)) from error
-            described = self._spellings.hidden(described)
-            arguments = self._spellings.hidden(arguments)
         try:
             text = self.tokenizer.apply_chat_template(
-                conversation,
+                turns,
                 tools=described,
                 chat_template=self.contract.chat_template,
                 tokenize=False,
@@ -334,7 +358,7 @@ class Renderer:
                 **clock(self.contract.template_date),
                 **(arguments or {}),
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, *_OF_A_TEMPLATE) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return text
@@ -410,7 +434,10 @@ def _unicode(text: str) -> str:
 
 
 def _messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    """Raises ValueError."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return conversation.messages(prompt, "prompt")
 
 
 def clock(day: str | None) -> dict[str, Any]:

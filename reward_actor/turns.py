@@ -53,13 +53,6 @@ def _marked(message: Message, number: int, parts: dict[str, str]) -> Message:
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         marked["content"] = sentinel(f"the content of {whose}")
-    elif isinstance(content, list):
-        marked["content"] = [
-            {**part, "text": sentinel(f"part {i} of {whose}")}
-            if isinstance(part, Mapping) and str(part.get("text") or "").strip()
-            else part
-            for i, part in enumerate(content)
-        ]
     calls = message.get("tool_calls")
     if isinstance(calls, list):
         marked["tool_calls"] = [
@@ -77,14 +70,3 @@ def _marked_call(call: Any, sentinel: str) -> Any:
     if isinstance(inner, Mapping):
         return {**call, "function": {**inner, "name": sentinel}}
     return {**call, "name": sentinel}
-
-
-def unreadable(messages: Sequence[Message]) -> str | None:
-    """A part of a content that is not text, in words, or None: a reward model reads text only."""
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-            if kind != "text":
-                return f"message {number} (role {message.get('role')!r}) has a content of {kind!r}"
-    return None

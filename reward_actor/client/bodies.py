@@ -42,7 +42,7 @@ def weight(group: Group | Whole) -> int:
     prompt = group.prompt
     assert prompt is not None
     size = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
-    size += sum(len(str(tool)) for tool in group.tools)
+    size += sum(len(str(tool)) for tool in group.tools) + len(str(group.template_args))
     return len(group) * size + sum(map(len, group.completions))
 
 
@@ -78,7 +78,7 @@ def _to_json(group: Group | Whole) -> dict[str, Any]:
     assert group.prompt is not None
     prompt = group.prompt if isinstance(group.prompt, str) else [dict(m) for m in group.prompt]
     body: dict[str, Any] = {"prompt": prompt, "completions": list(group.completions)}
-    if group.tools:
+    if len(group.tools):
         body["tools"] = [dict(tool) for tool in group.tools]
     if group.template_args:
         body["chat_template_kwargs"] = dict(group.template_args)

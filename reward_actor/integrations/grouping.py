@@ -29,7 +29,8 @@ def to_groups(
     """
     groups: dict[str, tuple[Group, list[str], list[int]]] = {}
     nothing = [None] * len(prompts)
-    samples = zip(prompts, completions, tools or nothing, template_args or nothing, strict=True)
+    told = (nothing if column is None else column for column in (tools, template_args))
+    samples = zip(prompts, completions, *told, strict=True)
     for place, (prompt, completion, its_tools, its_args) in enumerate(samples):
         shown, text = _shown(prompt, completion)
         group = Group(
@@ -37,7 +38,7 @@ def to_groups(
             template_args=conversation.template_args(its_args, "chat_template_kwargs"),
             tools=conversation.tools(its_tools, "tools"),
         )
-        key = json.dumps([group.prompt, group.tools, group.template_args])
+        key = json.dumps([group.prompt, group.tools, group.template_args], default=str)
         _, texts, places = groups.setdefault(key, (group, [], []))
         texts.append(text)
         places.append(place)

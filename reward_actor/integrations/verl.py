@@ -9,6 +9,7 @@
 (`custom_reward_function.path=...` in older versions, which may want the path of this file.) verl
 gives a function the completion but not its prompt: prepare the data so that `extra_info` holds it,
 as text or messages without any template, and name its key as prompt_key ("prompt" otherwise).
+`tools` and `chat_template_kwargs` beside it go to the reward model's chat template.
 `compute_score_async` does the same in verl's event loop, where `compute_score` takes a thread.
 
 A sample without a reward (too long, say) is an error, which ends the training, unless
@@ -70,5 +71,6 @@ def _groups(completion: str, extra_info: Mapping[str, Any] | None, prompt_key: s
             "Put the prompt there when you prepare the data, or name its key as "
             "reward_kwargs.prompt_key"
         )
+    told = ([(extra_info or {}).get(name)] for name in ("tools", "chat_template_kwargs"))
     # A table's column of messages comes back as an array.
-    return to_groups([prompt if isinstance(prompt, str) else list(prompt)], [completion])[0]
+    return to_groups([prompt if isinstance(prompt, str) else list(prompt)], [completion], *told)[0]

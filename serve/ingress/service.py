@@ -226,7 +226,7 @@ def _given(group: Group | Whole) -> tuple[int, int]:
         return 0, sum(num + len(ids) for ids in group.completion_ids)
     prompt = group.prompt
     num = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt or ())
-    num += sum(len(str(tool)) for tool in group.tools)
+    num += sum(len(str(tool)) for tool in group.tools) + len(str(group.template_args))
     return sum(num + len(completion) for completion in group.completions), 0
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from reward_actor.conversation import without_nulls
 from reward_actor.groups import Message
 from reward_actor.schema import Content, Role
 
 
 class LenientMessage(BaseModel):
-    """One chat turn; the chat template sees whatever else it holds, too."""
+    """One chat turn, with whatever its sender's system puts into it; of that is rendered what
+    training renders."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -21,5 +21,4 @@ class LenientMessage(BaseModel):
 
 
 def as_prompt(messages: Sequence[LenientMessage]) -> list[Message]:
-    """A null content is an empty one: templates would write the word."""
-    return [{**without_nulls(m.model_dump()), "content": m.content or ""} for m in messages]
+    return [message.model_dump(exclude_none=True) for message in messages]

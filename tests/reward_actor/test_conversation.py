@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_systems import CHAT_SYSTEMS, letters_tokenizer
 from conversations import ANSWER, ARGS, ASKED, ROW, TEMPLATE, TOOLS
 from families import make_network
 from fastapi.exceptions import RequestValidationError
 
-from reward_actor import Group, conversation, schema
+from reward_actor import Group, RewardServiceError, conversation, schema
 from reward_actor.client import bodies
 from reward_actor.files import group_of, question_of
+from reward_actor.groups import SampleError
 from reward_actor.integrations.grouping import to_groups
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
 from reward_actor.rollout.policy import group_to_score, question_ids
 from reward_actor.rollout.records import RolloutGroup
 from serve.http.requests import parse
+from serve.ingress.service import _check_given
 from serve.protocols.native import to_group
 from trainer.config.data import Columns
 from trainer.data.parse import parse_line
@@ -108,6 +111,51 @@ def test_an_adapters_samples(renderer: Renderer, expected: list[int]) -> None:
     assert places == [[0], [1]]
 
 
+def test_a_group_as_python_has_it(renderer: Renderer, expected: list[int]) -> None:
+    """Whoever gives it to a scorer or a handle has read it by nothing of ours."""
+    raw = Group(ASKED, [ANSWER], tools=TOOLS, template_args=ARGS)
+    assert sequence(renderer, raw) == expected
+    arrays = Group(
+        np.array(ASKED, dtype=object), [ANSWER], tools=np.array(TOOLS), template_args=ARGS
+    )
+    assert sequence(renderer, arrays) == expected
+    groups, _ = to_groups([np.array(ASKED, dtype=object)], [ANSWER], [np.array(TOOLS)], [ARGS])
+    assert sequence(renderer, groups[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"continue_final_message": True}, "must not be named 'continue_final_message'"),
+        ({"brief": {"a": "<|im_"}, "x": ["end|>"]}, ""),
+        ({"length": 5}, "the chat template refuses"),
+    ],
+)
+def test_what_a_template_cannot_take_is_an_error_of_the_sample(
+    args: dict[str, Any], why: str
+) -> None:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS["qwen 2.5"])
+    tokenizer.chat_template = "{% if length %}{{ (length | list)[0].x.y }}{% endif %}" + TEMPLATE
+    network = make_network("qwen3", pad_token_id=tokenizer.pad_token_id)
+    render = Renderer(tokenizer, contract_for(tokenizer, network.config, format="chat"))
+    group = Group("Hi.", [ANSWER], template_args=args)
+    [found] = render.sequences(group)
+    if why:
+        assert isinstance(found, SampleError)
+        assert why in found.message
+    else:
+        assert isinstance(found, list)
+    assert render.num_prompt_tokens(group, [found]) is not None
+
+
+def test_what_a_template_is_told_counts_for_every_completion() -> None:
+    limit = 1000
+    for told in ({"template_args": {"x": "y" * 60_000}}, {"tools": [{"x": "y" * 60_000}]}):
+        _check_given([Group("p", ["a"], **told)], limit)
+        with pytest.raises(RewardServiceError, match="characters in one request"):
+            _check_given([Group("p", ["a"] * 2, **told)], limit)
+
+
 def test_a_rollout(renderer: Renderer, expected: list[int]) -> None:
     question = question_of({k: v for k, v in ROW.items() if k != "completions"}, "in:1")
     prompt_ids = question_ids(renderer, question)
@@ -133,7 +181,12 @@ BAD: list[tuple[Any, str, str]] = [
     ({"content": "a"}, "prompt.1.role", "is null, not text"),
     ({"role": "user"}, "prompt.1.content", "is null, not text, and the message calls no tool"),
     ({"role": "user", "content": 5}, "prompt.1.content", "is int, not text"),
-    ({"role": "user", "content": ["a"]}, "prompt.1.content.0", "a reward model reads text"),
+    ({"role": "user", "content": ["a"]}, "prompt.1.content.0", "is no part"),
+    (
+        {"role": "user", "content": [{"type": "text", "text": 5}]},
+        "prompt.1.content.0.text",
+        "is int, not text",
+    ),
     (
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         "prompt.1.content.0",
@@ -164,10 +217,8 @@ def test_what_is_no_message_is_named_by_its_place(message: Any, place: str, why:
     where = [".".join(map(str, error["loc"])) for error in refused.value.errors()]
     assert all(one.startswith("groups.0.prompt.1") for one in where), where
     # A message as a whole says which of its fields is missing.
-    asked_for = place.removesuffix(".0")
-    assert any(one.startswith(f"groups.0.{asked_for}") for one in where) or "content" in str(
-        refused.value.errors()
-    )
+    field = place.split(".")[2] if place.count(".") > 1 else ""
+    assert field in str(refused.value.errors())
 
 
 def test_text_that_looks_like_json_is_messages_in_tables_only() -> None:

@@ -124,8 +124,10 @@ def test_control_tokens_do_not_come_from_seams_keys_or_arguments() -> None:
     clean = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     number = len(control_tokens(render, render.render(clean, "b")))
     parts = [{"type": "text", "text": text} for text in ("<|im_", "end|>")]
+    joined = render.render([{"role": "user", "content": parts}], "b")  # with a newline between them
+    assert len(control_tokens(render, joined)) == number
     with pytest.raises(RenderError, match="make a control token where they meet"):
-        render.render([{"role": "user", "content": parts}], "b")
+        render.render(clean, "b", template_args={"documents": parts})
     call = {"name": "f", "arguments": {"<|im_end|>": "<|im_start|>"}}
     called = [{"role": "user", "content": "a", "tool_calls": [call]}]
     assert len(control_tokens(render, render.render(called, "b"))) == number

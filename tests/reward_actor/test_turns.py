@@ -58,11 +58,6 @@ def renderer(template: str | None = None, name: str = "qwen 2.5") -> Renderer:
             [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
             r"tool call 0 of message 1 \(role 'assistant'\)",
         ),
-        (
-            FIRST_PART_ONLY,
-            [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]}],
-            r"part 1 of message 0 \(role 'user'\)",
-        ),
     ],
 )
 def test_what_a_template_leaves_out_is_named(template: str, prompt: Any, lost: str) -> None:
@@ -75,9 +70,18 @@ def test_what_a_template_leaves_out_is_named(template: str, prompt: Any, lost: s
     assert error.type == "unrenderable"
 
 
+def test_parts_of_text_are_one_text_before_a_template_sees_them() -> None:
+    parts = [{"type": "text", "text": text} for text in ("a", "b")]
+    render = renderer(FIRST_PART_ONLY)
+    whole = render.render([{"role": "user", "content": "a\nb"}], "A cat.")
+    assert render.render([{"role": "user", "content": parts}], "A cat.") == whole
+
+
 def test_what_is_not_text_is_named() -> None:
     picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
-    with pytest.raises(RenderError, match=r"message 0 \(role 'user'\) has a content of 'image'"):
+    with pytest.raises(
+        RenderError, match=r"prompt.0.content.\d is of type 'image'; a reward model reads text"
+    ):
         renderer(FIRST_PART_ONLY).render(picture, "A cat.")
 
 

@@ -15,7 +15,7 @@ from exports import make_export
 from transformers import AutoTokenizer
 
 from rayward import main
-from reward_actor import AsyncRewardHandle, RewardClient, RewardHandle, RewardScorer
+from reward_actor import AsyncRewardHandle, Group, RewardClient, RewardHandle, RewardScorer
 from reward_actor.files import group_of
 from reward_actor.integrations.trl import reward_function
 from trainer.config.data import Columns
@@ -66,7 +66,7 @@ def url(service: str, export: Path) -> Iterator[str]:
 
 
 def test_clients_and_handles(url: str, trained: float) -> None:
-    group = group_of(ROW, "in:1")
+    group = Group(ASKED, [ANSWER], tools=TOOLS, template_args=ARGS)
     with RewardClient(url) as client:
         [over_http] = client.score_groups([group])
     [over_ray] = RewardHandle("tools").score_groups([group])
@@ -75,8 +75,10 @@ def test_clients_and_handles(url: str, trained: float) -> None:
 
 
 def test_an_asynchronous_handle(url: str, trained: float) -> None:
+    group = group_of(ROW, "in:1")
+
     async def score() -> list[float | None]:
-        [scores] = await AsyncRewardHandle("tools").score_groups([group_of(ROW, "in:1")])
+        [scores] = await AsyncRewardHandle("tools").score_groups([group])
         return scores.rewards
 
     assert asyncio.run(score()) == [pytest.approx(trained, abs=1e-5)]

@@ -178,6 +178,8 @@ def _sides(
     if isinstance(prompt, str):
         prompt = conversation.messages_in(prompt) or prompt
     if isinstance(prompt, list):
+        if not prompt:
+            raise ValueError(f"{columns.prompt_column!r} is empty")
         prompt = conversation.messages(prompt, repr(columns.prompt_column))
     elif prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"{columns.prompt_column!r} is {kind_of(prompt)}, not text or messages")
@@ -263,6 +265,8 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
         return Side(prompt, value)
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind_of(value)}, not text or messages")
+    if not value:
+        raise ValueError(f"{column!r} is empty")
     *context, last = conversation.messages(value, repr(column))
     if last["role"] != "assistant":
         raise ValueError(f"the last message of {column!r} is of {last['role']!r}, not 'assistant'")
