@@ -12,7 +12,7 @@ import ray
 from reward_actor import schema
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores
-from reward_actor.render import tokenizer_fingerprint
+from reward_actor.model.tokenizer import tokenizer_fingerprint
 from reward_actor.scorer import RewardScorer
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -15,6 +14,7 @@ from reward_actor import conversation
 from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
 from reward_actor.spellings import SpellingError, Spellings
+from reward_actor.token_ids import checked, cut, with_end, with_eos, with_last
 from reward_actor.turns import lost, shape
 
 if TYPE_CHECKING:
@@ -89,15 +89,15 @@ class Renderer:
     def render_many(self, samples: Sequence[Sample]) -> list[list[int] | RenderError]:
         """What `render` returns or raises for each sample, bit for bit, in fewer calls of the
         tokenizer: one for a thousand texts."""
-        texts: list[str | RenderError] = []
-        for sample in samples:
-            try:
-                texts.append(self._to_text(sample))
-            except RenderError as error:
-                texts.append(error)
+        return self._ids_of([_or_error(self._to_text, sample) for sample in samples])
+
+    def _ids_of(self, texts: Sequence[str | RenderError]) -> list[list[int] | RenderError]:
         encoded = iter(self._encode_many([text for text in texts if isinstance(text, str)]))
         found = [next(encoded) if isinstance(text, str) else text for text in texts]
-        return [self._finished(self._eos(ids)) if isinstance(ids, list) else ids for ids in found]
+        return [
+            with_last(with_eos(ids, self.contract), self.contract) if isinstance(ids, list) else ids
+            for ids in found
+        ]
 
     def use_date(self, day: str | None) -> None:
         """Write this date where the template writes one: a policy's prompts follow its scorer's."""
@@ -129,17 +129,22 @@ class Renderer:
         if isinstance(group, Whole):
             return self._whole(group)
         if group.prompt_ids is not None:
+            prompt_ids, contract = list(group.prompt_ids), self.contract
             return [
-                self.checked(self._ended([*group.prompt_ids, *ids])) for ids in group.completion_ids
+                checked(with_end([*prompt_ids, *ids], contract), contract)
+                for ids in group.completion_ids
             ]
-        prompt = group.prompt
-        assert prompt is not None
-        samples = [
-            Sample(prompt, text, group.tools, group.template_args) for text in group.completions
-        ]
+        assert group.prompt is not None
+        try:
+            asked = self._read(Sample(group.prompt, "", group.tools, group.template_args))
+        except RenderError as error:
+            return [SampleError("unrenderable", str(error))] * len(group)
+        answered = [replace(asked, completion=text) for text in group.completions]
         return [
-            self.checked(ids) if isinstance(ids, list) else SampleError("unrenderable", str(ids))
-            for ids in self.render_many(samples)
+            checked(ids, self.contract)
+            if isinstance(ids, list)
+            else SampleError("unrenderable", str(ids))
+            for ids in self._ids_of([_or_error(self._framed, sample) for sample in answered])
         ]
 
     def num_prompt_tokens(
@@ -185,7 +190,7 @@ class Renderer:
 
     def _whole(self, whole: Whole) -> list[Rendered]:
         if whole.ids:
-            return [self._cut(list(ids), whole) for ids in whole.ids]
+            return [cut(list(ids), whole, self.contract) for ids in whole.ids]
         texts: list[str | SampleError] = []
         for text in whole.texts:
             try:
@@ -195,7 +200,9 @@ class Renderer:
         good = [text for text in texts if isinstance(text, str)]
         encoded = iter(self._encode_plain(good, whole.add_special_tokens))
         return [
-            self._cut(self._eos(next(encoded)), whole) if isinstance(text, str) else text
+            cut(with_eos(next(encoded), self.contract), whole, self.contract)
+            if isinstance(text, str)
+            else text
             for text in texts
         ]
 
@@ -214,33 +221,6 @@ class Renderer:
         """What the template writes after a completion."""
         turns = [*_messages("x"), {"role": "assistant", "content": SENTINEL}]
         return self._apply_template(turns, generation=False).rpartition(SENTINEL)[2]
-
-    def _cut(self, ids: list[int], whole: Whole) -> Rendered:
-        n = self.contract.max_length if whole.max_tokens == "model" else whole.max_tokens
-        ids = self._finished(ids)
-        if n is not None and len(ids) > n:
-            final = [] if self.contract.final_token_id is None else ids[-1:]  # is read, so it stays
-            n -= len(final)
-            rest = ids[: len(ids) - len(final)]
-            ids = (rest[:n] if whole.keep == "left" else rest[len(rest) - n :]) + final
-        return self.checked(ids)
-
-    def checked(self, ids: list[int]) -> Rendered:
-        """`ids`, or why a sample of these ids cannot be scored."""
-        contract = self.contract
-        if not ids:
-            return SampleError("empty_sequence", "the sample has no tokens")
-        if len(ids) > contract.max_length:
-            return SampleError(
-                "too_long", f"{len(ids)} tokens; the model's max_length is {contract.max_length}"
-            )
-        if min(ids) < 0 or max(ids) >= contract.vocab_size:
-            bad = next(i for i in ids if not 0 <= i < contract.vocab_size)
-            return SampleError(
-                "token_out_of_vocabulary",
-                f"token id {bad} is outside the vocabulary of {contract.vocab_size}",
-            )
-        return ids
 
     @property
     def _is_chat(self) -> bool:
@@ -269,7 +249,10 @@ class Renderer:
         return Sample(prompt, sample.completion, tools, arguments)
 
     def _to_text(self, sample: Sample) -> str:
-        sample = self._read(sample)
+        return self._framed(self._read(sample))
+
+    def _framed(self, sample: Sample) -> str:
+        """The text of a sample that was read."""
         if isinstance(sample.prompt, str):
             return _unicode(self._with_end_text(sample.prompt + sample.completion))
         return _unicode(self._chat(sample, sample.prompt))
@@ -393,29 +376,12 @@ class Renderer:
             )["input_ids"]
         return encoded
 
-    def _eos(self, ids: list[int]) -> list[int]:
-        """The ids of a text, which EOS ends where the contract asks for it."""
-        eos = self.contract.eos_token_id
-        if self.contract.append_eos and eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-        return ids
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt and a completion with the contract's end."""
-        end = self.contract.end_ids
-        if ids and end:
-            there = range(min(len(ids), len(end)), -1, -1)
-            ids += end[next(n for n in there if ids[len(ids) - n :] == end[:n]) :]
-        return self._finished(ids)
-
-    def _finished(self, ids: list[int]) -> list[int]:
-        """Any ids with what the contract says of every sequence's last tokens."""
-        final, dropped = self.contract.final_token_id, self.contract.drop_trailing_ids
-        if ids and final is not None and ids[-1] != final:
-            ids.append(final)
-        while ids and ids[-1] in dropped:
-            ids.pop()
-        return ids
+def _or_error(write: Callable[[Sample], str], sample: Sample) -> str | RenderError:
+    try:
+        return write(sample)
+    except RenderError as error:
+        return error
 
 
 def _num_shared(left: Sequence[object], right: Sequence[object]) -> int:
@@ -445,17 +411,3 @@ def clock(day: str | None) -> dict[str, Any]:
     if day is None:
         return {}
     return {"strftime_now": date.fromisoformat(day).strftime}
-
-
-def tokenizer_fingerprint(
-    tokenizer: PreTrainedTokenizerFast, contract: ScoringContract | None = None
-) -> str:
-    """Equal fingerprints turn equal messages into equal ids: vocabulary, rules, chat template.
-
-    With a contract its template counts, otherwise the tokenizer's own.
-    """
-    template = tokenizer.chat_template if contract is None else contract.chat_template
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting in ("padding", "truncation"):  # settings of a call, not of the vocabulary
-        rules.pop(setting, None)
-    return sha256_text(json.dumps([rules, template], sort_keys=True))

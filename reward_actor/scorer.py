@@ -29,6 +29,7 @@ from reward_actor.model.ensemble import (
 from reward_actor.model.load import LoadedModel, load, resolve_device
 from reward_actor.readout import Reading
 from reward_actor.render import Renderer
+from reward_actor.token_ids import checked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -249,10 +250,10 @@ class RewardScorer:
     def _valid(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
         rows = []
         for index, sequence in enumerate(sequences):
-            checked = self.renderer.checked([operator.index(i) for i in sequence])
-            if isinstance(checked, SampleError):
-                raise ValueError(f"sequence {index}: {checked.message}")
-            rows.append(checked)
+            found = checked([operator.index(i) for i in sequence], self.contract)
+            if isinstance(found, SampleError):
+                raise ValueError(f"sequence {index}: {found.message}")
+            rows.append(found)
         return rows
 
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.serving.model import make_contract, make_tokenizer
-from reward_actor.model.tokenizer import identity
+from reward_actor.model.tokenizer import identity, tokenizer_fingerprint
 from reward_actor.readout import Readout
-from reward_actor.render import tokenizer_fingerprint
 from serve.replica.batcher import Batcher
 from serve.wire import Description, FlatSequences, ReplicaReply
 

@@ -23,9 +23,8 @@ from reward_actor.contract import (
 )
 from reward_actor.model.layouts import CheckpointError, json_object
 from reward_actor.model.load import LoadedModel, check_directory, load_contract
-from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from reward_actor.readout import Readout
-from reward_actor.render import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,11 +6,12 @@ that only renders. `load_like` gives such a process the same tokenizer for a ten
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.model.layouts import CheckpointError, tokenizer_directory
-from reward_actor.render import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +26,20 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def tokenizer_fingerprint(
+    tokenizer: PreTrainedTokenizerFast, contract: ScoringContract | None = None
+) -> str:
+    """Equal fingerprints turn equal messages into equal ids: vocabulary, rules, chat template.
+
+    With a contract its template counts, otherwise the tokenizer's own.
+    """
+    template = tokenizer.chat_template if contract is None else contract.chat_template
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("padding", "truncation"):  # settings of a call, not of the vocabulary
+        rules.pop(setting, None)
+    return sha256_text(json.dumps([rules, template], sort_keys=True))
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> str:

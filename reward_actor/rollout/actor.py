@@ -16,7 +16,8 @@ from reward_actor import schema
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
 from reward_actor.groups import Group, GroupScores
-from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
+from reward_actor.model.tokenizer import tokenizer_fingerprint
+from reward_actor.render import Renderer, RenderError
 from reward_actor.rollout.policy import group_to_score, policy_renderer, question_ids
 from reward_actor.rollout.records import (
     Question,

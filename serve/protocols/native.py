@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
-from reward_actor import binary, conversation, schema
+from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
 from serve.http.requests import json_reply
@@ -58,8 +58,8 @@ def to_group(request: schema.GroupRequest) -> Group | Whole:
     return Group(
         prompt if isinstance(prompt, str) else [message.as_message() for message in prompt],
         request.completions or [],
-        template_args=conversation.template_args(request.chat_template_kwargs, "args"),
-        tools=conversation.tools(request.tools, "tools"),
+        template_args=request.chat_template_kwargs or {},
+        tools=request.tools or (),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from reward_actor import conversation, schema
+from reward_actor import schema
 from reward_actor.groups import Group, Whole
 from serve.protocols.drop_in import DropIn, shape_of
 from serve.protocols.messages import LenientMessage, as_prompt
@@ -130,8 +130,8 @@ def to_group(request: VllmRequest) -> Group | Whole:
         return Group(
             as_prompt(prompt),
             [completion.content],
-            template_args=conversation.template_args(request.chat_template_kwargs, "args"),
-            tools=conversation.tools(request.tools, "tools"),
+            template_args=request.chat_template_kwargs or {},
+            tools=request.tools or (),
         )
     assert request.input is not None
     asked = request.truncate_prompt_tokens

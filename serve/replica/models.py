@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reward_actor.model.tokenizer import identity
-from reward_actor.render import tokenizer_fingerprint
+from reward_actor.model.tokenizer import identity, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np

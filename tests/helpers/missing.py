@@ -17,12 +17,14 @@ EVERYTHING = "RAYWARD_TEST_EVERYTHING"
 
 GPU = "NVIDIA GPU"
 CPU = "machine without a GPU"
+AVX = "AVX2 or AVX-512"
 SKYWORK = "Skywork-Reward-V2-Qwen3-0.6B"
 _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
     "vLLM": "make setup",
     GPU: "pytest -m cuda where there is one",
+    AVX: "vLLM's CPU kernel is built for processors that have one of them",
     CPU: "vLLM's CPU engine takes no share of a GPU",
     SKYWORK: "download Skywork/Skywork-Reward-V2-Qwen3-0.6B, SKYWORK=DIRECTORY make test-long",
 }
@@ -36,7 +38,7 @@ def skip_without(what: str, detail: str = "") -> NoReturn:
 
 def is_failure(reason: str) -> bool:
     """Whether a test that was skipped for this reason has failed."""
-    is_for_another_device = any(f"missing: {device}" in reason for device in (GPU, CPU))
+    is_for_another_device = any(f"missing: {device}" in reason for device in (GPU, CPU, AVX))
     return bool(os.environ.get(EVERYTHING)) and not is_for_another_device
 
 

@@ -13,7 +13,7 @@ import torch
 from families import VOCAB_SIZE, groups, make_network, transformers_own
 from hypothesis import example, given
 from hypothesis import strategies as st
-from missing import skip_without
+from missing import AVX, skip_without
 
 from reward_actor.engine import attention, paged
 from reward_actor.engine.attention_plan import AttentionPlan
@@ -38,7 +38,8 @@ BORDERS = [
 def kernel() -> None:
     """For tests that call vLLM's kernel."""
     if not paged.is_here():
-        skip_without("vLLM")
+        has_avx = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        skip_without("vLLM" if has_avx else AVX)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Group, SampleError, Whole
 from reward_actor.model.inferred import contract_for
-from reward_actor.model.tokenizer import load_tokenizer
-from reward_actor.render import Renderer, RenderError, tokenizer_fingerprint
+from reward_actor.model.tokenizer import load_tokenizer, tokenizer_fingerprint
+from reward_actor.render import Renderer, RenderError
 
 ALTERNATING = (
     "{% if messages[0].role != 'user' %}{{ raise_exception('must begin with user') }}{% endif %}"

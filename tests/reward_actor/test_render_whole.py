@@ -17,6 +17,7 @@ from reward_actor.groups import SampleError, Whole
 from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.render import Renderer, RenderError
+from reward_actor.token_ids import checked
 
 TEMPLATES = [None, THINKING, LLAMA_LIKE, NO_END_TOKEN]
 rows = st.lists(st.integers(3, 200), min_size=1, max_size=30)
@@ -45,7 +46,7 @@ def test_text_templated_by_its_sender_is_rendered_as_messages_are(
             messages, chat_template=own.contract.chat_template, tokenize=False
         )
         [ids] = own.sequences(Whole(texts=[text]))
-        assert ids == own.checked(own.render(prompt, completion))
+        assert ids == checked(own.render(prompt, completion), own.contract)
 
 
 def test_only_what_the_template_writes_is_left_out(renderers: dict[str, Renderer]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from reward_actor.groups import SampleError
 from reward_actor.render import Renderer, RenderError, Sample
+from reward_actor.token_ids import checked
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.data.rows import Row, num_shared
 
@@ -172,11 +173,11 @@ def _fitted(
         tally.num_truncated += 1
         sequences = truncate_left(sequences, limit, renderer.contract.bos_token_id)
     for ids in sequences:
-        checked = renderer.checked(ids)
-        if isinstance(checked, SampleError):
-            if checked.type == "too_long" and over_long == "drop":
+        found = checked(ids, renderer.contract)
+        if isinstance(found, SampleError):
+            if found.type == "too_long" and over_long == "drop":
                 continue
-            raise RenderError(checked.message)
+            raise RenderError(found.message)
     return None if is_long and over_long == "drop" else sequences
 
 

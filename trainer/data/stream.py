@@ -105,8 +105,7 @@ def prepare_stream(
 
 def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
     """What decides the files: sources, the settings that choose among their rows, the rendering."""
-    from reward_actor.model.tokenizer import load_tokenizer
-    from reward_actor.render import tokenizer_fingerprint
+    from reward_actor.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     def described(sources: Mapping[str, Source]) -> list[Any]:
         return [
