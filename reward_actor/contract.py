@@ -26,7 +26,8 @@ NUM_QUANTILES = 101
 
 # Fields that came later, left out of the JSON where they say nothing.
 _LATER = (
-    "held_out", "end_text", "end_ids", "final_token_id", "drop_trailing_ids", "plain_content",
+    "held_out", "head_weights", "end_text", "end_ids", "final_token_id", "drop_trailing_ids",
+    "plain_content",
 )  # fmt: skip
 
 Combine = Literal["mean", "min", "mean_minus_std"]
@@ -129,6 +130,7 @@ class ScoringContract:
     dtype               of the body when nothing else is asked for; the head is always float32.
     heads               names of the head's outputs; several are an ensemble in one network.
     combine, combine_k  how the rewards of several heads become one, and k of mean_minus_std.
+    head_weights        of the heads' rewards, whose weighted sum is the reward, in place of that.
     mean, std           reward = (raw score - mean) / std, for every head.
     held_out            how the raw scores of held-out data are distributed, where it was measured.
     """
@@ -156,6 +158,7 @@ class ScoringContract:
     heads: list[str] = field(default_factory=lambda: ["reward"])
     combine: Combine = "mean"
     combine_k: float = 1.0
+    head_weights: list[float] = field(default_factory=list)
     mean: float = 0.0
     std: float = 1.0
     golden: Golden = field(default_factory=Golden)
@@ -176,6 +179,7 @@ class ScoringContract:
         if not self.heads or len(set(self.heads)) < len(self.heads):
             raise ContractError(f"heads is {self.heads!r}; every output needs a name of its own")
         check_rule(self.combine, self.combine_k, "combine_k")
+        check_weights(self.head_weights, self.heads)
         for name, known in (("pooling", "last_token"), ("over_long", "error")):
             if getattr(self, name) != known:
                 raise ContractError(
@@ -250,6 +254,19 @@ def check_rule(combine: object, k: object, k_name: str = "k") -> None:
     is_number = isinstance(k, (int, float)) and not isinstance(k, bool)
     if not is_number or not math.isfinite(k) or k < 0:  # type: ignore[arg-type,operator]
         raise ContractError(f"{k_name} is {k!r}; it must be a finite number of at least 0")
+
+
+def check_weights(weights: object, names: list[str]) -> None:
+    """Raise ContractError unless `weights` are none, or a finite number for each name."""
+    numbers = isinstance(weights, list) and all(
+        isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w)
+        for w in weights
+    )
+    if not numbers or (weights and len(weights) != len(names)):  # type: ignore[arg-type]
+        raise ContractError(
+            f"head_weights is {weights!r}; it must be empty, or a finite number for each of the "
+            f"heads ({', '.join(names)})"
+        )
 
 
 def sha256_text(text: str) -> str:

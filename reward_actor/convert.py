@@ -18,16 +18,16 @@ from transformers import AutoConfig, PreTrainedModel
 
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
 from reward_actor.export import export
+from reward_actor.model.directory import CheckpointError, read_config
 from reward_actor.model.ends import Inferred
+from reward_actor.model.heads import Head
 from reward_actor.model.inferred import contract_for, infer_contract
 from reward_actor.model.layouts import (
     ADAPTER_CONFIG,
     BODY_PREFIXES,
     PICKLED_WEIGHTS,
-    CheckpointError,
     Layout,
     is_deepspeed_chat,
-    read_config,
     recognise,
 )
 from reward_actor.model.load import load_contract
@@ -52,6 +52,8 @@ def convert(
     trust_remote_code: bool = False,
     ends_with: str | None = None,
     append_eos: bool | None = None,
+    head_rows: str | None = None,
+    heads: str | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> ScoringContract:
     """Write the reward model in `source`, of any layout, to `destination` in ours.
@@ -60,7 +62,10 @@ def convert(
     knows none); dtype: of the weights, by default the widest that the source holds, so that no
     reward changes in any dtype; ends_with, append_eos: how a sequence ends ("none": with its
     completion) and whether EOS comes behind that, by default as in the system that trained the
-    model (`reward_actor.model.ends`); tell: gets a line for each choice about that, and why.
+    model (`reward_actor.model.ends`); head_rows: "A" or "A-B", tokens or their ids: the reward is
+    the logit of A in a language model's own head, or A's less B's; heads: "name=weight,...": the
+    head's outputs in order, whose weighted sum is the reward; tell: gets a line for each choice
+    about a sequence's end, and why.
     Raises CheckpointError for what cannot be converted or scores differently afterwards, ValueError
     for a destination that exists or a choice that the source's own contract contradicts. Nothing is
     left at `destination` then.
@@ -81,10 +86,13 @@ def convert(
                 f"{source} is of DeepSpeed-Chat, which ends a text with nothing; leave --ends-with "
                 "and --append-eos away"
             )
+        if head_rows is not None:
+            raise ValueError(f"{source} has a head of its own; leave --head-rows away")
         tokenizer = load_tokenizer(place)
         network, contract = _deepspeed_chat(source, tokenizer, format or "text", dtype)
     else:
-        layout = recognise(source)
+        rows = () if head_rows is None else _rows(head_rows, load_tokenizer(place))
+        layout = recognise(source, rows)
         layout.require_trust(trust_remote_code)
         check_manifest(source)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
@@ -97,6 +105,10 @@ def convert(
         network = load_network(layout, stored, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         contract = replace(contract, dtype=dtype)
+    if heads is not None:
+        names, weights_of_heads = _named(heads)
+        contract = replace(contract, heads=names, head_weights=weights_of_heads)
+    _check_outputs(network, contract, source)
     network, contract = _without_bias(_plain(network, source), contract)
     staging = destination.with_name(destination.name + ".converted")
     try:
@@ -110,6 +122,46 @@ def convert(
         for left in (staging, staging.with_name(staging.name + ".partial")):
             shutil.rmtree(left, ignore_errors=True)
     return contract
+
+
+def _rows(said: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The rows that --head-rows says: A or A-B, each a token or its id. Raises ValueError."""
+    parts = [said] if said in tokenizer.get_vocab() else said.split("-", 1)
+    return tuple(_row(part, tokenizer) for part in parts)
+
+
+def _row(said: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    if said.isdecimal():
+        return int(said)
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"head_rows: {said!r} is {len(ids)} tokens; give one token, or its id")
+    return int(ids[0])
+
+
+def _named(said: str) -> tuple[list[str], list[float]]:
+    """Names and weights of "name=weight,...", or names alone. Raises ValueError."""
+    pairs = [part.partition("=") for part in said.split(",")]
+    names = [name.strip() for name, _, _ in pairs]
+    given = [bool(equals) for _, equals, _ in pairs]
+    try:
+        weights = [float(weight) for _, equals, weight in pairs if equals]
+    except ValueError:
+        weights = []
+        given = [True, False]
+    if not all(names) or (any(given) and not all(given)):
+        raise ValueError(f"heads is {said!r}; it must be name=weight,... or name,name,...")
+    return names, weights
+
+
+def _check_outputs(network: PreTrainedModel, contract: ScoringContract, source: Path) -> None:
+    """Raise CheckpointError unless every output of the head has a name."""
+    num_outputs = getattr(network, head_name(network)).out_features
+    if num_outputs != len(contract.heads):
+        raise CheckpointError(
+            f"{source}: the head has {num_outputs} outputs, and {len(contract.heads)} have names "
+            f"({', '.join(contract.heads)}); give each a name and a weight: --heads name=weight,..."
+        )
 
 
 def _contract(
@@ -166,9 +218,8 @@ def _deepspeed_chat(
         str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()
     }
     stored = (floats.pop() if len(floats) == 1 else "float32") if dtype == "auto" else dtype
-    network = network_of(
-        weights, config, "v_head", getattr(torch, stored), f"{source / PICKLED_WEIGHTS}", prefix
-    )
+    head, place = Head("v_head", ("v_head",), 1), f"{source / PICKLED_WEIGHTS}"
+    network = network_of(weights, config, head, getattr(torch, stored), place, prefix)
     contract = contract_for(tokenizer, config, format=format, append_eos=False, dtype=stored)
     starts = tokenizer("x")["input_ids"][:1]
     if config.model_type == "opt" and starts not in ([config.bos_token_id], [config.eos_token_id]):
@@ -223,7 +274,8 @@ def _without_bias(
 
 def _prove(network: PreTrainedModel, contract: ScoringContract) -> None:
     """Raise CheckpointError unless what was written scores as `transformers` scores the network."""
-    network.float()
+    if not getattr(network, "is_quantized", False):  # those stay as they are, in any dtype
+        network.float()
     readout = Readout.of(contract)
     expected = contract.golden.raw_scores["float32"]
     tolerance = max(FLOAT32_TOLERANCE, contract.golden.tolerance["float32"])

@@ -20,8 +20,10 @@ from reward_actor.contract import (
     Golden,
     GoldenSample,
     ScoringContract,
+    weight_files,
 )
 from reward_actor.golden import golden_samples
+from reward_actor.model.heads import ACTIVATION_SETTING
 from reward_actor.model.manifest import write_manifest
 from reward_actor.scorer import RewardScorer
 
@@ -59,8 +61,13 @@ def export(
     config.pad_token_id = contract.pad_token_id
     config.use_cache = True
     network.config = config
-    network.save_pretrained(staging, state_dict=dict(state_dict))
-    _name_for_vllm(staging / "config.json")
+    if getattr(network, "is_quantized", False):
+        _copy_weights(Path(str(network.name_or_path)), staging)
+        config.architectures = [type(network).__name__]
+        config.save_pretrained(staging)
+    else:
+        network.save_pretrained(staging, state_dict=dict(state_dict))
+    _name_class(staging / "config.json")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
     tokenizer.save_pretrained(staging)
     contract = record(staging, contract, device)
@@ -80,9 +87,21 @@ def export(
     return contract
 
 
-def _name_for_vllm(config_file: Path) -> None:
+def _copy_weights(source: Path, destination: Path) -> None:
+    """As they are: `transformers` (5.19) cannot save again what it has loaded quantised."""
+    for path in (*weight_files(source), source / "model.safetensors.index.json"):
+        if path.exists():
+            shutil.copyfile(path, destination / path.name)
+
+
+def _name_class(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["architectures"] = [_VLLM_NAMES.get(name, name) for name in config["architectures"]]
+    names = [_VLLM_NAMES.get(name, name) for name in config["architectures"]]
+    if ACTIVATION_SETTING in config:
+        # Not a class of `transformers`, and of vLLM for Qwen2 only: its classifiers hold one layer,
+        # and would draw another head.
+        names = [name.replace("ForSequenceClassification", "ForRewardModel") for name in names]
+    config["architectures"] = names
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ A member is one head of one reward model; an ensemble has several. For members' 
   mean            sum_j r_j / K
   min             min_j r_j                 "worst-case optimisation"
   mean_minus_std  mean - k * spread         "uncertainty-weighted optimisation"
+  weights         sum_j w_j r_j, where a model's contract has weights for its heads
 where spread is their population standard deviation, sqrt(sum_j (r_j - mean)^2 / K). The two
 pessimistic rules are those of Coste et al., Reward Model Ensembles Help Mitigate Overoptimization
 (arXiv:2310.02743), but that theirs subtracts k times the variance: a deviation has the reward's
@@ -14,12 +15,12 @@ Legend: K members; `...` any leading axes. All arithmetic is in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reward_actor.contract import Combine, ScoringContract, check_rule
+from reward_actor.contract import Combine, ScoringContract, check_rule, check_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,9 +59,11 @@ class Readout:
     stds: list[float]
     combine: Combine = "mean"
     k: float = 1.0
+    weights: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_rule(self.combine, self.k)
+        check_weights(self.weights, self.names)
         if not self.names or not len(self.names) == len(self.means) == len(self.stds):
             raise ValueError(
                 f"{len(self.names)} names, {len(self.means)} means and {len(self.stds)} stds; "
@@ -79,6 +82,7 @@ class Readout:
             [contract.std] * num_heads,
             contract.combine,
             contract.combine_k,
+            contract.head_weights,
         )
 
     def __len__(self) -> int:
@@ -113,8 +117,10 @@ class Readout:
     def combined(self, members: Floats) -> Floats:
         """(..., K) -> (...): one number of every K, by the rule."""
         with np.errstate(over="ignore", invalid="ignore"):
-            if not self.is_ensemble:
-                one: Floats = members[..., 0]
+            if self.weights:
+                one: Floats = members @ np.array(self.weights)
+            elif not self.is_ensemble:
+                one = members[..., 0]
             elif self.combine == "min":
                 one = members.min(axis=-1)
             else:

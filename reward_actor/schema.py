@@ -240,13 +240,15 @@ class ModelList(Wire):
 
 
 class EnsembleInfo(Wire):
-    """The members of an ensemble by name, how each is normalised, and the rule that makes one."""
+    """The members of an ensemble by name, how each is normalised, and the rule that makes one: a
+    weighted sum where there are weights."""
 
     names: list[str]
     means: list[float]
     stds: list[float]
     combine: Combine
     k: float
+    weights: list[float] = []
 
 
 class RewardDistribution(Wire):

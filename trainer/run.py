@@ -196,7 +196,7 @@ def _resolve_model(path: str) -> str:
 
 def finished(output_dir: Path) -> dict[str, Any] | None:
     """The result of a run whose export is there and whole, else None."""
-    from reward_actor.model.layouts import CheckpointError
+    from reward_actor.model.directory import CheckpointError
     from reward_actor.model.manifest import check_manifest
 
     path = output_dir / "result.json"

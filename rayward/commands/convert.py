@@ -26,6 +26,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether EOS comes behind that [as its system does]",
     )
+    parser.add_argument(
+        "--head-rows",
+        metavar="A[-B]",
+        help="score by the logit of a token of a language model's own head, or by the difference "
+        "of two; a token or its id",
+    )
+    parser.add_argument(
+        "--heads",
+        metavar="NAME=WEIGHT,...",
+        help="its head's outputs in order; the reward is their weighted sum (no weights: mean)",
+    )
     parser.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
     parser.add_argument("--device", default="cpu", help="where the golden samples are scored")
     parser.add_argument(
@@ -46,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         ends_with=arguments.ends_with,
         append_eos=arguments.append_eos,
+        head_rows=arguments.head_rows,
+        heads=arguments.heads,
         tell=lambda line: print(f"inferred {line}"),
     )
     print(f"reward model: {arguments.destination}")

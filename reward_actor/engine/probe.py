@@ -40,7 +40,8 @@ MakePacking = Callable[["RewardModel"], Packing]
 
 
 class Probe:
-    """Tries paths on a network: on itself, and in half precision on its float32 twin as well.
+    """Tries paths on a network: on itself, and in half precision, or with quantised weights, on its
+    float32 twin as well.
 
     The twin decides whether a path is exact, by the worst sequence; the network itself may then
     still overflow, or run a kernel that float32 does not have.
@@ -59,7 +60,7 @@ class Probe:
         self._own = _Trial(model, classes, budget, pooled or _pooled)
         self._exact = self._own
         self._unproven: str | None = None
-        if self._own.is_half:
+        if self._own.is_noisy:
             # Attention has other ways with gradients.
             way = _pooled if pooled is None else _pooled_with_gradients
             try:
@@ -117,7 +118,8 @@ class _Trial:
         self._pooled = pooled
         self._classes = classes
         self._budget = budget
-        self.is_half = next(model.parameters()).dtype != torch.float32
+        is_half = next(model.parameters()).dtype != torch.float32
+        self.is_noisy = is_half or bool(getattr(model.network, "is_quantized", False))
         self.sequences = synthetic_groups(model.network.config, classes.longest or _MAX_LENGTH)
         self._is_long = torch.tensor([len(row) > _WINDOW for row in self.sequences])
         with torch.no_grad(), _short_window(model):
@@ -125,7 +127,7 @@ class _Trial:
             rows = [pooled(padded.plan([row], len(row))[0]) for row in self.sequences]
             self._alone = torch.cat(rows).float()
         # In float32 the limit is known, and there is no need to measure.
-        self._noise = self._apart(PaddedPacking(model)) if self.is_half else None
+        self._noise = self._apart(PaddedPacking(model)) if self.is_noisy else None
 
     @property
     def is_finite(self) -> bool:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from reward_actor.contract import ScoringContract
-from reward_actor.model.layouts import MAX_PICKLE_BYTES, OPENRLHF_CLASSES, architecture_of
+from reward_actor.model.directory import architecture_of
+from reward_actor.model.layouts import MAX_PICKLE_BYTES, OPENRLHF_CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,8 @@ System = Literal["OpenRLHF", "a reward token", "TRL", "probably TRL"]
 def system_of(layout: Layout) -> System | None:
     """Whose training decided where a sequence ends, or None where nothing in the directory says so.
     Files are searched for a word at most, never unpickled."""
+    if layout.head.rows:
+        return None
     named = architecture_of(layout.config) in OPENRLHF_CLASSES
     # It writes both of these; a prefix alone may have been added by hand, to name the head.
     if named or {"value_head_prefix", "normalize_reward"} <= layout.config.keys():
@@ -156,7 +159,9 @@ def with_ends(
         # An adapter comes without the configuration that it was trained with.
         pad = tokenizer.pad_token_id
     last = [final] if final is not None else end_ids[-1:]
-    if layout.kind in ("hf", "peft") and pad is not None and last == [pad]:
+    # A value head's system, and a language model, read by the mask or at the very end.
+    by_pad = layout.kind in ("hf", "peft") and bool(layout.head.layers)
+    if by_pad and not layout.head.is_value_head and pad is not None and last == [pad]:
         contract = replace(contract, drop_trailing_ids=[pad])
         reasons["drop_trailing_ids"] = (
             f"{tokenizer.convert_ids_to_tokens(pad)} ends a sequence and is its pad token, which "

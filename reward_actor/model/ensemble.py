@@ -21,7 +21,7 @@ from reward_actor.contract import (
     check_rule,
     sha256_text,
 )
-from reward_actor.model.layouts import CheckpointError, json_object
+from reward_actor.model.directory import CheckpointError, json_object
 from reward_actor.model.load import LoadedModel, check_directory, load_contract
 from reward_actor.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from reward_actor.readout import Readout
@@ -190,6 +190,12 @@ def ensemble_readout(
     if len(contracts) == 1:
         return Readout.of(contracts[0])
     names, means, stds = [], [], []
+    weighted = [path for path, c in zip(paths, contracts, strict=True) if c.head_weights]
+    if weighted:
+        raise ValueError(
+            f"member {weighted[0]} has weights for its heads; an ensemble combines its members by "
+            "one rule, so it takes models without"
+        )
     for label, contract in zip(_labels(paths), contracts, strict=True):
         for head in contract.heads:
             names.append(label if len(contract.heads) == 1 else f"{label}/{head}")

@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from transformers import AutoConfig
 
 from reward_actor.contract import ScoringContract
+from reward_actor.model.directory import CheckpointError as CheckpointError
 from reward_actor.model.ends import Inferred, system_of, turn_end_of, with_ends
-from reward_actor.model.layouts import CheckpointError as CheckpointError
 from reward_actor.model.layouts import Layout
 from reward_actor.model.rope import LengthClasses
 from reward_actor.render import SENTINEL, clock

@@ -5,10 +5,14 @@ unpickles or runs a model's code.
 
 hf              `*ForSequenceClassification` of `transformers`, with a head `score` or `classifier`;
                 so do our own exports and TRL's RewardTrainer look
+value_head      a causal language model with `v_head.summary`, as TRL and LLaMA-Factory save it: in
+                the model's file or in value_head.safetensors
 openrlhf        the weights of a base model with a linear head of any name beside it, which
                 `value_head_prefix` gives; `mean` and `std` lie in config.json
 remote_code     a network whose class is Python code in the directory (`auto_map`)
-peft            an adapter (adapter_config.json) on a base model in another directory
+peft            an adapter (adapter_config.json) on a base model in another directory; its head is
+                its own, in value_head.safetensors or the base's
+causal_lm       a language model, of whose own head rows are taken; read by `rayward convert` only
 deepspeed_chat  pytorch_model.bin, a pickle; read by `rayward convert` only
 """
 
@@ -16,16 +20,32 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
-from reward_actor.contract import digests, sha256_file, weight_files
+from reward_actor.contract import digests, sha256_file
+from reward_actor.model.directory import (
+    CheckpointError,
+    Tensors,
+    architecture_of,
+    code_reference,
+    json_object,
+    quantisation,
+    read_config,
+    tensors,
+    widest,
+)
+from reward_actor.model.heads import (
+    HEADS,
+    Head,
+    check_activation,
+    find_head,
+    head_of_rows,
+    is_embedding,
+)
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 
@@ -33,78 +53,10 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 # and as it is since; v_head.weight is the head.
 BODY_PREFIXES = ("rwtranrsformer.", "rwtransformer.")
 
-HEADS = ("score", "classifier", "value_head", "v_head", "regression_head", "reward_head")
-
 # What data parallelism, torch.compile and PEFT put before every name.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
-
 MAX_PICKLE_BYTES = 64 * 2**20
-
-
-class CheckpointError(ValueError):
-    """This directory cannot be served; the message says what to do."""
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json. Raises CheckpointError where it is missing or not a JSON object."""
-    path = directory / "config.json"
-    if not path.exists():
-        hint = "; did you mean its export/ folder?" if (directory / "export").is_dir() else ""
-        raise CheckpointError(f"{directory} holds no config.json, so no model{hint}")
-    config = json_object(path)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise CheckpointError(
-            f"{directory} holds quantised weights ({method or 'quantization_config'} in its "
-            "config.json), which this version does not read; give the model that was quantised, or "
-            "save it with whole weights (model.dequantize())"
-        )
-    return config
-
-
-def tensors(
-    directory: Path, files: Iterable[Path] | None = None
-) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of every tensor in the directory's safetensors files, from their headers."""
-    if files is None:
-        files = weight_files(directory)
-        index = directory / "model.safetensors.index.json"
-        shards = json_object(index).get("weight_map", {}) if index.exists() else {}
-        if not isinstance(shards, dict):
-            raise CheckpointError(f"{index}: weight_map is not an object of names and files")
-        for shard in shards.values():
-            if Path(str(shard)).name != shard:
-                raise CheckpointError(f"{index} names weights outside its directory: {shard!r}")
-    found: dict[str, tuple[list[int], str]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 -- not a dict
-                    part = file.get_slice(name)
-                    found[name] = (part.get_shape(), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-    return found
-
-
-def widest(dtypes: Iterable[str]) -> str:
-    """The one dtype that holds every floating-point weight without rounding, as torch names it."""
-    floats = {_DTYPES.get(dtype, "float32") for dtype in dtypes if dtype.startswith(("F", "BF"))}
-    return floats.pop() if len(floats) == 1 else "float32"
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises CheckpointError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return data
 
 
 def is_deepspeed_chat(directory: Path) -> bool:
@@ -141,7 +93,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The class of OpenRLHF's reward models, new and old; both are made at run time.
 OPENRLHF_CLASSES = ("RewardModel", "LLMForSequenceRegression")
 
-Kind = Literal["hf", "openrlhf", "remote_code", "peft"]
+VALUE_HEAD = "value_head.safetensors"
+
+Kind = Literal["hf", "openrlhf", "value_head", "remote_code", "peft", "causal_lm"]
 
 
 @dataclass(frozen=True)
@@ -151,9 +105,8 @@ class Layout:
     directory    as it was given.
     base         holds config.json and the body's weights; for an adapter another directory.
     config       base's config.json.
-    head         the head's name in the weights.
-    num_outputs  rows of the head.
-    dtype        the widest in which a weight is stored; float32 for an adapter, which is merged.
+    head         where it lies in the weights.
+    dtype        the widest in which the body is stored; float32 for an adapter, which is merged.
     prefix       what stands before the name of every weight: a wrapper's that was saved along.
     vocab_size   of an adapter that brings embeddings of its own; None: config.json has it.
     """
@@ -162,8 +115,7 @@ class Layout:
     directory: Path
     base: Path
     config: Mapping[str, Any]
-    head: str
-    num_outputs: int
+    head: Head
     dtype: str
     prefix: str = ""
     vocab_size: int | None = None
@@ -212,32 +164,31 @@ class Layout:
         )
 
 
-def recognise(path: str | Path) -> Layout:
-    """The layout of a directory. Raises CheckpointError unless it holds a trained reward model."""
+def recognise(path: str | Path, head_rows: tuple[int, ...] = ()) -> Layout:
+    """The layout of a directory. Raises CheckpointError unless it holds a trained reward model.
+
+    head_rows: one row of a language model's head to score by, or two whose difference counts.
+    """
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory; give the export of a training (its export/ folder)"
         )
     if (directory / ADAPTER_CONFIG).exists():
-        return _adapter(directory)
+        return _adapter(directory, head_rows)
     config = read_config(directory)
     found, prefix = _unwrapped(directory, tensors(directory))
-    head = _head(directory, config, found)
-    shape, _ = found[f"{head}.weight"]
-    return Layout(
-        _kind(directory, config, head),
-        directory,
-        directory,
-        config,
-        head,
-        shape[0],
-        widest(dtype for _, dtype in found.values()),
-        prefix,
-    )
-
-
-Tensors = dict[str, tuple[list[int], str]]
+    if head_rows:
+        head = head_of_rows(directory, config, found, head_rows)
+        kind: Kind = "causal_lm"
+    else:
+        head = find_head(directory, config, found)
+        kind = _kind(directory, config, head)
+        if kind != "remote_code":
+            check_activation(directory, head)
+    of_head = {f"{layer}.{part}" for layer in head.layers for part in ("weight", "bias")}
+    dtype = widest(dtype for name, (_, dtype) in found.items() if name not in of_head)
+    return Layout(kind, directory, directory, config, head, dtype, prefix)
 
 
 def _unwrapped(directory: Path, found: Tensors) -> tuple[Tensors, str]:
@@ -277,7 +228,7 @@ def tokenizer_directory(path: Path) -> Path:
     )
 
 
-def _kind(directory: Path, config: Mapping[str, Any], head: str) -> Kind:
+def _kind(directory: Path, config: Mapping[str, Any], head: Head) -> Kind:
     import transformers
 
     architecture = architecture_of(config)
@@ -285,9 +236,13 @@ def _kind(directory: Path, config: Mapping[str, Any], head: str) -> Kind:
         return "openrlhf"
     if architecture.endswith("ForSequenceClassification") and hasattr(transformers, architecture):
         return "hf"  # whatever code was beside it before `transformers` had the class
+    if head.is_value_head:
+        return "value_head"
+    if head.activation is not None:
+        return "hf"  # what its own code would compute is known
     name = code_reference(config)[1]
     if hasattr(transformers, name.split(".")[-1]):
-        return "hf" if head in ("score", "classifier") else "openrlhf"
+        return "hf" if head.name in ("score", "classifier") else "openrlhf"
     _check_code_is_here(directory)
     return "remote_code"
 
@@ -304,74 +259,9 @@ def _check_code_is_here(directory: Path) -> None:
             )
 
 
-def architecture_of(config: Mapping[str, Any]) -> str:
-    """The first class that config.json names, or nothing."""
-    named = config.get("architectures")
-    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-
-
-def code_reference(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(auto class, module.Class) of a network's own code; the plain auto class where it has none.
-
-    The second part is then the name of a class of `transformers`.
-    """
-    auto_map = config.get("auto_map")
-    for auto in ("AutoModelForSequenceClassification", "AutoModel"):
-        if isinstance(auto_map, dict) and isinstance(auto_map.get(auto), str):
-            return auto, auto_map[auto]
-    return "AutoModelForSequenceClassification", "AutoModelForSequenceClassification"
-
-
-def _head(directory: Path, config: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The head's name in the weights. Raises CheckpointError without exactly one linear head."""
-    names = set(names)
-    prefix = config.get("value_head_prefix")
-    if isinstance(prefix, str) and f"{prefix}.weight" in names:
-        return prefix
-    found = [head for head in HEADS if f"{head}.weight" in names]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(
-            f"{directory} has several heads ({', '.join(found)}); say which one scores: "
-            '"value_head_prefix" in its config.json'
-        )
-    nested = sorted(name for name in names if name.split(".")[0] in HEADS)
-    if nested:
-        raise CheckpointError(
-            f"{directory}: its head is not one linear layer (it has {nested[0]}); this version "
-            "knows only linear heads"
-        )
-    architecture = architecture_of(config) or "a network"
-    others = _heads_of_another_kind(names)
-    if others:
-        raise CheckpointError(
-            f"{directory} has a head of a kind that this version does not know: {architecture} "
-            f"with {', '.join(others)}. It knows one linear layer, called {', '.join(HEADS)} or as "
-            '"value_head_prefix" in config.json says'
-        )
-    raise CheckpointError(
-        f"{directory} has no trained reward head: {architecture} without any of "
-        f"{', '.join(head + '.weight' for head in HEADS)}. Serving it would score with random "
-        f"numbers. Train it first: rayward train --model.path {directory}"
-    )
-
-
-# Parts of a body, and of a causal language model, that stand beside its layers.
-_NO_HEAD = re.compile(r"embed|norm|wte|wpe|ln_|rotary|pos|lm_head|^h$|^layers$|proj_(in|out)$")
-
-
-def _heads_of_another_kind(names: set[str]) -> list[str]:
-    """The first weight of every part beside the body, which is the part with the most weights."""
-    parts: dict[str, list[str]] = {}
-    for name in sorted(names):
-        parts.setdefault(name.split(".")[0], []).append(name)
-    body = max(parts, key=lambda part: len(parts[part]))
-    return [own[0] for part, own in parts.items() if part != body and not _NO_HEAD.search(part)]
-
-
-def _adapter(directory: Path) -> Layout:
-    """The layout of an adapter: its head is its own (`modules_to_save`) or its base's."""
+def _adapter(directory: Path, head_rows: tuple[int, ...] = ()) -> Layout:
+    """The layout of an adapter: its head is its own (`modules_to_save`, or the file of a value
+    head), its base's, or made of rows of the base's."""
     weights = directory / ADAPTER_WEIGHTS
     if not weights.exists():
         raise CheckpointError(
@@ -383,27 +273,31 @@ def _adapter(directory: Path) -> Layout:
         name.removeprefix("base_model.model."): tensor
         for name, tensor in tensors(directory, [weights]).items()
     }
+    value_head = directory / VALUE_HEAD
+    beside = tensors(directory, [value_head]) if value_head.exists() else {}
     config = read_config(base)
-    theirs, prefix = _unwrapped(base, tensors(base))
-    heads = {name: own[name] for name in (f"{head}.weight" for head in HEADS) if name in own}
-    head = _head(directory, config, heads or theirs)
-    if _kind(base, config, head) == "remote_code":
+    if quantisation(config) is not None:
         raise CheckpointError(
-            f"{directory} is an adapter on {base}, which needs Python code of its own. Convert the "
-            f"base first (rayward convert {base} DST --trust-remote-code) and name DST as "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            f"{directory} is an adapter on quantised weights ({base}), into which it cannot be "
+            f"merged; name the model that was quantised as base_model_name_or_path in "
+            f"{ADAPTER_CONFIG}"
         )
-    shape, _ = {**theirs, **heads}[f"{head}.weight"]
+    theirs, prefix = _unwrapped(base, tensors(base))
+    if head_rows:
+        head = head_of_rows(directory, config, theirs, head_rows)
+    else:
+        heads = {name: own[name] for name in (f"{head}.weight" for head in HEADS) if name in own}
+        head = find_head(directory, config, beside or heads or theirs)
+        check_activation(directory, head)
+        if _kind(base, config, head) == "remote_code":
+            raise CheckpointError(
+                f"{directory} is an adapter on {base}, which needs Python code of its own. Convert "
+                f"the base first (rayward convert {base} DST --trust-remote-code) and name DST as "
+                f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            )
     embeddings = [shape[0] for name, (shape, _) in own.items() if is_embedding(name)]
     vocab_size = embeddings[0] if embeddings else None
-    return Layout("peft", directory, base, config, head, shape[0], "float32", prefix, vocab_size)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether an adapter's weight is a whole table of input embeddings."""
-    parts = name.split(".")
-    is_table = any(part in ("embed_tokens", "wte", "word_embeddings", "embed_in") for part in parts)
-    return is_table and parts[-1] == "weight" and "lora" not in name
+    return Layout("peft", directory, base, config, head, "float32", prefix, vocab_size)
 
 
 def _adapter_base(directory: Path) -> Path:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reward_actor.contract import ScoringContract, model_version
+from reward_actor.model.directory import CheckpointError as CheckpointError
 from reward_actor.model.ends import Inferred
 from reward_actor.model.inferred import infer_contract
-from reward_actor.model.layouts import CheckpointError as CheckpointError
 from reward_actor.model.layouts import Layout, recognise
 from reward_actor.model.manifest import check_manifest
 from reward_actor.model.reward_model import RewardModel
@@ -132,10 +132,11 @@ def open_directory(
     if contract is None:
         inferred = _inferred(layout, tokenizer)
         contract = inferred.contract
-    if layout.num_outputs != len(contract.heads):
+    if layout.head.num_outputs != len(contract.heads):
         raise CheckpointError(
-            f"{directory}: the head has {layout.num_outputs} outputs but the contract names "
-            f"{len(contract.heads)} ({', '.join(contract.heads)}); name every output in its heads"
+            f"{directory}: the head has {layout.head.num_outputs} outputs but the contract names "
+            f"{len(contract.heads)} ({', '.join(contract.heads)}); name every output: rayward "
+            f"convert {directory} DST --heads name=weight,..."
         )
     check_manifest(directory)
     dtype = contract.dtype if dtype == "auto" else dtype

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_actor.contract import sha256_file
-from reward_actor.model.layouts import CheckpointError as CheckpointError
+from reward_actor.model.directory import CheckpointError as CheckpointError
 
 MANIFEST_FILE = "MANIFEST.json"
 

@@ -35,10 +35,8 @@ class Float32Head(nn.Linear):
     """
 
     @classmethod
-    def of(cls, head: nn.Module) -> Float32Head:
-        """The head of a network, its parameters kept. Raises ValueError if it is not linear."""
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"the reward head is a {type(head).__name__}, not a linear layer")
+    def of(cls, head: nn.Linear) -> Float32Head:
+        """A linear layer, its parameters kept."""
         new = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
         new.weight = head.weight
         new.bias = head.bias
@@ -48,6 +46,62 @@ class Float32Head(nn.Linear):
         hidden = hidden.float()
         scores = torch.stack([(hidden * row).sum(-1) for row in self.weight.float()], -1)
         return scores if self.bias is None else scores + self.bias.float()
+
+
+_ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
+
+
+class Float32Layers(nn.Sequential):
+    """Linear layers with activations between them, in float32: (..., H) -> (..., K).
+
+    Row after row, as equal rows must get equal scores here, too.
+    """
+
+    @classmethod
+    def of(cls, layers: nn.Sequential) -> Float32Layers:
+        """The head of a network, its parameters kept. Raises ValueError for layers of another
+        kind."""
+        inner = [layer for layer in layers if not isinstance(layer, nn.Dropout | nn.Identity)]
+        for layer in inner:
+            if not isinstance(layer, (nn.Linear, *_ACTIVATIONS)):
+                raise ValueError(f"the reward head holds a {type(layer).__name__}")
+        return cls(*inner)
+
+    @property
+    def linear(self) -> list[nn.Linear]:
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+    @property
+    def in_features(self) -> int:
+        return self.linear[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear[-1].out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = {
+            layer: (layer.weight.float(), None if layer.bias is None else layer.bias.float())
+            for layer in self.linear
+        }
+        scores = []
+        for row in hidden.float().reshape(-1, hidden.shape[-1]):
+            for layer in self:
+                row = layer(row) if layer not in wide else nn.functional.linear(row, *wide[layer])
+            scores.append(row)
+        if not scores:
+            return hidden.new_zeros((*hidden.shape[:-1], self.out_features), dtype=torch.float32)
+        return torch.stack(scores).view(*hidden.shape[:-1], self.out_features)
+
+
+def float32_head(head: nn.Module) -> Float32Head | Float32Layers:
+    """A network's head that computes in float32, its parameters kept. Raises ValueError for one
+    that is not made of linear layers."""
+    if isinstance(head, nn.Linear):
+        return Float32Head.of(head)
+    if isinstance(head, nn.Sequential):
+        return Float32Layers.of(head)
+    raise ValueError(f"the reward head is a {type(head).__name__}, not made of linear layers")
 
 
 class RewardModel(nn.Module):
@@ -65,7 +119,7 @@ class RewardModel(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         name = head_name(network)
-        setattr(network, name, Float32Head.of(getattr(network, name)))
+        setattr(network, name, float32_head(getattr(network, name)))
         self.network = network
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -89,7 +143,7 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def head(self) -> Float32Head:
+    def head(self) -> Float32Head | Float32Layers:
         return cast("Float32Head", getattr(self.network, head_name(self.network)))
 
 
@@ -142,6 +196,6 @@ def get_reward(
     ).last_hidden_state
     head = getattr(model, head_name(model))
     # On a copy of the hidden states in the head's dtype when it is not our Float32Head.
-    logits = head(hidden.to(head.weight.dtype)).float().squeeze(-1)
+    logits = head(hidden.to(next(head.parameters()).dtype)).float().squeeze(-1)
     rows = torch.arange(len(logits), device=logits.device)
     return logits, logits[rows, last], last

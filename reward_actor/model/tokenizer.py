@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from reward_actor.contract import ScoringContract, sha256_text
-from reward_actor.model.layouts import CheckpointError, tokenizer_directory
+from reward_actor.model.directory import CheckpointError
+from reward_actor.model.layouts import tokenizer_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

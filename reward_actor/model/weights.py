@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +23,14 @@ from transformers import (
 )
 
 from reward_actor.contract import weight_files
-from reward_actor.model.layouts import (
-    ADAPTER_WEIGHTS,
-    HEADS,
-    CheckpointError,
-    Layout,
-    code_reference,
-    is_embedding,
-    tensors,
-)
-from reward_actor.model.reward_model import Float32Head
+from reward_actor.model.directory import CheckpointError, code_reference, tensors
+from reward_actor.model.heads import ACTIVATION_SETTING, HEADS, Head, is_embedding, language_head
+from reward_actor.model.layouts import ADAPTER_WEIGHTS, VALUE_HEAD, Layout
+from reward_actor.model.reward_model import Float32Head, Float32Layers, float32_head
+
+_MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
+}  # fmt: skip
 
 # Settings of config.json that mean something to other systems only.
 CUSTOM_SETTINGS = (
@@ -60,13 +59,26 @@ def load_network(
     if layout.kind == "remote_code":
         return _own_code(layout, dtype)
     config = AutoConfig.from_pretrained(layout.base, trust_remote_code=False)
-    config.num_labels = layout.num_outputs
+    config.num_labels = layout.head.num_outputs
     if layout.kind == "peft":
         return _merged(layout, config, dtype)
-    if layout.kind == "hf" and layout.head == plain_head(config) and not layout.prefix:
+    if layout.kind == "hf" and _is_plain(layout, config):
         return from_directory(layout.base, config, dtype)
     weights = _weights(layout.base, layout.prefix)
     return network_of(weights, config, layout.head, dtype, str(layout.base))
+
+
+def _is_plain(layout: Layout, config: PretrainedConfig) -> bool:
+    """Whether the plain class reads the base's weights as they are: the head, too, under its name,
+    without a bias, and no wider than the body."""
+    [*layers] = layout.head.layers
+    if layers != [plain_head(config)] or layout.prefix:
+        return False
+    stored = tensors(layout.base)
+    name = f"{layers[0]}.weight"
+    narrow = any(dtype in ("BF16", "F16") for _, dtype in stored.values())
+    is_wider = name in stored and stored[name][1] == "F32" and narrow
+    return f"{layers[0]}.bias" not in stored and not is_wider
 
 
 def _weights(directory: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -96,22 +108,25 @@ def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Pre
             'pip install "rayward[peft]"'
         ) from error
     own = load_file(layout.directory / ADAPTER_WEIGHTS)
+    value_head = layout.directory / VALUE_HEAD
     head = plain_head(config)
     has_head = f"base_model.model.{head}.weight" in own
-    if (has_head or layout.head == head) and not layout.prefix:
+    is_plain = not value_head.exists() and (has_head or _is_plain(layout, config))
+    if is_plain and not layout.prefix:
         base = from_directory(layout.base, config, torch.float32, head_elsewhere=has_head)
     else:
         weights = _weights(layout.base, layout.prefix)
+        if value_head.exists():
+            weights |= load_file(value_head)
         if has_head:
             weights[f"{head}.weight"] = own[f"base_model.model.{head}.weight"]
-        name = head if has_head else layout.head
-        base = network_of(weights, config, name, torch.float32, str(layout.base))
+        base = network_of(weights, config, layout.head, torch.float32, str(layout.base))
     misfit = f"{layout.directory} does not fit {layout.base}"
     if layout.vocab_size not in (None, base.get_input_embeddings().num_embeddings):
         # Tokens that were added for the training; the adapter has all their weights.
         base.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
     try:
-        adapted: Any = PeftModel.from_pretrained(base, layout.directory)
+        adapted: Any = PeftModel.from_pretrained(base, layout.directory, config=_peft(layout))
     except RuntimeError as error:  # shapes that differ
         raise CheckpointError(f"{misfit}: {error}") from error
     # The library only warns of weights that it finds no place for, and draws missing ones. Left to
@@ -133,10 +148,25 @@ def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Pre
             "into its base; only adapters that add to weights (LoRA and its kin) can"
         )
     merged = cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
+    of_head = getattr(merged, head)
+    wide = set(of_head.parameters())  # as in `_head_of`, and in what `convert` makes of it
+    if isinstance(of_head, nn.Linear):
+        wide.remove(of_head.weight)
     for parameter in merged.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
+        if parameter not in wide:
+            parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype
     return merged
+
+
+def _peft(layout: Layout) -> Any:
+    """An adapter's settings. Those for a causal model would look for its methods in the network."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(layout.directory))
+    if config.task_type != "SEQ_CLS":
+        config.task_type = None
+    return config
 
 
 def _own_code(layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
@@ -156,17 +186,21 @@ def _own_code(layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
     if plain is None:
         return cast("PreTrainedModel", custom)
     mean, std = layout.normalisation
+    num_outputs = layout.head.num_outputs
     for first in (5, 11):
         row = [i for i in range(first, first + 9) if i != plain.config.pad_token_id]
-        own = own_score(custom, row)
-        ours = (own_score(plain, row) - mean) / std
-        # A head in bfloat16 rounds its score to three digits.
-        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-        if not abs(own - ours) <= tolerance * max(1.0, abs(own)):
-            raise CheckpointError(
-                f"{layout.directory}: {reference} scores {own:.4g} where its head at the last "
-                f"token says {ours:.4g}; its code does more than this version knows"
-            )
+        pairs = zip(
+            own_scores(custom, row, num_outputs), own_scores(plain, row, num_outputs), strict=True
+        )
+        for own, raw in pairs:
+            ours = (raw - mean) / std
+            # A head in bfloat16 rounds its score to three digits.
+            tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+            if not abs(own - ours) <= tolerance * max(1.0, abs(own)):
+                raise CheckpointError(
+                    f"{layout.directory}: {reference} scores {own:.4g} where its head at the last "
+                    f"token says {ours:.4g}; its code does more than this version knows"
+                )
     return plain
 
 
@@ -192,12 +226,6 @@ def own_scores(network: nn.Module, row: list[int], num_outputs: int = 1) -> list
     return cast("list[float]", value.flatten()[-num_outputs:].float().tolist())
 
 
-def own_score(network: nn.Module, row: list[int]) -> float:
-    """`own_scores` of a network with one output."""
-    [score] = own_scores(network, row)
-    return score
-
-
 def _fill_normalisation(network: nn.Module, layout: Layout) -> None:
     """Write mean and std of config.json into the network's buffers.
 
@@ -213,16 +241,21 @@ def _plain_twin(
     custom: PreTrainedModel, layout: Layout, dtype: torch.dtype
 ) -> PreTrainedModel | None:
     """The plain class with a custom network's weights; None where it is more than body and head."""
-    parts = {name.split(".")[0] for name, _ in custom.named_parameters()}
+    parts = {name.split(".")[0] for name, _ in custom.named_parameters()} - {"lm_head"}
+    head = layout.head
+    if len(head.layers) > 1:
+        head = replace(head, activation=_activation(custom.get_submodule(head.name)))
+        if head.activation is None:
+            return None
     for name, body in custom.named_children():
-        if parts != {name, layout.head}:
+        if parts != {name, head.name}:
             continue
         config_class: Any = getattr(type(body), "config_class", None)
         if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             continue
         plain: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class]
         config = _plain_config(cast("PretrainedConfig", body.config), config_class)
-        config.num_labels = layout.num_outputs
+        config.num_labels = head.num_outputs
         with torch.device("meta"):
             twin = getattr(plain(config), plain.base_model_prefix)
         if type(twin) is not type(body):
@@ -232,11 +265,19 @@ def _plain_twin(
             for key, weight in custom.state_dict().items()
             if key not in ("mean", "std")  # buffers; in the contract, and compared with below
         }
-        bias = _stored(layout.directory, f"{layout.head}.bias")
-        if bias is not None:
-            weights[f"{layout.head}.bias"] = bias
-        return network_of(weights, config, layout.head, dtype, str(layout.directory), "body.")
+        for layer in head.layers:
+            bias = _stored(layout.directory, f"{layer}.bias")
+            if bias is not None:
+                weights[f"{layer}.bias"] = bias
+        return network_of(weights, config, head, dtype, str(layout.directory), "body.")
     return None
+
+
+def _activation(head: nn.Module) -> str | None:
+    """The one activation of a head's layers, or None."""
+    found = {type(module) for module in head.modules()} & {*_MODULES.values()}
+    names = [name for name, module in _MODULES.items() if module in found]
+    return names[0] if len(names) == 1 else None
 
 
 def _plain_config(config: PretrainedConfig, config_class: Any) -> PretrainedConfig:
@@ -255,27 +296,24 @@ _UNUSED = re.compile(
 def network_of(
     weights: Mapping[str, Tensor],
     config: PretrainedConfig,
-    head: str,
+    head: Head,
     dtype: torch.dtype,
     source: str,
     body_prefix: str = "",
 ) -> PreTrainedModel:
     """`transformers`' sequence classifier for `config`, filled with weights under other names.
 
-    `head` is the head's name in the weights, `body_prefix` what stands before the body's names.
-    Raises CheckpointError, naming `source`, unless every weight finds its place.
+    `body_prefix` is what stands before the body's names. Raises CheckpointError, naming `source`,
+    unless every weight finds its place.
     """
     prefix = plain_class(config).base_model_prefix + "."
     inside = any(name.startswith(body_prefix + prefix) for name in weights)
-    new_head = plain_head(config)
+    of_head = {f"{layer}.{kind}" for layer in head.layers for kind in ("weight", "bias")}
     renamed: dict[str, Tensor] = {}
-    bias = None
     for name, tensor in weights.items():
-        if name == f"{head}.weight":
-            renamed[f"{new_head}.weight"] = tensor
-        elif name == f"{head}.bias":
-            bias = tensor
-        elif body_prefix and not name.startswith(body_prefix):
+        if name in of_head:
+            continue
+        if body_prefix and not name.startswith(body_prefix):
             renamed[name] = tensor  # reported as unexpected
         else:
             name = name.removeprefix(body_prefix)
@@ -283,12 +321,71 @@ def network_of(
     network, report = plain_class(config).from_pretrained(
         None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True
     )
+    name = plain_head(config)
+    report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(f"{name}.")}
     check_complete(report, source)
-    if bias is not None:  # whole, also beside a bfloat16 body: a conversion moves it elsewhere
-        layer = Float32Head.of(getattr(network, new_head))
-        layer.bias = nn.Parameter(bias.float())
-        setattr(network, new_head, layer)
+    built = _head_of(weights, head, dtype)
+    if built.in_features != config.get_text_config().hidden_size:
+        raise CheckpointError(
+            f"{source}: its head reads {built.in_features} hidden units, and its body has "
+            f"{config.get_text_config().hidden_size}"
+        )
+    setattr(network, name, built)
+    if isinstance(built, Float32Layers):
+        setattr(network.config, ACTIVATION_SETTING, head.activation)
     return cast("PreTrainedModel", network)
+
+
+def _head_of(
+    weights: Mapping[str, Tensor], head: Head, dtype: torch.dtype
+) -> Float32Head | Float32Layers:
+    """A head with its trained weights.
+
+    In the body's dtype if it is one product without a bias, and stored no wider than the body; else
+    as it is stored: it computes in float32 anyway.
+    """
+    if head.rows:
+        return float32_head(_of_rows(weights, head.rows))
+    layers = [_linear(weights, layer) for layer in head.layers]
+    if len(layers) > 1:
+        activation = _MODULES[head.activation or ""]
+        between = [part for layer in layers for part in (layer, activation())][:-1]
+        return float32_head(nn.Sequential(*between))
+    [layer] = layers
+    name = f"{head.layers[0]}.weight"
+    is_narrow = any(
+        w.dtype in (torch.bfloat16, torch.float16) for n, w in weights.items() if n != name
+    )
+    if not (is_narrow and layer.weight.dtype == torch.float32):
+        layer.weight.data = layer.weight.data.to(dtype)
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.float()
+    return float32_head(layer)
+
+
+def _linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def _of_rows(weights: Mapping[str, Tensor], rows: Sequence[int]) -> nn.Linear:
+    """The logit of a token of the language model's head, or one less another, in float32."""
+    name = language_head(weights)
+    assert name is not None
+    of_tokens = [weights[name][row].float().clone() for row in rows]
+    bias = weights.get(f"{name.removesuffix('.weight')}.bias")
+    found = {"head.weight": _less(of_tokens)[None]}
+    if bias is not None:
+        found["head.bias"] = _less([bias[row].float() for row in rows])[None]
+    return _linear(found, "head")
+
+
+def _less(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else values[0] - values[1]
 
 
 def from_directory(

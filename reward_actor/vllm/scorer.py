@@ -13,8 +13,9 @@ import numpy as np
 
 from reward_actor.contract import CONTRACT_FILE, ScoringContract
 from reward_actor.golden import replay
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.ensemble import Ensemble
-from reward_actor.model.layouts import CheckpointError, recognise
+from reward_actor.model.layouts import recognise
 from reward_actor.model.load import Opened, open_directory
 from reward_actor.readout import Readout
 from reward_actor.render import Renderer
@@ -136,6 +137,11 @@ def check_supported(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} is a model of the layout {layout.kind!r}, which vLLM does not load. "
             f"Convert it first: rayward convert {directory} DST; or use engine forest"
+        )
+    if len(layout.head.layers) > 1:
+        raise CheckpointError(
+            f"{directory} has a head of {len(layout.head.layers)} layers, which engine vllm does "
+            "not load; use engine forest"
         )
     contract = ScoringContract.load(directory)
     if contract is None or not contract.golden.samples:

@@ -7,15 +7,17 @@ code with ours.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from families import make_network
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +39,7 @@ class {base}RewardModel({base}PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.{prefix} = {base}Model(config)
-        self.value_head = nn.Linear(config.hidden_size, 1, bias={bias})
+        self.value_head = {head}
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None):
@@ -137,9 +139,8 @@ def remote_code(
     directory.mkdir()
     network = make_network(family)
     base = {"llama": "Llama", "bloom": "Bloom"}[family]
-    code = REMOTE_CODE.format(
-        base=base, prefix=network.base_model_prefix, bias=str(bias is not None)
-    )
+    head = f"nn.Linear(config.hidden_size, 1, bias={bias is not None})"
+    code = REMOTE_CODE.format(base=base, prefix=network.base_model_prefix, head=head)
     (directory / "modeling_reward.py").write_text(code)
     weights = {
         key.replace("score.", "value_head."): weight.contiguous()
@@ -190,6 +191,139 @@ def peft_adapter(directory: Path, base: Path, tokenizer: Any) -> Score:
     def score(row: list[int]) -> float:
         with torch.inference_mode():
             return adapted(input_ids=torch.tensor([row])).logits.item()
+
+    return score
+
+
+def value_head(
+    directory: Path, place: str = "file", neurons: tuple[int, ...] = (), **settings: Any
+) -> Score:
+    """TRL's `AutoModelForCausalLMWithValueHead`: `v_head.summary`, float32 over the last hidden
+    states. "file": value_head.safetensors, as LLaMA-Factory writes it; "inside": with the model's
+    weights, as TRL does. neurons: of GRM's layers before the last (its `vhead_num_neurons`)."""
+    network = make_network("llama")
+    causal = _causal(network)
+    causal.save_pretrained(directory)
+    write_config(directory, network, architectures=["LlamaForCausalLM"], **settings)
+    layers, weights = _layers([network.config.hidden_size, *neurons, 1])
+    named = {
+        f"v_head.summary.{key}" if neurons else f"v_head.summary.{key.removeprefix('0.')}": weight
+        for key, weight in weights.items()
+    }
+    if place == "file":
+        save_file(named, directory / "value_head.safetensors")
+    else:
+        path = directory / "model.safetensors"
+        save_file({**load_file(path), **named}, path, metadata={"format": "pt"})
+    return _last(network, layers)
+
+
+def value_head_adapter(directory: Path, base: Path, tokenizer: Any) -> Score:
+    """A LoRA adapter of LLaMA-Factory's: for a causal model, with value_head.safetensors."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = make_network("llama")
+    _causal(network).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    causal = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"])
+    adapted = get_peft_model(causal, config)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(directory)
+    layers, weights = _layers([network.config.hidden_size, 1])
+    named = {f"v_head.summary.{key.removeprefix('0.')}": w for key, w in weights.items()}
+    save_file(named, directory / "value_head.safetensors")
+
+    def score(row: list[int]) -> float:
+        with torch.inference_mode():
+            output = adapted(input_ids=torch.tensor([row]), output_hidden_states=True)
+            return layers(output.hidden_states[-1][0, -1].float()).item()
+
+    return score
+
+
+def layered(
+    directory: Path,
+    architecture: str,
+    family: str = "qwen2",
+    activation: type[nn.Module] = nn.ReLU,
+    name: str = "score",
+    **settings: Any,
+) -> Score:
+    """`score` of several layers with a ReLU between them (modeling_qwen2_rm.py of
+    Qwen2.5-Math-RM-72B; the model card of INF-ORM-Llama3.1-70B)."""
+    directory.mkdir()
+    network = make_network(family)
+    write_config(directory, network, architectures=[architecture], **settings)
+    size = network.config.hidden_size
+    layers, weights = _layers([size, size, 1], activation)
+    body = {key: w for key, w in network.state_dict().items() if not key.startswith("score.")}
+    named = {f"{name}.{key}": weight for key, weight in weights.items()}
+    save_file({**body, **named}, directory / "model.safetensors", metadata={"format": "pt"})
+    return _last(network, layers)
+
+
+def layered_code(directory: Path) -> Score:
+    """A network of its own code whose head has two layers with a GELU between them."""
+    score = layered(
+        directory,
+        "LlamaRewardModel",
+        "llama",
+        activation=nn.GELU,
+        name="value_head",
+        auto_map={"AutoModelForSequenceClassification": "modeling_reward.LlamaRewardModel"},
+    )
+    size = "config.hidden_size"
+    head = f"nn.Sequential(nn.Linear({size}, {size}), nn.GELU(), nn.Linear({size}, 1))"
+    code = REMOTE_CODE.format(base="Llama", prefix="model", head=head)
+    (directory / "modeling_reward.py").write_text(code)
+    return score
+
+
+def language_model(directory: Path, family: str = "llama", **settings: Any) -> Any:
+    """A causal language model, whose logits are some system's rewards."""
+    causal = _causal(make_network(family), **settings)
+    causal.save_pretrained(directory)
+    return causal.eval()
+
+
+def _causal(network: PreTrainedModel, **settings: Any) -> Any:
+    """A causal language model with the network's body and a head of its own."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(network.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(3)
+    causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    causal.model.load_state_dict(network.model.state_dict())
+    causal.generation_config.pad_token_id = None
+    return causal
+
+
+def _layers(
+    sizes: list[int], activation: type[nn.Module] = nn.ReLU
+) -> tuple[nn.Sequential, dict[str, Tensor]]:
+    """Linear layers with activations between them, and their weights: "0.weight", ..."""
+    torch.manual_seed(2)
+    parts = [
+        part
+        for inner, outer in pairwise(sizes)
+        for part in (nn.Linear(inner, outer, dtype=torch.float32), activation())
+    ]
+    layers = nn.Sequential(*parts[:-1]).requires_grad_(False)
+    return layers, {key: weight.contiguous() for key, weight in layers.state_dict().items()}
+
+
+def _last(network: PreTrainedModel, layers: nn.Module) -> Score:
+    def score(row: list[int]) -> float:
+        ids = torch.tensor([row])
+        hidden = hidden_states(network, ids, torch.ones_like(ids))
+        return layers(hidden[0, -1])[0].item()
 
     return score
 

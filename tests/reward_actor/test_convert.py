@@ -20,7 +20,7 @@ import rayward
 from reward_actor import Group, RewardScorer
 from reward_actor.contract import ScoringContract
 from reward_actor.convert import convert
-from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no scoring_contract.json:UserWarning")

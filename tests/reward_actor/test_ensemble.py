@@ -21,7 +21,7 @@ from reward_actor import Group, RewardScorer
 from reward_actor.contract import ContractError, HeldOut, ScoringContract
 from reward_actor.convert import convert
 from reward_actor.engine.probe import synthetic_groups
-from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.manifest import write_manifest
 
 GROUPS = [

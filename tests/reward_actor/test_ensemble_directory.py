@@ -12,8 +12,8 @@ import pytest
 
 import rayward
 from reward_actor import Group, RewardScorer
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.ensemble import ENSEMBLE_FILE, Ensemble
-from reward_actor.model.layouts import CheckpointError
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reward_actor import Group, RewardScorer
 from reward_actor.contract import ContractError, ScoringContract
-from reward_actor.model.layouts import CheckpointError
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.manifest import check_manifest, write_manifest
 
 GROUP = Group("Name two fruits.", ["An apple and a pear.", "A hammer."])

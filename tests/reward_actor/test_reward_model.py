@@ -12,7 +12,12 @@ from families import FAMILIES, engine, groups, transformers_own
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_actor.model.reward_model import Float32Head, get_reward, last_token_index
+from reward_actor.model.reward_model import (
+    Float32Head,
+    float32_head,
+    get_reward,
+    last_token_index,
+)
 from reward_actor.scorer import RewardScorer
 
 PAD = 0
@@ -125,8 +130,10 @@ def test_equal_rows_get_equal_scores(num_heads: int) -> None:
 
 
 def test_a_head_that_is_not_linear_is_refused() -> None:
-    with pytest.raises(ValueError, match="Sequential"):
-        Float32Head.of(torch.nn.Sequential())
+    with pytest.raises(ValueError, match="holds a LayerNorm"):
+        float32_head(torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 1)))
+    with pytest.raises(ValueError, match="is a Bilinear, not made of linear layers"):
+        float32_head(torch.nn.Bilinear(8, 8, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,8 +27,8 @@ from reward_actor import RewardScorer
 from reward_actor.contract import ContractError
 from reward_actor.errors import EngineDied
 from reward_actor.golden import replay
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.ensemble import write_ensemble
-from reward_actor.model.layouts import CheckpointError
 from reward_actor.model.manifest import write_manifest
 from reward_actor.render import Renderer
 from reward_actor.vllm.scorer import VllmScorer
