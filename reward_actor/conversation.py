@@ -8,10 +8,10 @@ that what was trained is what is scored. Every error is a ValueError that names 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from reward_actor.groups import Message
+from reward_actor.groups import Completion, Message
 
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What chat templates read of a message."""
@@ -23,12 +23,35 @@ def messages(value: object, place: str) -> list[Message]:
     """Messages with nothing but what chat templates read, and contents that are text.
 
     The parts of a content are joined by newlines, as vLLM joins them. A null content is an empty
-    one where the message calls a tool.
+    one where the message calls a tool. The `arguments` of a call that are JSON text, OpenAI's form,
+    become the object that it says, as vLLM does before its chat templates see them.
     """
     value = _plain(value, place)
     if not isinstance(value, list):
         raise ValueError(f"{place} is {kind_of(value)}, not a list of messages")
     return [_message(item, f"{place}.{number}") for number, item in enumerate(value)]
+
+
+def completion(value: object, place: str) -> Completion:
+    """The turn that is scored: text, or an assistant's message, of which the text alone is left
+    where it has nothing else."""
+    if isinstance(value, str):
+        return value
+    return _scored(_message(_plain(value, place), place), place)
+
+
+def dialogue(value: object, place: str) -> tuple[list[Message], Completion]:
+    """Messages that end with a completion: those before it, and it. Not of an empty list."""
+    *earlier, last = messages(value, place)
+    return earlier, _scored(last, f"the last message of {place}")
+
+
+def _scored(message: Message, place: str) -> Completion:
+    if message["role"] != "assistant":
+        raise ValueError(
+            f"{place} is of {message['role']!r}, not 'assistant', whose turn is scored"
+        )
+    return message if message.keys() - {"role", "content"} else str(message["content"])
 
 
 def _message(value: Any, place: str) -> Message:
@@ -42,6 +65,7 @@ def _message(value: Any, place: str) -> Message:
         raise ValueError(f"{place}.tool_calls is not a list of calls")
     if not known.get("tool_calls"):
         known.pop("tool_calls", None)
+    known = _with_arguments(known, lambda given: _decoded(given, f"{place}.tool_calls"))
     content = known.get("content")
     if content is None and "tool_calls" in known:
         content = ""
@@ -51,6 +75,38 @@ def _message(value: Any, place: str) -> Message:
         more = ", and the message calls no tool" if content is None else ""
         raise ValueError(f"{place}.content is {kind_of(content)}, not text{more}")
     return {**known, "content": content}
+
+
+def with_text_arguments(message: Message) -> dict[str, Any]:
+    """The message with the arguments of its calls as JSON, for templates that take only text."""
+
+    def encoded(given: Any) -> Any:
+        return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+    return _with_arguments(message, encoded)
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with what `change` makes of the arguments of its calls, which are {"function":
+    {"name", "arguments"}} or the inner part alone."""
+
+    def changed(call: Any) -> Any:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+    if "tool_calls" not in message:
+        return dict(message)
+    return {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
+
+
+def _decoded(arguments: Any, place: str) -> Any:
+    """The object that a text says as JSON, nothing being an empty one. A text that says none stays:
+    a policy sampled it. Nulls go, as from an object, since what was read is read again."""
+    if not isinstance(arguments, str):
+        return arguments
+    said = _plain(_from_json(arguments or "{}"), place)
+    return said if isinstance(said, dict) else arguments
 
 
 def joined(parts: Sequence[Any], place: str = "content") -> str:

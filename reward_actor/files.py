@@ -113,8 +113,8 @@ def question_of(row: Row, place: str) -> Group:
 
 
 def group_of(row: Row, place: str) -> Group:
-    """The row's group: `prompt` with `completions` (or one `completion`), `tools` and
-    `chat_template_kwargs` where the row has them; or token ids.
+    """The row's group: `prompt` with `completions` (or one `completion`), each a text or an
+    assistant's message, `tools` and `chat_template_kwargs` where the row has them; or token ids.
 
     Raises ValueError naming the place.
     """
@@ -128,9 +128,17 @@ def group_of(row: Row, place: str) -> Group:
             raise ValueError(f"{place}: completion_ids must be lists of token ids")
         return Group(prompt_ids=prompt_ids, completion_ids=completion_ids)
     completions = row.get("completions", [row["completion"]] if "completion" in row else None)
-    if not isinstance(completions, list) or not all(isinstance(c, str) for c in completions):
-        raise ValueError(f"{place}: needs completions: a list of strings (or one completion)")
-    return replace(question_of(row, place), completions=completions)
+    if not isinstance(completions, list) or not all(
+        isinstance(given, str | dict) for given in completions
+    ):
+        raise ValueError(
+            f"{place}: needs completions: a list of texts or messages (or one completion)"
+        )
+    said = [
+        conversation.completion(given, f"{place}: completions.{number}")
+        for number, given in enumerate(completions)
+    ]
+    return replace(question_of(row, place), completions=said)
 
 
 def scored_row(row: Row, scores: GroupScores) -> Row:

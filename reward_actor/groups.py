@@ -24,6 +24,9 @@ Message = Mapping[str, Any]
 
 Prompt = str | Sequence[Message]
 
+Completion = str | Message
+"""The turn that is scored: its text, or the assistant's message where it has more than a text."""
+
 
 @dataclass(frozen=True)
 class SampleError:
@@ -33,24 +36,28 @@ class SampleError:
     message: str
 
 
+def _size(value: Any) -> int:
+    return len(value if isinstance(value, str) else str(value))
+
+
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its n completions, as text or as token ids (never a mixture).
+    """A prompt and its n completions, as text or messages, or as token ids (never a mixture).
 
     With ids, the sequence that is scored is `prompt_ids + completion_ids[i]`, as given, with what
     is missing of the contract's end. `tools` and `template_args` go to the chat template.
     """
 
     prompt: Prompt | None = None
-    completions: Sequence[str] = ()
+    completions: Sequence[Completion] = ()
     prompt_ids: Sequence[int] | None = None
     completion_ids: Sequence[Sequence[int]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.completions, str):
-            raise ValueError("completions is one string; give a list of strings")
+        if isinstance(self.completions, str | Mapping):
+            raise ValueError("completions is a single one; give a list of them")
         if (self.prompt is None) == (self.prompt_ids is None):
             raise ValueError("a group needs exactly one of prompt and prompt_ids")
         if self.prompt_ids is not None and self.completions:
@@ -62,6 +69,23 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.completions) if self.prompt_ids is None else len(self.completion_ids)
+
+    @property
+    def num_characters(self) -> int:
+        """Of its n sequences as text, each with its prompt and what its template is told; messages
+        count more than they hold, as a template runs."""
+        if self.prompt is None:
+            return 0
+        told = [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+        told = [*told, *self.tools, self.template_args]
+        return len(self) * sum(map(_size, told)) + sum(map(_size, self.completions))
+
+    @property
+    def num_ids(self) -> int:
+        """The token ids of its n sequences, each with its prompt."""
+        if self.prompt_ids is None:
+            return 0
+        return len(self) * len(self.prompt_ids) + sum(map(len, self.completion_ids))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from reward_actor import conversation
 from reward_actor.contract import ScoringContract, sha256_text
-from reward_actor.groups import Group, Message, Prompt, Rendered, SampleError, Whole
+from reward_actor.groups import (
+    Completion,
+    Group,
+    Message,
+    Prompt,
+    Rendered,
+    SampleError,
+    Whole,
+)
 from reward_actor.spellings import SpellingError, Spellings
 from reward_actor.token_ids import checked, cut, with_end, with_eos, with_last
 from reward_actor.turns import lost, shape
@@ -53,7 +61,7 @@ class Sample:
     """What is rendered: a prompt, a completion, and what else the chat template is told."""
 
     prompt: Prompt
-    completion: str
+    completion: Completion
     tools: Sequence[Mapping[str, Any]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,7 +78,7 @@ class Renderer:
     def render(
         self,
         prompt: Prompt,
-        completion: str,
+        completion: Completion,
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         template_args: Mapping[str, Any] | None = None,
@@ -139,7 +147,7 @@ class Renderer:
             asked = self._read(Sample(group.prompt, "", group.tools, group.template_args))
         except RenderError as error:
             return [SampleError("unrenderable", str(error))] * len(group)
-        answered = [replace(asked, completion=text) for text in group.completions]
+        answered = [replace(asked, completion=said) for said in group.completions]
         return [
             checked(ids, self.contract)
             if isinstance(ids, list)
@@ -252,17 +260,27 @@ class Renderer:
         return self._framed(self._read(sample))
 
     def _framed(self, sample: Sample) -> str:
-        """The text of a sample that was read."""
-        if isinstance(sample.prompt, str):
-            return _unicode(self._with_end_text(sample.prompt + sample.completion))
-        return _unicode(self._chat(sample, sample.prompt))
+        """The text of a sample that was read, but for its completion."""
+        try:
+            said = conversation.completion(sample.completion, "completion")
+        except ValueError as error:
+            raise RenderError(str(error)) from error
+        if not isinstance(sample.prompt, str):
+            last = {"role": "assistant", "content": said} if isinstance(said, str) else said
+            return _unicode(self._chat(sample, [*sample.prompt, last]))
+        if not isinstance(said, str):
+            raise RenderError("a completion with more than text needs a chat contract")
+        return _unicode(self._with_end_text(sample.prompt + said))
 
-    def _chat(self, sample: Sample, prompt: Sequence[Message]) -> str:
-        messages = [*prompt, {"role": "assistant", "content": sample.completion}]
+    def _chat(self, sample: Sample, messages: Sequence[Message]) -> str:
         text = self._apply_template(
             messages, generation=False, tools=sample.tools, arguments=sample.template_args
         )
         self._check_nothing_is_lost(messages, sample)
+        return self._ended(text)
+
+    def _ended(self, text: str) -> str:
+        """A conversation as the template writes it, up to the end of its last turn."""
         end = self.contract.turn_end
         if self.contract.end_text is not None and text.endswith(self._suffix):
             text = text.removesuffix(self._suffix)
@@ -286,21 +304,23 @@ class Renderer:
         return text if eos and text.endswith(eos) else text + end
 
     def _check_nothing_is_lost(self, messages: Sequence[Message], sample: Sample) -> None:
-        """Raise RenderError if the template leaves a turn out; it is asked once for each shape."""
+        """Raise RenderError if the template leaves a part out; it is asked once for each shape."""
         arguments = sample.template_args
         # A digest: keys are a sender's, and may be of any length.
-        key = sha256_text(shape([*messages, arguments, {"tools": bool(sample.tools)}]))
+        told = {"tools": list(sample.tools), "arguments": arguments}
+        key = sha256_text(shape([*messages, told]))
         try:
             found = self._lost[key]
         except KeyError:
 
-            def render(marked: list[Message]) -> str:
-                return self._apply_template(
-                    marked, generation=False, tools=sample.tools, arguments=arguments
+            def render(messages: list[Message], tools: list[Mapping[str, Any]]) -> str:
+                text = self._apply_template(
+                    messages, generation=False, tools=tools, arguments=arguments
                 )
+                return self._ended(text)  # without a call that ends with another token
 
             try:
-                found = lost(messages, render)
+                found = lost(messages, sample.tools, render)
             except RenderError:  # it reads contents, and these are ours
                 found = None
             if len(self._lost) >= _SHAPES_KEPT:
@@ -308,8 +328,8 @@ class Renderer:
             self._lost[key] = found
         if found is not None:
             raise RenderError(
-                f"the chat template leaves out {found}; use the roles and fields that it was made "
-                "for"
+                f"the chat template leaves out {found}, or writes it behind the turn's end; use "
+                "the roles and fields that it was made for"
             )
 
     def _apply_template(
@@ -331,8 +351,9 @@ class Renderer:
                 arguments = self._spellings.hidden(arguments)
             except SpellingError as error:
                 raise RenderError(str(error)) from error
-        try:
-            text = self.tokenizer.apply_chat_template(
+
+        def write(turns: list[dict[str, Any]]) -> Any:
+            return self.tokenizer.apply_chat_template(
                 turns,
                 tools=described,
                 chat_template=self.contract.chat_template,
@@ -341,6 +362,12 @@ class Renderer:
                 **clock(self.contract.template_date),
                 **(arguments or {}),
             )
+
+        try:
+            try:
+                text = write(turns)
+            except TypeError:  # DeepSeek's templates join the arguments of a call to text
+                text = write([conversation.with_text_arguments(turn) for turn in turns])
         except (TemplateError, *_OF_A_TEMPLATE) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(text, str)

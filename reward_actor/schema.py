@@ -123,14 +123,29 @@ else:
     ]
 
 
+class CompletionMessage(ChatMessage):
+    """The turn that is scored, where it is more than a text: the assistant's."""
+
+    role: Literal["assistant"]
+
+
+if TYPE_CHECKING:
+    CompletionField = str | CompletionMessage
+else:
+    CompletionField = Annotated[
+        CompletionMessage,
+        WrapValidator(_text_or_messages, json_schema_input_type=str | CompletionMessage),
+    ]
+
+
 class GroupRequest(Wire):
-    """One prompt with its completions: text (`prompt`, `completions`) or token ids
+    """One prompt with its completions: text or messages (`prompt`, `completions`) or token ids
     (`prompt_ids`, `completion_ids`); or whole sequences (`texts`) that their sender has put into
     the model's chat template already. `tools` and `chat_template_kwargs` go to the chat template of
     a prompt."""
 
     prompt: PromptField | None = None
-    completions: list[str] | None = None
+    completions: list[CompletionField] | None = None
     prompt_ids: list[TokenId] | None = None
     completion_ids: list[list[TokenId]] | None = None
     texts: list[str] | None = None

@@ -56,7 +56,7 @@ def _sequences(group: Group) -> list[list[int]]:
 
 def _texts(group: Group) -> list[str]:
     assert isinstance(group.prompt, str)
-    return [group.prompt + completion for completion in group.completions]
+    return [group.prompt + str(completion) for completion in group.completions]
 
 
 def _dump(**body: Any) -> bytes:

@@ -22,7 +22,7 @@ from reward_actor.client.connection import Sender, Verify, checked_token
 from reward_actor.client.endpoints import parse_urls
 from reward_actor.client.merging import PendingGroups, divide, share, take
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores, Prompt, Whole
+from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
 
 if TYPE_CHECKING:
     import httpx
@@ -77,12 +77,12 @@ class AsyncRewardClient:
         return f"{type(self).__name__}({', '.join(self.urls)})"
 
     async def score(
-        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
     ) -> GroupScores:
         """The scores of one prompt's completions."""
         return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
 
-    async def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    async def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return await self.score(prompt, completions, token_rewards=True)
 

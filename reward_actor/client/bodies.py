@@ -37,13 +37,7 @@ def weight(group: Group | Whole) -> int:
     """The characters or token ids of a group's sequences, each with its prompt."""
     if isinstance(group, Whole):
         return sum(map(len, group.texts))
-    if group.prompt_ids is not None:
-        return len(group) * len(group.prompt_ids) + sum(map(len, group.completion_ids))
-    prompt = group.prompt
-    assert prompt is not None
-    size = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
-    size += sum(len(str(tool)) for tool in group.tools) + len(str(group.template_args))
-    return len(group) * size + sum(map(len, group.completions))
+    return group.num_characters + group.num_ids
 
 
 def check(group: Group | Whole) -> None:
@@ -77,7 +71,8 @@ def _to_json(group: Group | Whole) -> dict[str, Any]:
         }
     assert group.prompt is not None
     prompt = group.prompt if isinstance(group.prompt, str) else [dict(m) for m in group.prompt]
-    body: dict[str, Any] = {"prompt": prompt, "completions": list(group.completions)}
+    completions = [c if isinstance(c, str) else dict(c) for c in group.completions]
+    body: dict[str, Any] = {"prompt": prompt, "completions": completions}
     if len(group.tools):
         body["tools"] = [dict(tool) for tool in group.tools]
     if group.template_args:

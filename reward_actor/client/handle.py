@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentResponse
 from reward_actor import schema
 from reward_actor.cluster import take_loopback_as_it_is
 from reward_actor.errors import RewardServiceError, pause_s
-from reward_actor.groups import Group, GroupScores, Prompt, Whole
+from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
 from reward_actor.ray_internals import route_in_own_loop
 
 DEFAULT_APP_NAME = "rayward"
@@ -63,12 +63,12 @@ class RewardHandle:
         self._timeout_s = timeout_s
 
     def score(
-        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
     ) -> GroupScores:
         """The scores of one prompt's completions."""
         return self.score_groups([Group(prompt, completions)], token_rewards)[0]
 
-    def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return self.score(prompt, completions, token_rewards=True)
 
@@ -109,12 +109,12 @@ class AsyncRewardHandle:
         self._timeout_s = timeout_s
 
     async def score(
-        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
     ) -> GroupScores:
         """The scores of one prompt's completions."""
         return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
 
-    async def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    async def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return await self.score(prompt, completions, token_rewards=True)
 

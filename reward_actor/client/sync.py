@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from reward_actor import schema
 from reward_actor.client.aio import SWAP_TIMEOUT_S, AsyncRewardClient, closed
 from reward_actor.client.connection import Verify
-from reward_actor.groups import Group, GroupScores, Prompt, Whole
+from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
 
 __all__ = ["AsyncRewardClient", "RewardClient"]
 
@@ -56,12 +56,12 @@ class RewardClient:
         return f"{type(self).__name__}({', '.join(self.urls)})"
 
     def score(
-        self, prompt: Prompt, completions: Sequence[str], token_rewards: bool = False
+        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
     ) -> GroupScores:
         """The scores of one prompt's completions."""
         return self.score_groups([Group(prompt, completions)], token_rewards)[0]
 
-    def token_rewards(self, prompt: Prompt, completions: Sequence[str]) -> GroupScores:
+    def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return self.score(prompt, completions, token_rewards=True)
 

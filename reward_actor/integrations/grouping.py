@@ -3,58 +3,92 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from reward_actor import conversation
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores, Message, Prompt
+from reward_actor.groups import Completion, Group, GroupScores, Message, Prompt, SampleError
 
-Completion = str | Sequence[Message]
-Reward = TypeVar("Reward", bound=float | None)
+Said = str | Sequence[Message]
+"""A completion as trainers hand it over: text, or the conversation since the prompt."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """n samples by equal prompts: those of `groups[i]` stood at `places[i]`.
+
+    errors: by their places, the samples that are in no group, since they cannot be read.
+    """
+
+    groups: list[Group]
+    places: list[list[int]]
+    errors: dict[int, SampleError]
+
+    def rewards(self, scores: Sequence[GroupScores]) -> list[float | None]:
+        """The reward of each of the n samples, of the groups' scores; None where there is none."""
+        found: list[list[float | None]] = [group.rewards for group in scores]
+        return in_order(found, self.places, dict.fromkeys(self.errors))
+
+    def chosen(self, scores: Sequence[GroupScores], error_reward: float | None) -> list[float]:
+        """The same with `rewards_of`'s rule for samples without one. Raises RewardServiceError."""
+        rest = {place: _reward(None, e, error_reward) for place, e in self.errors.items()}
+        return in_order(rewards_of(scores, error_reward), self.places, rest)
 
 
 def to_groups(
     prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
+    completions: Sequence[Said],
     tools: Sequence[Any] | None = None,
     template_args: Sequence[Any] | None = None,
-) -> tuple[list[Group], list[list[int]]]:
-    """The completions grouped by equal prompts, and the places where those of each group stood.
+) -> Grouped:
+    """The completions grouped by equal prompts.
 
-    Of a completion that is a conversation, everything but its last message belongs to the prompt.
-    tools, template_args: of each sample what its chat template is told besides; None: nothing.
-    Raises ValueError for messages that hold more than text and calls.
+    Of a completion that is a conversation, everything but its last message belongs to the prompt;
+    one that no template takes (it ends with a tool's result, say) is an error of its sample, since
+    a policy made it. tools, template_args: of each sample what its chat template is told besides;
+    None: nothing. Raises ValueError for what the data set holds: prompts, tools, template_args.
     """
-    groups: dict[str, tuple[Group, list[str], list[int]]] = {}
+    groups: dict[str, tuple[Group, list[Completion], list[int]]] = {}
+    errors: dict[int, SampleError] = {}
     nothing = [None] * len(prompts)
     told = (nothing if column is None else column for column in (tools, template_args))
     samples = zip(prompts, completions, *told, strict=True)
     for place, (prompt, completion, its_tools, its_args) in enumerate(samples):
-        shown, text = _shown(prompt, completion)
+        asked = prompt if isinstance(prompt, str) else conversation.messages(prompt, "prompt")
         group = Group(
-            shown,
+            asked,
             template_args=conversation.template_args(its_args, "chat_template_kwargs"),
             tools=conversation.tools(its_tools, "tools"),
         )
+        try:
+            shown, said = _shown(asked, completion)
+        except ValueError as error:
+            errors[place] = SampleError("unrenderable", str(error))
+            continue
+        group = replace(group, prompt=shown)
         key = json.dumps([group.prompt, group.tools, group.template_args], default=str)
         _, texts, places = groups.setdefault(key, (group, [], []))
-        texts.append(text)
+        texts.append(said)
         places.append(place)
     found = groups.values()
     whole = [replace(group, completions=texts) for group, texts, _ in found]
-    return whole, [places for *_, places in found]
+    return Grouped(whole, [places for *_, places in found], errors)
 
 
-def in_order(rewards: Sequence[Sequence[Reward]], places: Sequence[Sequence[int]]) -> list[Reward]:
-    """The rewards of `to_groups`' groups, back where their completions stood."""
+def in_order(
+    values: Sequence[Sequence[T]], places: Sequence[Sequence[int]], rest: Mapping[int, T]
+) -> list[T]:
+    """The values of groups' samples back at their places, with the others by theirs."""
     pairs = [
         pair
-        for of_group, where in zip(rewards, places, strict=True)
+        for of_group, where in zip(values, places, strict=True)
         for pair in zip(where, of_group, strict=True)
     ]
-    return [reward for _, reward in sorted(pairs, key=lambda pair: pair[0])]
+    return [value for _, value in sorted([*pairs, *rest.items()], key=lambda pair: pair[0])]
 
 
 def rewards_of(scores: Sequence[GroupScores], error_reward: float | None) -> list[list[float]]:
@@ -79,21 +113,13 @@ def _reward(reward: float | None, error: Any, error_reward: float | None) -> flo
     return error_reward
 
 
-def _shown(prompt: Prompt, completion: Completion) -> tuple[Prompt, str]:
-    """What the completion's last message answers, and that message."""
+def _shown(prompt: Prompt, completion: Said) -> tuple[Prompt, Completion]:
+    """What the completion's last message answers, and that message. Raises ValueError."""
     if isinstance(completion, str):
-        return prompt if isinstance(prompt, str) else _messages(prompt), completion
-    said = conversation.messages(completion, "completion") if len(completion) else [_NOTHING]
-    *earlier, last = said
-    if last.get("tool_calls"):
-        raise ValueError("the last message of a completion calls a tool; only text has a reward")
-    return [*_messages(prompt), *earlier], last["content"]
-
-
-_NOTHING: Message = {"role": "assistant", "content": ""}
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return conversation.messages(prompt, "prompt")
+        return prompt, completion
+    if not len(completion):
+        return prompt, ""
+    earlier, last = conversation.dialogue(completion, "completion")
+    if earlier and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [*prompt, *earlier] if earlier else prompt, last

@@ -23,8 +23,9 @@ and name it in the configuration:
 NeMo-RL's own data processors write the prompt into the message log with the policy's chat template
 around it, which must not be put into the reward model's template once more. Let your processor
 leave the prompt as it was, text or messages, in `extra_env_info`, and name its key as prompt_key.
-Without prompt_key the contents of the log are taken as the messages. A sample without a reward (too
-long, say) is an error, unless `error_reward` names the reward that it shall have.
+Without prompt_key the contents of the log are taken as the messages. `tools` and
+`chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A sample without
+a reward (too long, say) is an error, unless `error_reward` names the reward that it shall have.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from reward_actor.groups import Message, Prompt
-from reward_actor.integrations.grouping import in_order, rewards_of, to_groups
+from reward_actor.integrations.grouping import to_groups
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
@@ -68,18 +69,21 @@ class RewardEnvironment:
         import torch
 
         prompts = [self._prompt(*both) for both in zip(message_log_batch, metadata, strict=True)]
-        completions = [str(log[-1]["content"]) for log in message_log_batch]
-        groups, places = to_groups(prompts, completions)
-        scores = self._scorer.score_groups(groups)
-        rewards = in_order(rewards_of(scores, self._error_reward), places)
-        n = len(completions)
+        told = (
+            [(info or {}).get(name) for info in metadata]
+            for name in ("tools", "chat_template_kwargs")
+        )
+        grouped = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
+        scores = self._scorer.score_groups(grouped.groups)
+        rewards = grouped.chosen(scores, self._error_reward)
+        n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],
             metadata=[None] * n,
             next_stop_strings=[None] * n,
             rewards=torch.tensor(rewards, dtype=torch.float32),
             terminateds=torch.ones(n, dtype=torch.bool),
-            answers=completions,
+            answers=[str(log[-1]["content"] or "") for log in message_log_batch],
         )
 
     def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, Any]]:

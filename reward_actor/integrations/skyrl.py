@@ -19,7 +19,7 @@ and run with
 
 The prompt is what `init` is given, the completion what the one `step` is given. A sample without a
 reward (too long, say) is an error, unless the environment's configuration or the data's extras name
-an `error_reward`.
+an `error_reward`; `tools` and `chat_template_kwargs` there go to the reward model's chat template.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_actor.groups import Message
-from reward_actor.integrations.grouping import rewards_of, to_groups
+from reward_actor.integrations.grouping import to_groups
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
@@ -36,11 +36,15 @@ class RewardStep:
     """`init` and `step` of a single-turn environment whose reward is the service's."""
 
     def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:
-        """env_config, extras: may hold `url` and `error_reward`; extras win. Raises ValueError."""
+        """env_config, extras: may hold `url`, `error_reward`, `tools` and `chat_template_kwargs`;
+        extras win. Raises ValueError."""
         super().__init__()
         self._scorer = client(url_or_variable(_setting("url", env_config, extras)))
         error_reward = _setting("error_reward", env_config, extras)
         self._error_reward = None if error_reward is None else float(error_reward)
+        self._told = [
+            [_setting(name, env_config, extras)] for name in ("tools", "chat_template_kwargs")
+        ]
         self._prompt: list[Message] = []
         self._num_tokens = 0
 
@@ -51,9 +55,9 @@ class RewardStep:
 
     def step(self, action: str) -> dict[str, Any]:
         """The reward of the completion; the episode ends. Raises RewardServiceError."""
-        groups, _ = to_groups([self._prompt], [action])
-        scores = self._scorer.score_groups(groups)
-        [[reward]] = rewards_of(scores, self._error_reward)
+        grouped = to_groups([self._prompt], [action], *self._told)
+        scores = self._scorer.score_groups(grouped.groups)
+        [reward] = grouped.chosen(scores, self._error_reward)
         self._num_tokens = scores[0].num_tokens[0]
         metadata = {"model_version": scores[0].model_version}
         return {"observations": [], "reward": reward, "done": True, "metadata": metadata}

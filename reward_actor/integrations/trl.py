@@ -13,8 +13,9 @@ Columns `tools` and `chat_template_kwargs` go to the reward model's chat templat
 
 With an `AsyncRewardClient` (or `asynchronous=True`) TRL runs it beside its other reward functions.
 TRL calls it with the prompts repeated for each completion; equal prompts go out as one group, so
-that their tokens are computed once. A sample without a reward (too long, say) becomes None, which
-TRL leaves out of its group's advantages.
+that their tokens are computed once. Of a completion that is a conversation the last message is
+scored, with its calls and reasoning where the template writes them. A sample without a reward (too
+long, or ended by a tool's result) becomes None, which TRL leaves out of its group's advantages.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, cast
 
 from reward_actor.client.sync import AsyncRewardClient, RewardClient
 from reward_actor.groups import Prompt
-from reward_actor.integrations.grouping import Completion, in_order, to_groups
+from reward_actor.integrations.grouping import Said, to_groups
 from reward_actor.integrations.scorers import AsyncScorer, Scorer
 
 Rewards = list[float | None]
@@ -53,22 +54,20 @@ def reward_function(
         waits = cast("AsyncScorer", scorer)
 
         async def rewards_soon(
-            prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
+            prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
         ) -> Rewards:
-            groups, places = to_groups(prompts, completions, *_told(columns))
-            scores = await waits.score_groups(groups)
-            return in_order([group.rewards for group in scores], places)
+            grouped = to_groups(prompts, completions, *_told(columns))
+            scores = await waits.score_groups(grouped.groups)
+            return grouped.rewards(scores)
 
         rewards_soon.__name__ = name
         return rewards_soon
     blocks = cast("Scorer", scorer)
 
-    def rewards(
-        prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
-    ) -> Rewards:
-        groups, places = to_groups(prompts, completions, *_told(columns))
-        scores = blocks.score_groups(groups)
-        return in_order([group.rewards for group in scores], places)
+    def rewards(prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any) -> Rewards:
+        grouped = to_groups(prompts, completions, *_told(columns))
+        scores = blocks.score_groups(grouped.groups)
+        return grouped.rewards(scores)
 
     rewards.__name__ = name
     return rewards

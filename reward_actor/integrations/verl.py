@@ -73,4 +73,6 @@ def _groups(completion: str, extra_info: Mapping[str, Any] | None, prompt_key: s
         )
     told = ([(extra_info or {}).get(name)] for name in ("tools", "chat_template_kwargs"))
     # A table's column of messages comes back as an array.
-    return to_groups([prompt if isinstance(prompt, str) else list(prompt)], [completion], *told)[0]
+    return to_groups(
+        [prompt if isinstance(prompt, str) else list(prompt)], [completion], *told
+    ).groups

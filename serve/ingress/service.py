@@ -217,17 +217,10 @@ async def _render(model: Model, groups: Sequence[Group | Whole]) -> list[list[Re
 
 
 def _given(group: Group | Whole) -> tuple[int, int]:
-    """The characters of text and the token ids that rendering makes of it; messages count more than
-    they hold, as a template runs."""
+    """The characters of text and the token ids that are rendered."""
     if isinstance(group, Whole):
         return sum(map(len, group.texts)), sum(map(len, group.ids))
-    if group.prompt_ids is not None:
-        num = len(group.prompt_ids)
-        return 0, sum(num + len(ids) for ids in group.completion_ids)
-    prompt = group.prompt
-    num = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt or ())
-    num += sum(len(str(tool)) for tool in group.tools) + len(str(group.template_args))
-    return sum(num + len(completion) for completion in group.completions), 0
+    return group.num_characters, group.num_ids
 
 
 def _check_given(groups: Sequence[Group | Whole], max_tokens: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import GroupScores
@@ -22,14 +22,29 @@ from serve.protocols.native import check_model
 if TYPE_CHECKING:
     from fastapi import Response
 
+_TO_TEMPLATES = ("tools", "chat_template_kwargs")
+
 VERSION_HEADER = "Rayward-Model-Version"
 """The header with the model_version, which these replies have no field for."""
 
 
 class DropIn(BaseModel):
-    """A request in the words of another system: fields that are not known here are ignored."""
+    """A request in the words of another system: fields that are not known here are ignored, but for
+    those that would change what is scored."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_told_nothing(cls, value: Any) -> Any:
+        given = value if isinstance(value, dict) else {}
+        for name in _TO_TEMPLATES:
+            if given.get(name) and name not in cls.model_fields:
+                raise ValueError(
+                    f"{name} has no place in this protocol; POST /v1/score takes it with a prompt, "
+                    "/classify with messages"
+                )
+        return value
 
 
 def shape_of(value: Any) -> str:

@@ -20,5 +20,10 @@ class LenientMessage(BaseModel):
     content: Content = None
 
 
-def as_prompt(messages: Sequence[LenientMessage]) -> list[Message]:
-    return [message.model_dump(exclude_none=True) for message in messages]
+def as_messages(messages: Sequence[LenientMessage]) -> list[Message]:
+    """As they are rendered; `reasoning` is what vLLM calls `reasoning_content`."""
+    found = [message.model_dump(exclude_none=True) for message in messages]
+    return [
+        {"reasoning_content": fields["reasoning"], **fields} if "reasoning" in fields else fields
+        for fields in found
+    ]

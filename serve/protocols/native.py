@@ -57,7 +57,10 @@ def to_group(request: schema.GroupRequest) -> Group | Whole:
     prompt = request.prompt
     return Group(
         prompt if isinstance(prompt, str) else [message.as_message() for message in prompt],
-        request.completions or [],
+        [
+            said if isinstance(said, str) else said.as_message()
+            for said in request.completions or []
+        ],
         template_args=request.chat_template_kwargs or {},
         tools=request.tools or (),
     )

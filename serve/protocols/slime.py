@@ -16,7 +16,7 @@ from reward_actor import schema
 from reward_actor.groups import Group, Whole
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, shape_of, values
-from serve.protocols.messages import LenientMessage, as_prompt
+from serve.protocols.messages import LenientMessage, as_messages
 
 if TYPE_CHECKING:
     from reward_actor.render import Renderer
@@ -69,4 +69,4 @@ def to_group(request: SlimeRequest, renderer: Renderer) -> Group | Whole:
     if isinstance(prompt, str) and renderer.is_templated(prompt):
         return Whole(texts=[prompt + request.response])
     completion = request.response.removesuffix(renderer.contract.turn_end)
-    return Group(prompt if isinstance(prompt, str) else as_prompt(prompt), [completion])
+    return Group(prompt if isinstance(prompt, str) else as_messages(prompt), [completion])

@@ -6,10 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from reward_actor import schema
+from reward_actor import conversation, schema
 from reward_actor.groups import Group, Whole
 from serve.protocols.drop_in import DropIn, shape_of
-from serve.protocols.messages import LenientMessage, as_prompt
+from serve.protocols.messages import LenientMessage, as_messages
+
+_OF_MESSAGES = (
+    "tools",
+    "chat_template_kwargs",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 _TEMPLATED = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
 
@@ -75,17 +83,27 @@ class VllmRequest(DropIn):
         return self
 
     @model_validator(mode="after")
+    def _whole_input(self) -> VllmRequest:
+        for name in _OF_MESSAGES if self.messages is None else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} cannot be set with input, which its sender has templated; give "
+                    "messages"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _whole_conversation(self) -> VllmRequest:
         if self.messages is None:
             return self
         last = self.messages[-1]
-        if last.role != "assistant" or last.content is None:
+        calls = (last.model_extra or {}).get("tool_calls")
+        if last.role != "assistant" or (last.content is None and not calls):
             raise ValueError(
-                "the last of the messages must be the assistant's, with content: its reward is "
-                "what is answered"
+                "the last of the messages must be the assistant's, with content or a call: its "
+                "reward is what is answered"
             )
-        if (last.model_extra or {}).get("tool_calls"):
-            raise ValueError("the last of the messages calls a tool; only text has a reward")
+        conversation.dialogue(as_messages(self.messages), "messages")  # raises for `to_group`
         refused = {
             "add_generation_prompt": "a completion is scored, and none would follow",
             "continue_final_message": "a reward is read at the end of its turn",
@@ -125,11 +143,10 @@ class VllmPoolingRequest(VllmRequest):
 
 def to_group(request: VllmRequest) -> Group | Whole:
     if request.messages is not None:
-        *prompt, completion = request.messages
-        assert completion.content is not None
+        prompt, completion = conversation.dialogue(as_messages(request.messages), "messages")
         return Group(
-            as_prompt(prompt),
-            [completion.content],
+            prompt,
+            [completion],
             template_args=request.chat_template_kwargs or {},
             tools=request.tools or (),
         )

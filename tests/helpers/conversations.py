@@ -6,7 +6,8 @@ TEMPLATE = (
     "{% if brief is defined and brief and loop.last %}(brief) {% endif %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>\n"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>"
+    "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOOLS = [
@@ -24,6 +25,7 @@ ASKED = [
     {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "I look."},
     {"role": "tool", "content": "3 mm", "tool_call_id": "1"},
 ]
+CALLING = {**ASKED[1], "name": "bot"}
 ARGS = {"brief": True}
 ANSWER = "Yes."
 ROW = {"prompt": ASKED, "completions": [ANSWER], "tools": TOOLS, "chat_template_kwargs": ARGS}

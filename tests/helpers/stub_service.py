@@ -1,7 +1,8 @@
 """A small real HTTP server with the service's protocol, which answers as a test tells it to.
 
-The reward of a completion is its length, of token ids their sum; a model would tell nothing more
-about a client. `python -m tests.stub_service PORT` runs one in a process that a test can kill.
+The reward of a completion is its length (of a message that of its content), of token ids their sum;
+a model would tell nothing more about a client. `python -m tests.stub_service PORT` runs one in a
+process that a test can kill.
 """
 
 from __future__ import annotations
@@ -148,7 +149,14 @@ def _parse(got: Received) -> tuple[list[Group | Whole], bool]:
         else:
             prompt = group.prompt
             messages = prompt if isinstance(prompt, str) else [m.as_message() for m in prompt or []]
-            parsed.append(Group(messages, group.completions or []))
+            parsed.append(
+                Group(
+                    messages,
+                    [c if isinstance(c, str) else c.as_message() for c in group.completions or []],
+                    template_args=group.chat_template_kwargs or {},
+                    tools=group.tools or (),
+                )
+            )
     return parsed, request.token_rewards
 
 
@@ -157,7 +165,8 @@ def expected_rewards(group: Group | Whole) -> list[float]:
         return [float(len(text)) for text in group.texts]
     if group.prompt_ids is not None:
         return [float(sum(ids)) for ids in group.completion_ids]
-    return [float(len(text)) for text in group.completions]
+    texts = [c if isinstance(c, str) else c["content"] for c in group.completions]
+    return [float(len(text)) for text in texts]
 
 
 def _scores(got: Received) -> Answer:

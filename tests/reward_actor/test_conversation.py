@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from chat_systems import CHAT_SYSTEMS, letters_tokenizer
-from conversations import ANSWER, ARGS, ASKED, ROW, TEMPLATE, TOOLS
+from conversations import ANSWER, ARGS, ASKED, CALLING, ROW, TEMPLATE, TOOLS
 from families import make_network
 from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reward_actor import Group, RewardServiceError, conversation, schema
 from reward_actor.client import bodies
@@ -23,9 +26,10 @@ from reward_actor.rollout.policy import group_to_score, question_ids
 from reward_actor.rollout.records import RolloutGroup
 from serve.http.requests import parse
 from serve.ingress.service import _check_given
+from serve.protocols import vllm_request
 from serve.protocols.native import to_group
 from trainer.config.data import Columns
-from trainer.data.parse import parse_line
+from trainer.data.parse import parse_line, parse_row
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +103,13 @@ def test_what_a_client_sends(renderer: Renderer, expected: list[int]) -> None:
 
 def test_an_adapters_samples(renderer: Renderer, expected: list[int]) -> None:
     said = [{"role": "assistant", "content": ANSWER}]
-    groups, places = to_groups([ASKED] * 2, [said, ANSWER], [TOOLS] * 2, [ARGS, json.dumps(ARGS)])
-    assert places == [[0, 1]]
-    assert renderer.sequences(groups[0]) == [expected, expected]
+    grouped = to_groups([ASKED] * 2, [said, ANSWER], [TOOLS] * 2, [ARGS, json.dumps(ARGS)])
+    assert grouped.places == [[0, 1]]
+    assert renderer.sequences(grouped.groups[0]) == [expected, expected]
     # The turns that a completion begins with are the prompt's.
-    groups, _ = to_groups([ASKED[:1]], [[*ASKED[1:], *said]], [TOOLS], [ARGS])
-    assert sequence(renderer, groups[0]) == expected
-    with pytest.raises(ValueError, match="calls a tool; only text has a reward"):
-        to_groups([ASKED[:1]], [ASKED[:2]])
-    groups, places = to_groups([ASKED] * 2, [ANSWER] * 2, [TOOLS, None])
-    assert places == [[0], [1]]
+    [group] = to_groups([ASKED[:1]], [[*ASKED[1:], *said]], [TOOLS], [ARGS]).groups
+    assert sequence(renderer, group) == expected
+    assert to_groups([ASKED] * 2, [ANSWER] * 2, [TOOLS, None]).places == [[0], [1]]
 
 
 def test_a_group_as_python_has_it(renderer: Renderer, expected: list[int]) -> None:
@@ -119,8 +120,125 @@ def test_a_group_as_python_has_it(renderer: Renderer, expected: list[int]) -> No
         np.array(ASKED, dtype=object), [ANSWER], tools=np.array(TOOLS), template_args=ARGS
     )
     assert sequence(renderer, arrays) == expected
-    groups, _ = to_groups([np.array(ASKED, dtype=object)], [ANSWER], [np.array(TOOLS)], [ARGS])
-    assert sequence(renderer, groups[0]) == expected
+    [group] = to_groups([np.array(ASKED, dtype=object)], [ANSWER], [np.array(TOOLS)], [ARGS]).groups
+    assert sequence(renderer, group) == expected
+
+
+# ---- the turn that is scored
+
+
+@pytest.mark.parametrize("chosen", [CALLING, [CALLING], [ASKED[0], CALLING]])
+def test_a_scored_turn_thinks_and_calls_by_every_way(renderer: Renderer, chosen: Any) -> None:
+    pair = {"prompt": ASKED[:1], "chosen": chosen, "rejected": "No.", "tools": TOOLS}
+    row = parse_row(1, pair, Columns())
+    side = row.sides[0]
+    trained = renderer.render(side.prompt, side.completion, tools=row.tools)
+    text = renderer.tokenizer.decode(trained)
+    assert text.endswith("<think>I look.</think><call>weather</call>{}<|im_end|>")
+
+    scored = {"prompt": ASKED[:1], "completions": ["No.", CALLING], "tools": TOOLS}
+    from_file = group_of(scored, "in:1")
+    body, _ = bodies.encode([from_file], token_rewards=False)
+    requests = [
+        parse(schema.ScoreRequest, sent).groups[0]
+        for sent in (body, json.dumps({"groups": [scored]}).encode())
+    ]
+    [adapted] = to_groups([ASKED[:1]] * 2, ["No.", [CALLING]], [TOOLS] * 2).groups
+    raw = Group(ASKED[:1], ["No.", CALLING], tools=TOOLS)
+    for group in (from_file, *map(to_group, requests), adapted, raw):
+        assert renderer.sequences(group)[1] == trained
+    said = {**CALLING, "reasoning": CALLING["reasoning_content"], "reasoning_content": None}
+    for last in (CALLING, said):
+        asked = {"messages": [ASKED[0], last], "tools": TOOLS}
+        request = parse(vllm_request.VllmRequest, json.dumps(asked).encode())
+        assert sequence(renderer, vllm_request.to_group(request)) == trained
+    # A message with nothing but a text is that text.
+    [plain] = group_of(
+        {**scored, "completions": [{"role": "assistant", "content": "a"}]}, ""
+    ).completions
+    assert plain == "a"
+
+
+NO_TURNS: list[tuple[Any, str]] = [
+    ({"role": "tool", "content": "3 mm"}, "of 'tool', not 'assistant'"),
+    ({"role": "assistant", "content": None, "reasoning_content": "Hm."}, "content is null"),
+    ({"role": "assistant", "content": [{"type": "image"}]}, "a reward model reads text"),
+]
+
+
+@pytest.mark.parametrize(("message", "why"), NO_TURNS)
+def test_what_is_no_turn_to_score_is_an_error_of_its_sample(
+    renderer: Renderer, message: Any, why: str
+) -> None:
+    good, bad = renderer.sequences(Group("Hi.", [ANSWER, message]))
+    assert isinstance(good, list)
+    assert isinstance(bad, SampleError)
+    assert why in bad.message
+    grouped = to_groups(["Hi."] * 3, [ANSWER, [ASKED[1], message], ANSWER])
+    assert grouped.places == [[0, 2]]
+    assert grouped.errors.keys() == {1}
+    assert why in grouped.errors[1].message
+    with pytest.raises(ValueError, match=r"in:1: completions\.0"):
+        group_of({"prompt": "Hi.", "completions": [message]}, "in:1")
+    with pytest.raises(ValueError, match="'chosen'"):
+        parse_row(1, {"prompt": "Hi.", "chosen": [message], "rejected": "b"}, Columns())
+    body = json.dumps({"groups": [{"prompt": "Hi.", "completions": ["a", message]}]}).encode()
+    with pytest.raises(RequestValidationError) as refused:
+        parse(schema.ScoreRequest, body)
+    for error in refused.value.errors():
+        assert error["loc"][:4] == ["groups", 0, "completions", 1]
+
+
+def test_a_message_needs_a_chat_contract(renderer: Renderer) -> None:
+    text = Renderer(renderer.tokenizer, replace(renderer.contract, format="text"))
+    plain = {"role": "assistant", "content": "a"}
+    good, bad = text.sequences(Group("p", [plain, CALLING]))
+    assert good == text.render("p", "a")
+    assert isinstance(bad, SampleError)
+    assert "needs a chat contract" in bad.message
+
+
+# ---- calls
+
+
+def called(arguments: Any) -> list[Any]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, ASKED[2]]
+
+
+@pytest.mark.parametrize("system", ["qwen 2.5", "qwen 3", "llama 3.1", "deepseek 3"])
+@pytest.mark.parametrize("arguments", [{"city": "Rome", "days": [1, 2]}, {}])
+def test_arguments_as_text_are_the_object_that_they_say(system: str, arguments: Any) -> None:
+    """DeepSeek's template takes text alone."""
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS[system])
+    network = make_network("qwen3", pad_token_id=tokenizer.pad_token_id)
+    render = Renderer(tokenizer, contract_for(tokenizer, network.config, format="chat"))
+    ids = render.render(called(arguments), ANSWER)
+    assert render.render(called(json.dumps(arguments, indent=1)), ANSWER) == ids
+    assert json.dumps(arguments) in tokenizer.decode(ids)
+    if not arguments:
+        assert render.render(called(""), ANSWER) == ids
+
+
+values = st.none() | st.integers(0, 9) | st.lists(st.none(), max_size=2)
+json_values = st.dictionaries(st.text(max_size=2), values, max_size=2) | values
+
+
+@given(json_values | json_values.map(json.dumps) | st.text(max_size=9))
+def test_what_was_read_is_read_again(arguments: Any) -> None:
+    once = conversation.messages(called(arguments), "prompt")
+    assert conversation.messages(once, "prompt") == once
+    [call] = once[1]["tool_calls"]
+    bare = {**once[1], "tool_calls": [call["function"]]}
+    assert conversation.messages([bare], "prompt") == [bare]
+
+
+def test_a_call_that_is_no_json_stays_as_it_was_sampled() -> None:
+    for arguments in ('{"city": ', "[1]", "null", '"{}"'):
+        [_, message, _] = conversation.messages(called(arguments), "prompt")
+        assert message["tool_calls"][0]["function"]["arguments"] == arguments
+    [_, message, _] = conversation.messages(called('{"city": "Rome", "at": null}'), "prompt")
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
 
 
 @pytest.mark.parametrize(
@@ -236,4 +354,5 @@ def test_the_json_schema_says_that_a_prompt_is_text_or_messages() -> None:
     kinds = json.dumps(properties["prompt"])
     assert '"type": "string"' in kinds
     assert "ChatMessage" in kinds
+    assert "CompletionMessage" in json.dumps(properties["completions"])
     assert {"tools", "chat_template_kwargs"} <= properties.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from samples import USER
 from stub_service import stub
 
-from reward_actor import Group
+from reward_actor import Group, RewardServiceError
 from reward_actor.integrations import openrlhf, scorers
 from reward_actor.integrations.grouping import in_order, to_groups
 from reward_actor.integrations.nemo_rl import RewardEnvironment
+from reward_actor.integrations.skyrl import RewardStep
 from reward_actor.integrations.trl import reward_function
 
 # ---- grouping
@@ -33,10 +35,11 @@ def test_equal_prompts_become_one_group_and_all_rewards_go_back(
     samples: list[tuple[Any, Any]],
 ) -> None:
     prompts, completions = [list(column) for column in zip(*samples, strict=True)] or [[], []]
-    groups, places = to_groups(prompts, completions)
-    keys = [json.dumps(group.prompt) for group in groups]
+    grouped = to_groups(prompts, completions)
+    keys = [json.dumps(group.prompt) for group in grouped.groups]
     assert len(set(keys)) == len(keys)
-    texts = in_order([list(group.completions) for group in groups], places)  # type: ignore[type-var]
+    assert not grouped.errors
+    texts = in_order([list(group.completions) for group in grouped.groups], grouped.places, {})
     last = [c if isinstance(c, str) else c[-1]["content"] if c else "" for c in completions]
     assert texts == last
 
@@ -47,7 +50,7 @@ def test_of_a_conversation_all_but_the_last_message_is_the_prompt() -> None:
         {"role": "tool", "name": "f", "content": "42"},
         {"role": "assistant", "content": [{"type": "text", "text": "It is 42."}]},
     ]
-    [group], _ = to_groups([USER], [completion])
+    [group] = to_groups([USER], [completion]).groups
     assert [m["content"] for m in group.prompt or []] == ["Name two fruits.", "", "42"]
     assert group.completions == ["It is 42."]
     with pytest.raises(ValueError, match="a reward model reads text"):
@@ -64,6 +67,29 @@ def test_trl_repeated_prompts_travel_once() -> None:
         assert got == [float(n) for n in range(16)]
         [request] = server.received
     assert [len(group) for group in request.groups] == [8, 8]
+
+
+TOLD = {"tools": [{"name": "weather"}], "chat_template_kwargs": {"brief": True}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+RESULT = {"role": "tool", "content": "17 degrees"}
+THOUGHT = {"role": "assistant", "content": None, "reasoning_content": "Hm."}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_trl_a_completion_that_cannot_be_scored_is_none_by_itself(asynchronous: bool) -> None:
+    said = {"role": "assistant", "content": "four", "reasoning_content": "Hm."}
+    completions = [[said], [CALL], [CALL, RESULT], [THOUGHT], [CALL, RESULT, said]]
+
+    def score(server: Any, completions: list[Any]) -> Any:
+        function: Any = reward_function(server.url, asynchronous=asynchronous)
+        got = function(prompts=["p"] * len(completions), completions=completions)
+        return asyncio.run(got) if asynchronous else got
+
+    with stub() as server:
+        assert score(server, completions) == [4.0, 0.0, None, None, 4.0]
+        assert score(server, completions[2:4]) == [None, None]
+        [request] = server.received
+    assert [list(group.completions) for group in request.groups] == [[said, CALL], [said]]
 
 
 # ---- OpenRLHF
@@ -112,3 +138,31 @@ def test_nemo_rl_takes_a_system_prompt_for_no_turn(prompt: Any) -> None:
     assert isinstance(group, Group)
     assert group.prompt == prompt
     assert group.completions == ["one"]
+
+
+def test_nemo_rl_scores_an_assistants_turn_alone() -> None:
+    logs = [[*USER, RESULT], [*USER, THOUGHT], [*USER, {"role": "assistant", "content": "one"}]]
+    with stub() as server:
+        lenient = RewardEnvironment({"url": server.url, "error_reward": -1.0})
+        assert lenient.step(logs, [None] * 3).rewards.tolist() == [-1.0, -1.0, 3.0]
+        with pytest.raises(RewardServiceError, match="is of 'tool', not 'assistant'"):
+            RewardEnvironment({"url": server.url}).step(logs[:1], [None])
+
+
+# ---- what the chat template is told
+
+
+def test_tools_travel_from_where_a_trainer_carries_them() -> None:
+    with stub() as server:
+        RewardEnvironment({"url": server.url}).step(
+            [[*USER, {"role": "assistant", "content": "one"}]] * 2, [TOLD, None]
+        )
+        address = {"url": server.url}
+        for env_config, extras in ((TOLD, address), ({}, {**address, **TOLD})):
+            step = RewardStep(env_config, extras)
+            step.init(USER)
+            step.step("one")
+        groups = [group for request in server.received for group in request.groups]
+    told = [(group.tools, group.template_args) for group in groups if isinstance(group, Group)]
+    with_tools = (TOLD["tools"], TOLD["chat_template_kwargs"])
+    assert told == [with_tools, ((), {}), with_tools, with_tools]

@@ -23,6 +23,16 @@ FIRST_SYSTEM_ONLY = (
     "{% for m in messages %}{% if m.role != 'system' or loop.first %}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
 )
+NAMES_OF_CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+)
+ENDS_A_CALL_OTHERWISE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
+)
 FIRST_PART_ONLY = (
     "{% for m in messages %}"
     "{% set text = m.content if m.content is string else m.content[0].text %}"
@@ -58,6 +68,11 @@ def renderer(template: str | None = None, name: str = "qwen 2.5") -> Renderer:
             [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
             r"tool call 0 of message 1 \(role 'assistant'\)",
         ),
+        (
+            NAMES_OF_CALLS,
+            [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            r"the arguments of tool call 0 of message 1 \(role 'assistant'\)",
+        ),
     ],
 )
 def test_what_a_template_leaves_out_is_named(template: str, prompt: Any, lost: str) -> None:
@@ -68,6 +83,47 @@ def test_what_a_template_leaves_out_is_named(template: str, prompt: Any, lost: s
     (error,) = render.sequences(Group(prompt, ["Apples."]))
     assert isinstance(error, SampleError)
     assert error.type == "unrenderable"
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALLS = [
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "17 degrees", "tool_call_id": "1"},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen 2.5", "qwen 3", "llama 3.1", "llama 3.2"])
+@pytest.mark.parametrize("before", [[], [SYSTEM]])
+def test_templates_with_tools_write_tools_calls_and_results(name: str, before: list[Any]) -> None:
+    render = renderer(name=name)
+    for prompt in ([*before, USER], [*before, USER, *CALLS]):
+        for tools in ([WEATHER], [WEATHER, {**WEATHER, "extra": "x"}]):
+            text = render.tokenizer.decode(render.render(prompt, "Warm.", tools=tools))
+            assert "Tells the weather." in text
+    scored = render.render([*before, USER], CALLS[0], tools=[WEATHER])
+    assert "Rome" in render.tokenizer.decode(scored)
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma 2", "deepseek 3"])
+def test_tools_that_a_template_ignores_are_named(name: str) -> None:
+    render = renderer(name=name)
+    render.render([USER], "Warm.")
+    with pytest.raises(RenderError, match="leaves out tool 1"):
+        render.render([USER], "Warm.", tools=[{"type": "web_search"}, WEATHER])
+
+
+def test_a_scored_call_ends_with_the_contracts_end_or_is_refused() -> None:
+    render = renderer(ENDS_A_CALL_OTHERWISE)
+    render.render([USER], "Warm.")
+    with pytest.raises(RenderError, match=r"leaves out tool call 0 of message 1"):
+        render.render([USER], CALLS[0])
 
 
 def test_parts_of_text_are_one_text_before_a_template_sees_them() -> None:

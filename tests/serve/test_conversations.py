@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conversations import ANSWER, ARGS, ASKED, ROW, TEMPLATE, TOOLS
+from conversations import ANSWER, ARGS, ASKED, CALLING, ROW, TEMPLATE, TOOLS
 from exports import make_export
 from transformers import AutoTokenizer
 
@@ -37,16 +37,29 @@ def export(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(export: Path) -> float:
-    """The reward of the ids that training renders."""
-    scorer = RewardScorer.from_pretrained(export, "cpu")
+def scorer(export: Path) -> RewardScorer:
+    return RewardScorer.from_pretrained(export, "cpu")
+
+
+@pytest.fixture(scope="module")
+def of_sides(scorer: RewardScorer) -> list[float]:
+    """The rewards of the ids that training renders of a pair."""
     row = parse_row(1, PAIR, Columns())
-    ids = scorer.renderer.render(
-        row.sides[0].prompt, ANSWER, tools=row.tools, template_args=row.template_args
-    )
-    text = scorer.renderer.tokenizer.decode(ids)
-    assert all(part in text for part in ("weather", "I look.", "3 mm", "(brief) Yes."))
-    return float(scorer.score_ids([ids])[0])
+    ids = [
+        scorer.renderer.render(
+            side.prompt, side.completion, tools=row.tools, template_args=row.template_args
+        )
+        for side in row.sides
+    ]
+    for sequence in ids:
+        text = scorer.renderer.tokenizer.decode(sequence)
+        assert all(part in text for part in ('"name": "weather"', "I look.", "3 mm", "(brief) "))
+    return [float(reward) for reward in scorer.score_ids(ids)]
+
+
+@pytest.fixture(scope="module")
+def trained(of_sides: list[float]) -> float:
+    return of_sides[0]
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +97,31 @@ def test_an_asynchronous_handle(url: str, trained: float) -> None:
     assert asyncio.run(score()) == [pytest.approx(trained, abs=1e-5)]
 
 
+def test_a_turn_that_thinks_and_calls(url: str, scorer: RewardScorer) -> None:
+    ids = scorer.renderer.render(ASKED[:1], CALLING, tools=TOOLS)
+    assert "I look." in scorer.renderer.tokenizer.decode(ids)
+    [expected] = scorer.score_ids([ids]).tolist()
+    bodies = {
+        "/v1/score": {"groups": [{"prompt": ASKED[:1], "completions": [CALLING], "tools": TOOLS}]},
+        "/classify": {"messages": [ASKED[0], CALLING], "tools": TOOLS},
+    }
+    for path, body in bodies.items():
+        reply = httpx.post(url + path, json=body, timeout=60)
+        assert reply.status_code == 200, reply.text
+        found = reply.json()
+        reward = found["data"][0]["probs"] if "data" in found else found["results"][0]["rewards"]
+        assert reward == [pytest.approx(expected, abs=1e-5)]
+    score = reward_function(url)
+    rewards = score([ASKED[:1]], [[CALLING]], tools=[TOOLS])
+    assert rewards == [pytest.approx(expected, abs=1e-5)]
+
+
 def test_vllms_route(url: str, trained: float) -> None:
     said = [{"role": "assistant", "content": ANSWER}]
     body = {"messages": [*ASKED, *said], "tools": TOOLS, "chat_template_kwargs": ARGS}
     reply = httpx.post(f"{url}/classify", json=body, timeout=60)
     assert reply.status_code == 200, reply.text
     assert reply.json()["data"][0]["probs"] == [pytest.approx(trained, abs=1e-5)]
-    called = {**said[0], "tool_calls": ASKED[1]["tool_calls"]}
-    reply = httpx.post(f"{url}/classify", json={"messages": [*ASKED, called]}, timeout=60)
-    assert reply.status_code == 422
-    assert "calls a tool; only text has a reward" in reply.text
 
 
 def test_trls_adapter(url: str, trained: float) -> None:
@@ -103,7 +131,8 @@ def test_trls_adapter(url: str, trained: float) -> None:
 
 
 @pytest.mark.parametrize("where", ["service", "directory"])
-def test_files(url: str, export: Path, trained: float, tmp_path: Path, where: str) -> None:
+def test_files(url: str, export: Path, of_sides: list[float], tmp_path: Path, where: str) -> None:
+    trained, other = of_sides
     rows, scored = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
     rows.write_text(json.dumps(ROW) + "\n")
     assert main(["score", url if where == "service" else str(export), str(rows), str(scored)]) == 0
@@ -113,6 +142,7 @@ def test_files(url: str, export: Path, trained: float, tmp_path: Path, where: st
     pairs.write_text(json.dumps(PAIR) + "\n")
     result = evaluate_model(url if where == "service" else str(export), str(pairs))
     assert result["num_pairs"] == 1
+    assert result["reward_margin"] == pytest.approx(trained - other, abs=1e-5)
 
 
 def test_what_is_wrong_is_named(url: str) -> None:

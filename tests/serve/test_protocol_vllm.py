@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offline import reward, templated
+from pydantic import ValidationError
 
 from reward_actor import Group
 from reward_actor.groups import Whole
@@ -103,6 +104,12 @@ def test_a_conversation(http: httpx.Client, offline: RewardScorer) -> None:
         ({"messages": CHAT[:1]}, 422, "the assistant's"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [*CHAT[:1], {"role": "assistant", "content": None}]}, 422, "with content"),
+        ({"messages": [{**CHAT[0], "name": 5}, CHAT[1]]}, 422, "messages.0.name is int, not text"),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "tool_calls": "x"}]},
+            422,
+            "messages.1.tool_calls is not a list of calls",
+        ),
         ({"messages": CHAT, "add_generation_prompt": True}, 422, "none would follow"),
         ({"messages": CHAT, "continue_final_message": True}, 422, "end of its turn"),
         ({"messages": CHAT, "chat_template": "{{ 1 }}"}, 422, "trained with"),
@@ -125,6 +132,23 @@ def test_what_is_refused(http: httpx.Client, body: Any, status: int, message: st
         reply = http.post(path, json=body)
         assert reply.status_code == status
         assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"name": "f"}]),
+        ("chat_template_kwargs", {"a": 1}),
+        ("chat_template", "{{ 1 }}"),
+        ("add_generation_prompt", True),
+        ("continue_final_message", True),
+    ],
+)
+def test_what_belongs_to_messages_is_refused_with_input(name: str, value: Any) -> None:
+    for body in ({"input": "Hi."}, {"input": [[5]]}):
+        VllmRequest.model_validate({**body, name: type(value)()})
+        with pytest.raises(ValidationError, match=f"{name} cannot be set with input"):
+            VllmRequest.model_validate({**body, name: value})
 
 
 def test_an_image_is_refused(http: httpx.Client) -> None:

@@ -12,12 +12,20 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline import reward, templated
 
 from reward_actor import Group, RewardScorer
+from serve.http.requests import check
 from serve.protocols.drop_in import VERSION_HEADER, sigmoid
+from serve.protocols.kserve import InferRequest
+from serve.protocols.llama_factory import LlamaFactoryRequest
+from serve.protocols.openrlhf import OpenRlhfRequest
+from serve.protocols.sglang import SglangClassifyRequest, SglangScoreRequest
+from serve.protocols.slime import SlimeRequest
+from serve.protocols.tei import TeiRequest
 
 TOO_LONG = "word " * 400
 
@@ -149,6 +157,26 @@ def test_unknown_fields_and_any_content_type_are_accepted(http: httpx.Client, pa
     )
     assert odd.status_code == 200
     assert odd.headers[VERSION_HEADER] == plain.headers[VERSION_HEADER]
+
+
+@pytest.mark.parametrize(
+    ("request_of", "body"),
+    [
+        (OpenRlhfRequest, PATHS["/get_reward"]),
+        (TeiRequest, PATHS["/predict"]),
+        (LlamaFactoryRequest, PATHS["/v1/score/evaluation"]),
+        (SlimeRequest, PATHS["/reward/slime"]),
+        (SglangScoreRequest, PATHS["/v1/score"]),
+        (SglangClassifyRequest, {"text": "fine"}),
+        (InferRequest, PATHS["/v2/models/reward_model/infer"]),
+    ],
+)
+def test_what_a_protocol_cannot_tell_a_template_is_refused(request_of: Any, body: Any) -> None:
+    for name, value in {"tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}}.items():
+        check(request_of, {**body, name: None})
+        check(request_of, {**body, name: type(value)()})
+        with pytest.raises(RequestValidationError, match=f"{name} has no place in this protocol"):
+            check(request_of, {**body, name: value})
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_actor import conversation
 from reward_actor.conversation import kind_of
-from reward_actor.groups import Message
+from reward_actor.groups import Completion, Message
 from trainer.data.rows import Row, Side, num_shared, prompt_key
 
 if TYPE_CHECKING:
@@ -253,9 +253,8 @@ def _subset(raw: Mapping[str, Any], name: str) -> str:
 
 
 def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
-    """A completion as text, or as messages that may repeat the prompt, of the named column.
-
-    Raises ValueError.
+    """A completion as text, as a message, or as messages that may repeat the prompt, of the named
+    column. Raises ValueError.
     """
     if isinstance(value, str):
         value = conversation.messages_in(value) or value
@@ -263,16 +262,14 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
         if not value.strip():
             raise ValueError(f"{column!r} is empty")
         return Side(prompt, value)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{column!r} is {kind_of(value)}, not text or messages")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    *context, last = conversation.messages(value, repr(column))
-    if last["role"] != "assistant":
-        raise ValueError(f"the last message of {column!r} is of {last['role']!r}, not 'assistant'")
-    if last.get("tool_calls"):
-        raise ValueError(f"the last message of {column!r} calls a tool; only text has a reward")
-    if not last["content"].strip():
+    context, last = conversation.dialogue(value, repr(column))
+    if _is_empty(last):
         raise ValueError(f"the last message of {column!r} is empty")
     if prompt:
         if isinstance(prompt, str):
@@ -280,7 +277,13 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
         context = _joined(prompt, context, column)
     if not context:
         raise ValueError(f"{column!r} is a lone completion and the row has no prompt")
-    return Side(context, last["content"])
+    return Side(context, last)
+
+
+def _is_empty(completion: Completion) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not completion["content"].strip() and not completion.get("tool_calls")
 
 
 def _joined(prompt: list[Message], context: list[Message], column: str) -> list[Message]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from reward_actor.engine.forest import common_prefix
-from reward_actor.groups import Prompt
+from reward_actor.groups import Completion, Prompt
 
 _SHOWN = 3
 # How whole dialogues are written as text (Anthropic's hh-rlhf).
@@ -23,7 +23,13 @@ class Side:
     """A completion and what it answers; the reward is for the completion."""
 
     prompt: Prompt
-    completion: str
+    completion: Completion
+
+    @property
+    def text(self) -> str:
+        """What the completion says, without its calls and reasoning."""
+        said = self.completion
+        return said if isinstance(said, str) else str(said["content"])
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,13 @@ def prompt_key(sides: Sequence[Side]) -> tuple[str, bool]:
     if not isinstance(prompt, str):
         human = [m["content"] for m in prompt if m["role"] == "user"]
         return str(human[0] if human else prompt), True
-    text = prompt or sides[0].completion
+    text = prompt or sides[0].text
     turn = _FIRST_TURN.match(text)
     if turn:
         return turn[1].strip(), True
     if prompt:
         return prompt, True
-    completions = [side.completion for side in sides]
-    return commonprefix(completions) or text, False  # noqa: RUF071 (characters)
+    return commonprefix([side.text for side in sides]) or text, False  # noqa: RUF071 (characters)
 
 
 def num_shared(sequences: Sequence[Sequence[int]]) -> int:
@@ -97,7 +102,7 @@ def num_shared(sequences: Sequence[Sequence[int]]) -> int:
 
 def _question(side: Side) -> Any:
     if side.prompt == "":
-        turn = _FIRST_TURN.match(side.completion)
+        turn = _FIRST_TURN.match(side.text)
         return turn[1].strip() if turn else ""
     if isinstance(side.prompt, str):
         return [{"role": "user", "content": side.prompt}]

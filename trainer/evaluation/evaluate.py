@@ -208,6 +208,4 @@ def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
 def _num_tokens(group: Group) -> int:
     """Of all its samples, roughly: four characters are a token."""
-    if group.prompt_ids is not None:
-        return sum(len(group.prompt_ids) + len(ids) for ids in group.completion_ids)
-    return (len(str(group.prompt)) * len(group) + sum(map(len, group.completions))) // 4
+    return group.num_ids + group.num_characters // 4
