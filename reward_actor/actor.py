@@ -26,9 +26,9 @@ class RewardScorerActor:
         self._scorer = RewardScorer.from_pretrained(path, **loading)
 
     def score_groups(
-        self, groups: Sequence[Group], token_rewards: bool = False
+        self, groups: Sequence[Group], token_rewards: bool = False, turn_rewards: bool = False
     ) -> list[GroupScores]:
-        return self._scorer.score(groups, token_rewards)
+        return self._scorer.score(groups, token_rewards, turn_rewards)
 
     def info(self) -> schema.Info:
         scorer = self._scorer

@@ -122,6 +122,9 @@ class GroupScores:
     counts prompt + completion, `num_prompt_tokens` (beside `tokens`) the prompt alone. Where
     `errors[i]` is set, `rewards[i]` and `raw_scores[i]` are None.
 
+    `turn_rewards[i]` has the reward at the end of each assistant turn, those of the prompt first;
+    the last one is `rewards[i]`.
+
     Of an ensemble, both are its members' combined by the rule; `members[i]` are the members' own
     rewards in the order of their names, and `spread[i]` is the standard deviation of those.
     """
@@ -137,6 +140,7 @@ class GroupScores:
     num_prompt_tokens: list[int] | None = None
     members: list[list[float] | None] | None = None
     spread: list[float | None] | None = None
+    turn_rewards: list[list[float] | None] | None = None
 
 
 Rendered = list[int] | SampleError
@@ -148,20 +152,27 @@ def scorable(rendered: Sequence[Sequence[Rendered]]) -> list[list[int]]:
     return [ids for group in rendered for ids in group if not isinstance(ids, SampleError)]
 
 
+def of_turns(token_scores: Sequence[Scores], turn_ends: Sequence[Sequence[int]]) -> list[Scores]:
+    """n arrays (tokens, K) -> n arrays (turns, K): the scores where each sample's turns end."""
+    return [scores[list(ends)] for scores, ends in zip(token_scores, turn_ends, strict=True)]
+
+
 def assemble(
     rendered: Sequence[Sequence[Rendered]],
     raw_scores: Scores,
     readout: Readout,
     model_version: str,
     token_scores: Sequence[Scores] | None = None,
+    turn_scores: Sequence[Scores] | None = None,
 ) -> list[GroupScores]:
     """Lay the raw scores (n, K) of `scorable(rendered)` back into the groups as rewards.
 
     A member's score that is not finite becomes an error of its sample. `token_scores` are the raw
-    scores of every token, one (tokens, K) for each scorable sample.
+    scores of every token, one (tokens, K) for each scorable sample; `turn_scores` those at the ends
+    of its assistant turns, (turns, K).
     """
     assert len(raw_scores) == len(scorable(rendered)), "one row for each scorable sample"
-    read = _read(raw_scores, readout, token_scores)
+    read = _read(raw_scores, readout, token_scores, turn_scores)
     results = []
     for group in rendered:
         samples = [s if isinstance(s, SampleError) else next(read) for s in group]
@@ -177,6 +188,9 @@ def assemble(
         if token_scores is not None:
             per_token = [None if s is None else s.tokens for s in good]
             scores = replace(scores, token_rewards=per_token)
+        if turn_scores is not None:
+            per_turn = [None if s is None else s.turns for s in good]
+            scores = replace(scores, turn_rewards=per_turn)
         if readout.is_ensemble:
             members = [None if s is None else s.members for s in good]
             spread = [None if s is None else s.spread for s in good]
@@ -192,23 +206,34 @@ class _Sample:
     members: list[float]
     spread: float
     tokens: list[float]
+    turns: list[float]
 
 
 def _read(
-    raw_scores: Scores, readout: Readout, token_scores: Sequence[Scores] | None
+    raw_scores: Scores,
+    readout: Readout,
+    token_scores: Sequence[Scores] | None,
+    turn_scores: Sequence[Scores] | None,
 ) -> Iterator[_Sample | SampleError]:
     """What the raw scores of each scorable sample mean."""
     reading = readout.read(raw_scores)
     rewards, raw = reading.rewards.tolist(), reading.raw_scores.tolist()
     members, spread = reading.members.tolist(), reading.spread.tolist()
     for index, finite in enumerate(reading.finite.tolist()):
-        tokens: list[float] = []
-        if finite and token_scores is not None:
-            of_tokens = readout.read(token_scores[index])
-            finite, tokens = bool(of_tokens.finite.all()), of_tokens.rewards.tolist()
-        if finite:
-            yield _Sample(rewards[index], raw[index], members[index], spread[index], tokens)
+        tokens = _within(token_scores, index, readout)
+        turns = _within(turn_scores, index, readout)
+        if finite and tokens is not None and turns is not None:
+            yield _Sample(rewards[index], raw[index], members[index], spread[index], tokens, turns)
             continue
         bad = [n for n, r in zip(readout.names, members[index], strict=True) if not isfinite(r)]
         whose = f"{bad[0]}'s" if readout.is_ensemble and bad else "the model's"
         yield SampleError("non_finite_reward", f"{whose} reward is not finite")
+
+
+def _within(scores: Sequence[Scores] | None, index: int, readout: Readout) -> list[float] | None:
+    """The rewards within one sample, none where no one asked; None where one is not finite."""
+    if scores is None:
+        return []
+    reading = readout.read(scores[index])
+    rewards: list[float] = reading.rewards.tolist()
+    return rewards if reading.finite.all() else None

@@ -175,6 +175,7 @@ class ScoreRequest(Wire):
     groups: list[GroupRequest]
     model: str | None = None
     token_rewards: bool = False
+    turn_rewards: bool = False
 
     model_config = ConfigDict(
         extra="forbid",
@@ -209,6 +210,9 @@ class GroupReply(Wire):
     With token_rewards: a reward for each token (what the reward would be if the text ended there),
     what each token reads as, and how many of them are the prompt's.
 
+    With turn_rewards: a reward at the end of each assistant turn, the prompt's first, then the
+    completion's, which is its reward.
+
     Of an ensemble, `members` are the rewards of each of its members, in the order in which `/info`
     names them, and `spread` is their standard deviation; null otherwise.
     """
@@ -223,6 +227,7 @@ class GroupReply(Wire):
     num_prompt_tokens: list[int] | None = None
     members: list[list[float] | None] | None = None
     spread: list[float | None] | None = None
+    turn_rewards: list[list[float] | None] | None = None
 
 
 class ScoreReply(Wire):

@@ -19,7 +19,7 @@ from reward_actor.engine.cache import RewardCache
 from reward_actor.engine.engine import Attention, Engine, Plan
 from reward_actor.engine.memory import limit_to_share
 from reward_actor.golden import replay
-from reward_actor.groups import Group, GroupScores, SampleError, assemble, scorable
+from reward_actor.groups import Group, GroupScores, SampleError, assemble, of_turns, scorable
 from reward_actor.model.ensemble import (
     Ensemble,
     ensemble_readout,
@@ -171,13 +171,30 @@ class RewardScorer:
     def max_batch_tokens(self) -> int:
         return min(engine.max_batch_tokens for engine in self.engines)
 
-    def score(self, groups: Sequence[Group], token_rewards: bool = False) -> list[GroupScores]:
-        """Score every completion of every group; one that cannot be scored carries its error."""
+    def score(
+        self, groups: Sequence[Group], token_rewards: bool = False, turn_rewards: bool = False
+    ) -> list[GroupScores]:
+        """Score every completion of every group; one that cannot be scored carries its error.
+
+        Raises ValueError naming the first group that has no turns, where they are asked for.
+        """
+        if turn_rewards and (refused := self.renderer.first_without_turns(groups)) is not None:
+            raise ValueError(refused[1])
         rendered = [self.renderer.sequences(group) for group in groups]
+        turn_ends = None
+        if turn_rewards:
+            rendered, turn_ends = self.renderer.with_turns(groups, rendered)
         sequences = scorable(rendered)
-        per_token = self.token_scores(sequences) if token_rewards else None
+        per_token = self.token_scores(sequences) if token_rewards or turn_rewards else None
         raw = self.raw_scores(sequences) if per_token is None else self.last_scores(per_token)
-        return assemble(rendered, raw, self.readout, self.model_version, per_token)
+        return assemble(
+            rendered,
+            raw,
+            self.readout,
+            self.model_version,
+            per_token if token_rewards else None,
+            None if per_token is None or turn_ends is None else of_turns(per_token, turn_ends),
+        )
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """Rewards of whole token sequences, as given: (n,) float32.

@@ -65,11 +65,17 @@ class Ingress:
         return build_api(self._service, self._swapper)
 
     async def score_groups(
-        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> list[GroupScores]:
         """Score groups before the deadline. Raises RewardServiceError."""
         try:
-            return (await self._service.score(groups, token_rewards=token_rewards)).results
+            scored = await self._service.score(
+                groups, token_rewards=token_rewards, turn_rewards=turn_rewards
+            )
+            return scored.results
         except RewardServiceError as error:
             self._service.observer.refused(error.type)  # those over HTTP are counted there
             raise

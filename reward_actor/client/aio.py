@@ -77,20 +77,28 @@ class AsyncRewardClient:
         return f"{type(self).__name__}({', '.join(self.urls)})"
 
     async def score(
-        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
+        groups = [Group(prompt, completions)]
+        return (await self.score_groups(groups, token_rewards, turn_rewards))[0]
 
     async def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return await self.score(prompt, completions, token_rewards=True)
 
     async def score_groups(
-        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> list[GroupScores]:
-        """The scores of each group. Raises RewardServiceError, and ValueError for groups that no
-        service can be sent.
+        """The scores of each group, with turn_rewards also at the end of each assistant turn.
+        Raises RewardServiceError, and ValueError for groups that no service can be sent.
 
         Many groups may travel in several requests, which a hot swap can come between: look at
         `model_version`.
@@ -102,7 +110,8 @@ class AsyncRewardClient:
         parts: list[PendingGroups] = []
         first = 0
         for some in divide(groups):
-            parts.append(PendingGroups(some, first, token_rewards, deadline, loop.create_future()))
+            done: asyncio.Future[list[GroupScores]] = loop.create_future()
+            parts.append(PendingGroups(some, first, token_rewards, deadline, done, turn_rewards))
             first += len(some)
         self._waiting.extend(parts)
         self._pump_soon()
@@ -243,7 +252,7 @@ class AsyncRewardClient:
 
     async def _scores(self, parts: Sequence[PendingGroups]) -> list[GroupScores]:
         groups = [group for part in parts for group in part.groups]
-        body, media_type = bodies.encode(groups, parts[0].token_rewards)
+        body, media_type = bodies.encode(groups, parts[0].token_rewards, parts[0].turn_rewards)
 
         def failed(error: RewardServiceError) -> None:
             for part in parts:

@@ -1,6 +1,7 @@
 """The bodies of `POST /v1/score` as a client sees them: groups out, scores or a typed error in.
 
-Groups of token ids travel in the compact form of `reward_actor.binary`, all others as JSON.
+Groups of token ids travel in the compact form of `reward_actor.binary`, all others as JSON; so does
+what asks for turn rewards, which ids have none of.
 """
 
 from __future__ import annotations
@@ -51,12 +52,16 @@ def check(group: Group | Whole) -> None:
         )
 
 
-def encode(groups: Sequence[Group | Whole], token_rewards: bool) -> tuple[bytes, str]:
+def encode(
+    groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool = False
+) -> tuple[bytes, str]:
     """A body and its media type. Raises ValueError for ids that an int32 cannot hold."""
     ids = [group for group in groups if isinstance(group, Group) and is_ids(group)]
-    if len(ids) == len(groups):
+    if len(ids) == len(groups) and not turn_rewards:
         return binary.encode_request(ids, token_rewards), binary.MEDIA_TYPE
     body = {"groups": [_to_json(group) for group in groups], "token_rewards": token_rewards}
+    if turn_rewards:  # an older service refuses the field
+        body["turn_rewards"] = True
     # ASCII only: a lone surrogate has no UTF-8 form, and is its own sample's error to get.
     return json.dumps(body).encode("ascii"), JSON
 
@@ -105,6 +110,7 @@ def _from_reply(reply: schema.GroupReply, model_version: str) -> GroupScores:
         num_prompt_tokens=reply.num_prompt_tokens,
         members=reply.members,
         spread=reply.spread,
+        turn_rewards=reply.turn_rewards,
     )
 
 

@@ -63,20 +63,28 @@ class RewardHandle:
         self._timeout_s = timeout_s
 
     def score(
-        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return self.score_groups([Group(prompt, completions)], token_rewards)[0]
+        return self.score_groups([Group(prompt, completions)], token_rewards, turn_rewards)[0]
 
     def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return self.score(prompt, completions, token_rewards=True)
 
     def score_groups(
-        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> list[GroupScores]:
         """The scores of each group. Raises RewardServiceError."""
-        scores = self._call(self._handle.score_groups, list(groups), token_rewards)
+        wanted = _wanted(token_rewards, turn_rewards)
+        scores = self._call(self._handle.score_groups, list(groups), *wanted)
         return cast("list[GroupScores]", scores)
 
     def info(self) -> schema.Info:
@@ -109,20 +117,29 @@ class AsyncRewardHandle:
         self._timeout_s = timeout_s
 
     async def score(
-        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return (await self.score_groups([Group(prompt, completions)], token_rewards))[0]
+        groups = [Group(prompt, completions)]
+        return (await self.score_groups(groups, token_rewards, turn_rewards))[0]
 
     async def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return await self.score(prompt, completions, token_rewards=True)
 
     async def score_groups(
-        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> list[GroupScores]:
         """The scores of each group. Raises RewardServiceError."""
-        scores = await self._call(self._handle.score_groups, list(groups), token_rewards)
+        wanted = _wanted(token_rewards, turn_rewards)
+        scores = await self._call(self._handle.score_groups, list(groups), *wanted)
         return cast("list[GroupScores]", scores)
 
     async def info(self) -> schema.Info:
@@ -145,6 +162,11 @@ class AsyncRewardHandle:
                 failure = _as_service_error(error)
             await asyncio.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
+
+
+def _wanted(token_rewards: bool, turn_rewards: bool) -> tuple[bool, ...]:
+    """Arguments of `score_groups`, which in an older service has one."""
+    return (token_rewards, True) if turn_rewards else (token_rewards,)
 
 
 def _cancel(response: Any) -> None:

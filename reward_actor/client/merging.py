@@ -34,6 +34,7 @@ class PendingGroups:
     token_rewards: bool
     deadline: float
     done: asyncio.Future[list[GroupScores]]
+    turn_rewards: bool = False
     failure: RewardServiceError | None = None
 
     @cached_property
@@ -50,7 +51,11 @@ class PendingGroups:
 
     def is_like(self, other: PendingGroups) -> bool:
         """Whether both can travel in one request."""
-        return (self.token_rewards, self.is_ids) == (other.token_rewards, other.is_ids)
+        return self._kind == other._kind
+
+    @property
+    def _kind(self) -> tuple[bool, bool, bool]:
+        return self.token_rewards, self.turn_rewards, self.is_ids
 
 
 def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:

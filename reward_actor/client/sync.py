@@ -56,20 +56,27 @@ class RewardClient:
         return f"{type(self).__name__}({', '.join(self.urls)})"
 
     def score(
-        self, prompt: Prompt, completions: Sequence[Completion], token_rewards: bool = False
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> GroupScores:
         """The scores of one prompt's completions."""
-        return self.score_groups([Group(prompt, completions)], token_rewards)[0]
+        return self.score_groups([Group(prompt, completions)], token_rewards, turn_rewards)[0]
 
     def token_rewards(self, prompt: Prompt, completions: Sequence[Completion]) -> GroupScores:
         """The scores with what each token reads as (`tokens`) and its reward (`token_rewards`)."""
         return self.score(prompt, completions, token_rewards=True)
 
     def score_groups(
-        self, groups: Sequence[Group | Whole], token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> list[GroupScores]:
         """The scores of each group, as `AsyncRewardClient.score_groups`."""
-        return self._run(lambda client: client.score_groups(groups, token_rewards))
+        return self._run(lambda client: client.score_groups(groups, token_rewards, turn_rewards))
 
     def info(self) -> schema.Info:
         """What is served, and every limit."""

@@ -13,7 +13,15 @@ import numpy as np
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores, Rendered, SampleError, Whole, assemble
+from reward_actor.groups import (
+    Group,
+    GroupScores,
+    Rendered,
+    SampleError,
+    Whole,
+    assemble,
+    of_turns,
+)
 from serve.config import ServeConfig
 from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion
 from serve.ingress.replicas import Model, Replicas
@@ -76,11 +84,15 @@ class RewardService:
         )
 
     async def score(
-        self, groups: Sequence[Group | Whole], *, token_rewards: bool = False
+        self,
+        groups: Sequence[Group | Whole],
+        *,
+        token_rewards: bool = False,
+        turn_rewards: bool = False,
     ) -> Scored:
         """Score groups before the deadline. Raises RewardServiceError."""
         started = time.perf_counter()
-        scored = await self.within_deadline(self._score(groups, token_rewards))
+        scored = await self.within_deadline(self._score(groups, token_rewards, turn_rewards))
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
         self.observer.scored(
             scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
@@ -148,7 +160,9 @@ class RewardService:
                 return model
             await asyncio.sleep(0.1)
 
-    async def _score(self, groups: Sequence[Group | Whole], token_rewards: bool) -> Scored:
+    async def _score(
+        self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
+    ) -> Scored:
         self._watch()
         num_samples = sum(len(group) for group in groups)
         if num_samples > self.config.max_request_samples:
@@ -163,7 +177,7 @@ class RewardService:
         is_admitted = False
         while True:  # ends at the deadline; each turn has seen the replicas change their model
             started = time.perf_counter()
-            rendered = await _render(model, groups)
+            rendered, turn_ends = await _render(model, groups, turn_rewards)
             rendered_s = time.perf_counter() - started
             sequences = [[s for s in g if not isinstance(s, SampleError)] for g in rendered]
             self._check_size(sequences)
@@ -172,7 +186,7 @@ class RewardService:
                     sequences,
                     model.version,
                     model.generation,
-                    token_rewards,
+                    token_rewards or turn_rewards,
                     is_admitted=is_admitted,
                 )
             except OtherVersion:
@@ -184,7 +198,7 @@ class RewardService:
                 "queue": 1e3 * max((part.queue_s for part in parts), default=0.0),
                 "score": 1e3 * max((part.score_s for part in parts), default=0.0),
             }
-            reply = groups, rendered, parts, model, token_rewards
+            reply = groups, rendered, parts, model, token_rewards, turn_ends
             # What every token reads as takes a while; nobody else should wait for it.
             results = (
                 (await asyncio.to_thread(_assemble, *reply)) if token_rewards else _assemble(*reply)
@@ -207,9 +221,20 @@ class RewardService:
             self.dispatcher.max_batch_tokens = min(d.max_batch_tokens for d in descriptions)
 
 
-async def _render(model: Model, groups: Sequence[Group | Whole]) -> list[list[Rendered]]:
-    def render() -> list[list[Rendered]]:
-        return [model.renderer.sequences(group) for group in groups]
+async def _render(
+    model: Model, groups: Sequence[Group | Whole], turn_rewards: bool
+) -> tuple[list[list[Rendered]], list[list[int]] | None]:
+    """The rendered samples and, if asked, where the assistant turns of each scorable one end.
+
+    Raises RewardServiceError for a group that has no turns.
+    """
+    if turn_rewards and (refused := model.renderer.first_without_turns(groups)) is not None:
+        index, why = refused
+        raise RewardServiceError("invalid_request", why, index=index)
+
+    def render() -> tuple[list[list[Rendered]], list[list[int]] | None]:
+        rendered = [model.renderer.sequences(group) for group in groups]
+        return model.renderer.with_turns(groups, rendered) if turn_rewards else (rendered, None)
 
     if sum(map(sum, map(_given, groups))) <= _INLINE_CHARACTERS:
         return render()
@@ -252,14 +277,20 @@ def _assemble(
     parts: Sequence[Dispatched],
     model: Model,
     token_rewards: bool,
+    turn_ends: Sequence[Sequence[int]] | None,
 ) -> list[GroupScores]:
     readout = model.description.readout
     none = np.empty((0, len(readout)), np.float32)
     raw = np.concatenate([none, *(part.raw_scores for part in parts)])
-    per_token = None
-    if token_rewards:
-        per_token = [row for part in parts for row in part.token_scores or []]
-    scores = assemble(rendered, raw, readout, model.version, per_token)
+    per_token = [row for part in parts for row in part.token_scores or []]
+    scores = assemble(
+        rendered,
+        raw,
+        readout,
+        model.version,
+        per_token if token_rewards else None,
+        None if turn_ends is None else of_turns(per_token, turn_ends),
+    )
     if not token_rewards:
         return scores
     return [

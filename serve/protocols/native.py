@@ -18,7 +18,9 @@ from serve.ingress.service import RewardService
 async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:
     check_model(service, request.model)
     groups = [to_group(group) for group in request.groups]
-    scored = await service.score(groups, token_rewards=request.token_rewards)
+    scored = await service.score(
+        groups, token_rewards=request.token_rewards, turn_rewards=request.turn_rewards
+    )
     return json_reply(
         {
             "model": service.name,
@@ -82,4 +84,5 @@ def to_reply(scores: GroupScores) -> dict[str, Any]:
         "num_prompt_tokens": scores.num_prompt_tokens,
         "members": scores.members,
         "spread": scores.spread,
+        "turn_rewards": scores.turn_rewards,
     }

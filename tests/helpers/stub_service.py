@@ -32,6 +32,7 @@ class Received:
     connection: tuple[str, int]
     groups: list[Group | Whole] = field(default_factory=list)
     token_rewards: bool = False
+    turn_rewards: bool = False
 
     @property
     def media_type(self) -> str:
@@ -77,7 +78,7 @@ class Stub:
                 body = self.rfile.read(length)
                 got = Received(self.command, self.path, headers, body, self.client_address)
                 if self.path == "/v1/score":
-                    got.groups, got.token_rewards = _parse(got)
+                    got.groups, got.token_rewards, got.turn_rewards = _parse(got)
                 stub.received.append(got)
                 self._answer(stub.behave(got) or _scores(got))
 
@@ -134,10 +135,10 @@ def stub(
         thread.join()
 
 
-def _parse(got: Received) -> tuple[list[Group | Whole], bool]:
+def _parse(got: Received) -> tuple[list[Group | Whole], bool, bool]:
     if got.media_type == binary.MEDIA_TYPE:
         groups, token_rewards = binary.decode_request(got.body)
-        return list(groups), token_rewards
+        return list(groups), token_rewards, False
     request = schema.ScoreRequest.model_validate_json(got.body)
     parsed: list[Group | Whole] = []
     for group in request.groups:
@@ -157,7 +158,7 @@ def _parse(got: Received) -> tuple[list[Group | Whole], bool]:
                     tools=group.tools or (),
                 )
             )
-    return parsed, request.token_rewards
+    return parsed, request.token_rewards, request.turn_rewards
 
 
 def expected_rewards(group: Group | Whole) -> list[float]:
@@ -172,7 +173,7 @@ def expected_rewards(group: Group | Whole) -> list[float]:
 def _scores(got: Received) -> Answer:
     if got.path == "/info":
         return Answer(404)
-    scores = [_group_scores(group, got.token_rewards) for group in got.groups]
+    scores = [_group_scores(group, got.token_rewards, got.turn_rewards) for group in got.groups]
     if got.media_type == binary.MEDIA_TYPE:
         head = {"model_version": "sha256:stub", "timings_ms": {}}
         body = binary.encode_reply("stub", scores, head)
@@ -190,7 +191,14 @@ def _scores(got: Received) -> Answer:
     return Answer(200, json.dumps(reply).encode(), {"Content-Type": "application/json"})
 
 
-def _group_scores(group: Group | Whole, token_rewards: bool) -> GroupScores:
+def _earlier(group: Group | Whole) -> list[float]:
+    """The rewards of the assistant's turns in a prompt, their lengths."""
+    prompt = group.prompt if isinstance(group, Group) else None
+    turns = () if prompt is None or isinstance(prompt, str) else prompt
+    return [float(len(turn["content"])) for turn in turns if turn["role"] == "assistant"]
+
+
+def _group_scores(group: Group | Whole, token_rewards: bool, turn_rewards: bool) -> GroupScores:
     rewards = expected_rewards(group)
     n = len(rewards)
     return GroupScores(
@@ -202,6 +210,7 @@ def _group_scores(group: Group | Whole, token_rewards: bool) -> GroupScores:
         model_version="sha256:stub",
         token_rewards=[[reward] for reward in rewards] if token_rewards else None,
         tokens=[["t"]] * n if token_rewards else None,
+        turn_rewards=[[*_earlier(group), r] for r in rewards] if turn_rewards else None,
     )
 
 

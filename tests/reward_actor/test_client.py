@@ -97,6 +97,19 @@ def test_calls_that_want_token_rewards_travel_apart() -> None:
         assert server.num_samples == [5, 5]
 
 
+def test_calls_that_want_turn_rewards_travel_apart_and_in_json() -> None:
+    prompt = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "four"}]
+    with stub() as server, RewardClient(server.url) as client:
+        [scores] = client.score_groups([Group(prompt, ["x", "xy"])], turn_rewards=True)
+        assert scores.turn_rewards == [[4.0, 1.0], [4.0, 2.0]]
+        assert scores.token_rewards is None
+        assert client.score("p", ["x"]).turn_rewards is None
+        client.score_groups([Group(prompt_ids=[1], completion_ids=[[2]])], turn_rewards=True)
+    assert [received.turn_rewards for received in server.received] == [True, False, True]
+    # A service from before it refuses the field.
+    assert b"turn_rewards" not in server.received[1].body
+
+
 def test_connections_are_kept() -> None:
     with stub() as server, RewardClient(server.url) as client:
         for _ in range(5):

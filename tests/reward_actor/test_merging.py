@@ -26,11 +26,13 @@ def test_a_call_is_divided_in_order_and_within_the_bounds(sizes: list[int]) -> N
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 800), st.booleans(), st.booleans()), max_size=12),
+    st.lists(
+        st.tuples(st.integers(1, 800), st.booleans(), st.booleans(), st.booleans()), max_size=12
+    ),
     st.integers(0, 4),
 )
 def test_requests_hold_every_part_once_alike_and_within_the_bounds(
-    calls: list[tuple[int, bool, bool]], num_endpoints: int
+    calls: list[tuple[int, bool, bool, bool]], num_endpoints: int
 ) -> None:
     loop = asyncio.new_event_loop()
     parts = [
@@ -40,8 +42,9 @@ def test_requests_hold_every_part_once_alike_and_within_the_bounds(
             token_rewards,
             0.0,
             loop.create_future(),
+            turn_rewards,
         )
-        for n, ids, token_rewards in calls
+        for n, ids, token_rewards, turn_rewards in calls
     ]
     loop.close()
     waiting = deque(parts)
@@ -51,6 +54,7 @@ def test_requests_hold_every_part_once_alike_and_within_the_bounds(
         taken = take(waiting, share(waiting, num_endpoints))
         assert taken[0] is oldest
         assert all(part.is_like(taken[0]) for part in taken)
+        assert len({(part.token_rewards, part.turn_rewards) for part in taken}) == 1
         assert len(taken) == 1 or sum(part.num_samples for part in taken) <= MAX_SAMPLES
         assert len(taken) == 1 or sum(part.weight for part in taken) <= MAX_WEIGHT
         sent += taken

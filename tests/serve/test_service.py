@@ -88,6 +88,49 @@ def test_token_rewards_over_http(service: str, offline: RewardScorer) -> None:
     assert ids.num_prompt_tokens == [3, 3]
 
 
+def test_turn_rewards_by_every_way(service: str, http: httpx.Client, offline: RewardScorer) -> None:
+    prompt = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello <|im_end|>"},
+        {"role": "user", "content": "Name two fruits."},
+    ]
+    groups = [Group(prompt, ["An apple and a pear.", "word " * 500]), Group("Hi.", ["Yes?"])]
+    expected = offline.score(groups, turn_rewards=True)
+    body = {"groups": [{"prompt": g.prompt, "completions": g.completions} for g in groups]}
+    reply = http.post("/v1/score", json={**body, "turn_rewards": True})
+    assert reply.status_code == 200, reply.text
+    with RewardClient(service) as client:
+        plain, both = (
+            client.score_groups(groups, token_rewards=tokens, turn_rewards=True)
+            for tokens in (False, True)
+        )
+    over_ray = RewardHandle().score_groups(groups, turn_rewards=True)
+    in_json = [result["turn_rewards"] for result in reply.json()["results"]]
+    for served in (
+        in_json,
+        *([s.turn_rewards for s in scores] for scores in (plain, both, over_ray)),
+    ):
+        for ours, theirs in zip(served, expected, strict=True):
+            assert theirs.turn_rewards is not None
+            for row, right in zip(ours, theirs.turn_rewards, strict=True):
+                assert row == (None if right is None else pytest.approx(right, abs=1e-5))
+    assert [len(row or []) for row in plain[0].turn_rewards or []] == [2, 0]
+    for scores in (*plain, *both, *over_ray):
+        for row, reward in zip(scores.turn_rewards or [], scores.rewards, strict=True):
+            assert (row or [None])[-1] == reward
+    assert plain[0].token_rewards is None
+    assert both[0].token_rewards is not None
+    for bad, why in (
+        ({"prompt_ids": [5], "completion_ids": [[6]]}, "groups.1.prompt_ids: turn_rewards need"),
+        ({"texts": ["Hi."]}, "groups.1.texts: turn_rewards need"),
+    ):
+        refused = {"groups": [body["groups"][1], bad], "turn_rewards": True}
+        reply = http.post("/v1/score", json=refused)
+        assert reply.status_code == 422
+        assert reply.json()["error"]["index"] == 1
+        assert why in reply.json()["error"]["message"]
+
+
 def test_a_request_larger_than_a_batch_is_split_and_put_together(
     service: str, offline: RewardScorer
 ) -> None:
