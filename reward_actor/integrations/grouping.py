@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from math import fsum
+from statistics import fmean
+from typing import Any, Literal, TypeVar, cast
 
 from reward_actor import conversation
 from reward_actor.errors import RewardServiceError
@@ -13,6 +15,9 @@ from reward_actor.groups import Completion, Group, GroupScores, Message, Prompt,
 
 Said = str | Sequence[Message]
 """A completion as trainers hand it over: text, or the conversation since the prompt."""
+
+TurnRewards = Literal["mean", "sum", "min"]
+"""How the rewards of a completion's assistant turns become one."""
 
 T = TypeVar("T")
 
@@ -32,6 +37,24 @@ class Grouped:
         """The reward of each of the n samples, of the groups' scores; None where there is none."""
         found: list[list[float | None]] = [group.rewards for group in scores]
         return in_order(found, self.places, dict.fromkeys(self.errors))
+
+    def over_turns(
+        self, scores: Sequence[GroupScores], completions: Sequence[Said], rule: TurnRewards | None
+    ) -> Sequence[GroupScores]:
+        """The groups' scores; with a rule, the rewards are the rule's over the assistant's turns of
+        each of the n completions, without those of its prompt."""
+        if rule is None:
+            return scores
+        return [
+            replace(
+                group,
+                rewards=[
+                    None if row is None else _RULES[rule](row[-_num_turns(completions[place]) :])
+                    for row, place in zip(group.turn_rewards or [], where, strict=True)
+                ],
+            )
+            for group, where in zip(scores, self.places, strict=True)
+        ]
 
     def chosen(self, scores: Sequence[GroupScores], error_reward: float | None) -> list[float]:
         """The same with `rewards_of`'s rule for samples without one. Raises RewardServiceError."""
@@ -89,6 +112,28 @@ def in_order(
         for pair in zip(where, of_group, strict=True)
     ]
     return [value for _, value in sorted([*pairs, *rest.items()], key=lambda pair: pair[0])]
+
+
+def checked_rule(turn_rewards: object) -> TurnRewards | None:
+    """Raises ValueError for what is no rule for turn rewards."""
+    if turn_rewards is not None and turn_rewards not in tuple(_RULES):
+        known = ", ".join(_RULES)
+        raise ValueError(f"turn_rewards is {turn_rewards!r}; it must be one of {known}, or unset")
+    return cast("TurnRewards | None", turn_rewards)
+
+
+def wanted(rule: TurnRewards | None) -> dict[str, bool]:
+    """What `score_groups` is asked for besides the rewards."""
+    return {} if rule is None else {"turn_rewards": True}
+
+
+_RULES: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "sum": fsum, "min": min}
+
+
+def _num_turns(completion: Said) -> int:
+    """The assistant's turns of a completion; its last message is one, whatever its role."""
+    earlier = () if isinstance(completion, str) else completion[:-1]
+    return 1 + len([message for message in earlier if message.get("role") == "assistant"])
 
 
 def rewards_of(scores: Sequence[GroupScores], error_reward: float | None) -> list[list[float]]:

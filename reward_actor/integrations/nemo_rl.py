@@ -24,8 +24,10 @@ NeMo-RL's own data processors write the prompt into the message log with the pol
 around it, which must not be put into the reward model's template once more. Let your processor
 leave the prompt as it was, text or messages, in `extra_env_info`, and name its key as prompt_key.
 Without prompt_key the contents of the log are taken as the messages. `tools` and
-`chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A sample without
-a reward (too long, say) is an error, unless `error_reward` names the reward that it shall have.
+`chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A conversation is
+rewarded at its end, with `turn_rewards: mean` (sum, min) for all assistant turns of its log. A
+sample without a reward (too long, say) is an error, unless `error_reward` names the reward that it
+shall have.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from reward_actor.groups import Message, Prompt
-from reward_actor.integrations.grouping import to_groups
+from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
@@ -54,10 +56,11 @@ class RewardEnvironment:
     """One step for each conversation: the service's reward of its last message."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: url, prompt_key, error_reward; all optional. Raises ValueError."""
+        """config: url, prompt_key, error_reward, turn_rewards; all optional. Raises ValueError."""
         self._scorer = client(url_or_variable(config.get("url")))
         self._prompt_key = config.get("prompt_key")
         self._error_reward = config.get("error_reward")
+        self._rule = checked_rule(config.get("turn_rewards"))
 
     def step(
         self,
@@ -74,8 +77,9 @@ class RewardEnvironment:
             for name in ("tools", "chat_template_kwargs")
         )
         grouped = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
-        scores = self._scorer.score_groups(grouped.groups)
-        rewards = grouped.chosen(scores, self._error_reward)
+        scores = self._scorer.score_groups(grouped.groups, **wanted(self._rule))
+        rewarded = grouped.over_turns(scores, message_log_batch, self._rule)
+        rewards = grouped.chosen(rewarded, self._error_reward)
         n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],

@@ -16,13 +16,17 @@ URL_VARIABLE = "RAYWARD_URL"
 class Scorer(Protocol):
     """A `RewardClient`, a `RewardHandle`, or whatever else scores groups."""
 
-    def score_groups(self, groups: Sequence[Group | Whole]) -> list[GroupScores]: ...
+    def score_groups(
+        self, groups: Sequence[Group | Whole], *, turn_rewards: bool = False
+    ) -> list[GroupScores]: ...
 
 
 class AsyncScorer(Protocol):
     """An `AsyncRewardClient`, an `AsyncRewardHandle`, or whatever else scores groups."""
 
-    async def score_groups(self, groups: Sequence[Group | Whole]) -> list[GroupScores]: ...
+    async def score_groups(
+        self, groups: Sequence[Group | Whole], *, turn_rewards: bool = False
+    ) -> list[GroupScores]: ...
 
 
 def url_or_variable(url: str | None) -> str:

@@ -20,6 +20,9 @@ and run with
 The prompt is what `init` is given, the completion what the one `step` is given. A sample without a
 reward (too long, say) is an error, unless the environment's configuration or the data's extras name
 an `error_reward`; `tools` and `chat_template_kwargs` there go to the reward model's chat template.
+With `turn_rewards` ("mean", "sum", "min") there, the step's metadata have the rewards of all
+assistant turns, the prompt's and then the completion's; of the completion, which is one turn, any
+of these rules makes its reward.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_actor.groups import Message
-from reward_actor.integrations.grouping import to_groups
+from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
@@ -36,8 +39,8 @@ class RewardStep:
     """`init` and `step` of a single-turn environment whose reward is the service's."""
 
     def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:
-        """env_config, extras: may hold `url`, `error_reward`, `tools` and `chat_template_kwargs`;
-        extras win. Raises ValueError."""
+        """env_config, extras: may hold `url`, `error_reward`, `tools`, `chat_template_kwargs` and
+        `turn_rewards`; extras win. Raises ValueError."""
         super().__init__()
         self._scorer = client(url_or_variable(_setting("url", env_config, extras)))
         error_reward = _setting("error_reward", env_config, extras)
@@ -45,6 +48,7 @@ class RewardStep:
         self._told = [
             [_setting(name, env_config, extras)] for name in ("tools", "chat_template_kwargs")
         ]
+        self._rule = checked_rule(_setting("turn_rewards", env_config, extras))
         self._prompt: list[Message] = []
         self._num_tokens = 0
 
@@ -56,10 +60,12 @@ class RewardStep:
     def step(self, action: str) -> dict[str, Any]:
         """The reward of the completion; the episode ends. Raises RewardServiceError."""
         grouped = to_groups([self._prompt], [action], *self._told)
-        scores = self._scorer.score_groups(grouped.groups)
+        scores = self._scorer.score_groups(grouped.groups, **wanted(self._rule))
         [reward] = grouped.chosen(scores, self._error_reward)
         self._num_tokens = scores[0].num_tokens[0]
-        metadata = {"model_version": scores[0].model_version}
+        metadata: dict[str, Any] = {"model_version": scores[0].model_version}
+        if scores[0].turn_rewards is not None:
+            metadata["turn_rewards"] = scores[0].turn_rewards[0]
         return {"observations": [], "reward": reward, "done": True, "metadata": metadata}
 
     def get_metrics(self) -> dict[str, Any]:

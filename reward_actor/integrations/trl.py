@@ -14,8 +14,9 @@ Columns `tools` and `chat_template_kwargs` go to the reward model's chat templat
 With an `AsyncRewardClient` (or `asynchronous=True`) TRL runs it beside its other reward functions.
 TRL calls it with the prompts repeated for each completion; equal prompts go out as one group, so
 that their tokens are computed once. Of a completion that is a conversation the last message is
-scored, with its calls and reasoning where the template writes them. A sample without a reward (too
-long, or ended by a tool's result) becomes None, which TRL leaves out of its group's advantages.
+scored, with its calls and reasoning where the template writes them; with `turn_rewards="mean"`
+("sum", "min") all assistant turns in it are. A sample without a reward (too long, or ended by a
+tool's result) becomes None, which TRL leaves out of its group's advantages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from typing import Any, cast
 
 from reward_actor.client.sync import AsyncRewardClient, RewardClient
 from reward_actor.groups import Prompt
-from reward_actor.integrations.grouping import Said, to_groups
+from reward_actor.integrations.grouping import (
+    Said,
+    TurnRewards,
+    checked_rule,
+    to_groups,
+    wanted,
+)
 from reward_actor.integrations.scorers import AsyncScorer, Scorer
 
 Rewards = list[float | None]
@@ -38,13 +45,17 @@ def reward_function(
     name: str = "rayward",
     asynchronous: bool = False,
     timeout_s: float = 120.0,
+    turn_rewards: TurnRewards | None = None,
 ) -> Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]:
     """f(prompts, completions, **columns) -> one reward, or None, for each completion.
 
     scorer: an address (or several with commas), a client or a handle; an async one makes an async
-    function. name: what TRL logs it as. timeout_s: of a client that is made here. The function
-    raises RewardServiceError where the service is of no help, which ends the training.
+    function. name: what TRL logs it as. timeout_s: of a client that is made here. turn_rewards: a
+    completion's reward is this over the rewards at the ends of its assistant turns; by default the
+    last one. The function raises RewardServiceError where the service is of no help, which ends the
+    training. Raises ValueError for a scorer or a rule that is none.
     """
+    rule = checked_rule(turn_rewards)
     if isinstance(scorer, str):
         make = AsyncRewardClient if asynchronous else RewardClient
         scorer = make(scorer, timeout_s=timeout_s)
@@ -57,8 +68,8 @@ def reward_function(
             prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
         ) -> Rewards:
             grouped = to_groups(prompts, completions, *_told(columns))
-            scores = await waits.score_groups(grouped.groups)
-            return grouped.rewards(scores)
+            scores = await waits.score_groups(grouped.groups, **wanted(rule))
+            return grouped.rewards(grouped.over_turns(scores, completions, rule))
 
         rewards_soon.__name__ = name
         return rewards_soon
@@ -66,8 +77,8 @@ def reward_function(
 
     def rewards(prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any) -> Rewards:
         grouped = to_groups(prompts, completions, *_told(columns))
-        scores = blocks.score_groups(grouped.groups)
-        return grouped.rewards(scores)
+        scores = blocks.score_groups(grouped.groups, **wanted(rule))
+        return grouped.rewards(grouped.over_turns(scores, completions, rule))
 
     rewards.__name__ = name
     return rewards

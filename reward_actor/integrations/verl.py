@@ -9,7 +9,9 @@
 (`custom_reward_function.path=...` in older versions, which may want the path of this file.) verl
 gives a function the completion but not its prompt: prepare the data so that `extra_info` holds it,
 as text or messages without any template, and name its key as prompt_key ("prompt" otherwise).
-`tools` and `chat_template_kwargs` beside it go to the reward model's chat template.
+`tools` and `chat_template_kwargs` beside it go to the reward model's chat template. A conversation
+in place of the completion's text, from an agent loop of yours, is rewarded at its end, with
+`reward_kwargs.turn_rewards` ("mean", "sum", "min") for all assistant turns in it.
 `compute_score_async` does the same in verl's event loop, where `compute_score` takes a thread.
 
 A sample without a reward (too long, say) is an error, which ends the training, unless
@@ -18,52 +20,73 @@ A sample without a reward (too long, say) is an error, which ends the training, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_actor.groups import Group
-from reward_actor.integrations.grouping import rewards_of, to_groups
+from reward_actor.groups import GroupScores
+from reward_actor.integrations.grouping import (
+    Grouped,
+    Said,
+    TurnRewards,
+    checked_rule,
+    to_groups,
+    wanted,
+)
 from reward_actor.integrations.scorers import async_client, client, url_or_variable
 
 
 def compute_score(
     data_source: str,
-    solution_str: str,
+    solution_str: Said,
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
     *,
     prompt_key: str = "prompt",
     url: str | None = None,
     error_reward: float | None = None,
+    turn_rewards: TurnRewards | None = None,
     **ignored: Any,
 ) -> dict[str, float]:
     """{"score": the reward, "num_tokens"} of one completion. Raises RewardServiceError, and
-    ValueError where the prompt is missing."""
-    groups = _groups(solution_str, extra_info, prompt_key)
-    scores = client(url_or_variable(url)).score_groups(groups)
-    [[reward]] = rewards_of(scores, error_reward)
-    return {"score": reward, "num_tokens": scores[0].num_tokens[0]}
+    ValueError where the prompt is missing or turn_rewards is no rule."""
+    rule = checked_rule(turn_rewards)
+    grouped = _grouped(solution_str, extra_info, prompt_key)
+    scores = client(url_or_variable(url)).score_groups(grouped.groups, **wanted(rule))
+    return _result(grouped, scores, solution_str, rule, error_reward)
 
 
 async def compute_score_async(
     data_source: str,
-    solution_str: str,
+    solution_str: Said,
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
     *,
     prompt_key: str = "prompt",
     url: str | None = None,
     error_reward: float | None = None,
+    turn_rewards: TurnRewards | None = None,
     **ignored: Any,
 ) -> dict[str, float]:
     """`compute_score`, awaited."""
-    groups = _groups(solution_str, extra_info, prompt_key)
-    scores = await async_client(url_or_variable(url)).score_groups(groups)
-    [[reward]] = rewards_of(scores, error_reward)
-    return {"score": reward, "num_tokens": scores[0].num_tokens[0]}
+    rule = checked_rule(turn_rewards)
+    grouped = _grouped(solution_str, extra_info, prompt_key)
+    scores = await async_client(url_or_variable(url)).score_groups(grouped.groups, **wanted(rule))
+    return _result(grouped, scores, solution_str, rule, error_reward)
 
 
-def _groups(completion: str, extra_info: Mapping[str, Any] | None, prompt_key: str) -> list[Group]:
+def _result(
+    grouped: Grouped,
+    scores: Sequence[GroupScores],
+    completion: Said,
+    rule: TurnRewards | None,
+    error_reward: float | None,
+) -> dict[str, float]:
+    rewarded = grouped.over_turns(scores, [completion], rule)
+    [reward] = grouped.chosen(rewarded, error_reward)
+    return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0}
+
+
+def _grouped(completion: Said, extra_info: Mapping[str, Any] | None, prompt_key: str) -> Grouped:
     prompt = (extra_info or {}).get(prompt_key)
     if prompt is None:
         raise ValueError(
@@ -73,6 +96,4 @@ def _groups(completion: str, extra_info: Mapping[str, Any] | None, prompt_key: s
         )
     told = ([(extra_info or {}).get(name)] for name in ("tools", "chat_template_kwargs"))
     # A table's column of messages comes back as an array.
-    return to_groups(
-        [prompt if isinstance(prompt, str) else list(prompt)], [completion], *told
-    ).groups
+    return to_groups([prompt if isinstance(prompt, str) else list(prompt)], [completion], *told)

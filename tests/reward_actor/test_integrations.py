@@ -18,6 +18,7 @@ from reward_actor.integrations.grouping import in_order, to_groups
 from reward_actor.integrations.nemo_rl import RewardEnvironment
 from reward_actor.integrations.skyrl import RewardStep
 from reward_actor.integrations.trl import reward_function
+from reward_actor.integrations.verl import compute_score
 
 # ---- grouping
 
@@ -90,6 +91,58 @@ def test_trl_a_completion_that_cannot_be_scored_is_none_by_itself(asynchronous: 
         assert score(server, completions[2:4]) == [None, None]
         [request] = server.received
     assert [list(group.completions) for group in request.groups] == [[said, CALL], [said]]
+
+
+# ---- turn rewards
+
+SEVERAL = [
+    {"role": "assistant", "content": "123"},
+    {"role": "user", "content": "go on"},
+    {"role": "assistant", "content": "12345"},
+    {"role": "user", "content": "go on"},
+    {"role": "assistant", "content": "1"},
+]
+BEGUN = [*USER, {"role": "assistant", "content": "x" * 99}, *USER]
+RULES = [("mean", 3.0), ("sum", 9.0), ("min", 1.0), (None, 1.0)]
+
+
+@pytest.mark.parametrize(("rule", "reward"), RULES)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_trl_rewards_all_turns_of_a_completion_and_none_of_its_prompt(
+    rule: Any, reward: float, asynchronous: bool
+) -> None:
+    with stub() as server:
+        function: Any = reward_function(server.url, turn_rewards=rule, asynchronous=asynchronous)
+        # The second and third end in one group, with another number of turns of their own.
+        prompts = [USER, BEGUN, [*BEGUN, *SEVERAL[:2]]]
+        got = function(prompts=prompts, completions=["1234", SEVERAL, SEVERAL[2:]])
+        if asynchronous:
+            got = asyncio.run(got)
+    later = {"mean": 3.0, "sum": 6.0, "min": 1.0, None: 1.0}[rule]
+    assert got == [4.0, reward, later]
+
+
+def test_what_is_no_rule_is_named() -> None:
+    for wrong in ("max", ["mean"], ""):
+        with pytest.raises(ValueError, match=r"turn_rewards is .* must be one of mean, sum, min"):
+            reward_function("http://127.0.0.1:1", turn_rewards=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rule", "reward"), RULES)
+def test_the_other_adapters_rewards_of_turns(rule: Any, reward: float) -> None:
+    with stub() as server:
+        settings = {"url": server.url, "turn_rewards": rule}
+        told = {"extra_info": {"prompt": BEGUN}, **settings}
+        assert compute_score("", SEVERAL, None, **told)["score"] == reward
+        assert compute_score("", "1234", None, **told)["score"] == 4.0
+        env = RewardStep(extras=settings)
+        env.init(BEGUN)
+        step = env.step("1234")
+        assert step["reward"] == 4.0
+        assert step["metadata"].get("turn_rewards") == (None if rule is None else [99.0, 4.0])
+        nemo = RewardEnvironment({"prompt_key": "messages", **settings})
+        log = [{"role": "user", "content": "<templated>"}, *SEVERAL]
+        assert nemo.step([log], [{"messages": BEGUN}]).rewards.tolist() == [reward]
 
 
 # ---- OpenRLHF
