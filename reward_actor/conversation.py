@@ -8,6 +8,7 @@ that what was trained is what is scored. Every error is a ValueError that names 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -16,7 +17,16 @@ from reward_actor.groups import Completion, Message
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What chat templates read of a message."""
 
+NO_DIALOGUE = (
+    "a text without a prompt is no dialogue; begin it with '\\n\\nHuman:', give its prompt, or use "
+    "a text contract (model.format text)"
+)
+
 _LONGEST_TYPE = 32
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_QUESTION = "\n\nHuman:"
+_ANSWER = "\n\nAssistant:"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def messages(value: object, place: str) -> list[Message]:
@@ -40,7 +50,7 @@ def completion(value: object, place: str) -> Completion:
     return _scored(_message(_plain(value, place), place), place)
 
 
-def dialogue(value: object, place: str) -> tuple[list[Message], Completion]:
+def answered(value: object, place: str) -> tuple[list[Message], Completion]:
     """Messages that end with a completion: those before it, and it. Not of an empty list."""
     *earlier, last = messages(value, place)
     return earlier, _scored(last, f"the last message of {place}")
@@ -152,6 +162,43 @@ def messages_in(text: str) -> list[Any] | None:
     value = _from_json(text)
     is_one = _are_objects(value) and value and all("role" in item for item in value)
     return list(value) if is_one else None
+
+
+def dialogue(text: str) -> list[Message] | None:
+    """The turns of a text "\\n\\nHuman: ...\\n\\nAssistant: ...", as Anthropic's hh-rlhf has them,
+    without white space around a content; None for every other text.
+
+    A content that holds such a mark cannot be told from two turns. Not for what comes over the
+    network: there a prompt is what somebody typed.
+    """
+    if not text.startswith(_QUESTION):
+        return None
+    parts = _TURN.split(text)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _SPEAKERS[who], "content": said.strip()} for who, said in pairs]
+
+
+def from_dialogue(prompt: str, completion: Completion) -> tuple[list[Message], Completion] | None:
+    """The messages and the completion of a dialogue in text: of a prompt that is one as far as the
+    completion, which may repeat it, or of a completion that is all of one, without a prompt.
+
+    None where it is other text. Raises ValueError for a dialogue whose last turn is Human's.
+    """
+    said = completion if isinstance(completion, str) else ""
+    turns = dialogue(prompt or said)
+    if turns is None:
+        return None
+    last = turns.pop()
+    if last["role"] != "assistant":
+        raise ValueError(
+            f"the last turn of the dialogue is Human's; end it with {_ANSWER!r} and the completion"
+        )
+    if not prompt:
+        return turns, last["content"]
+    if not isinstance(completion, str):
+        return turns, completion
+    begun = prompt.rpartition(_ANSWER)[2]
+    return turns, (begun + completion.removeprefix(prompt)).strip()
 
 
 def _from_json(value: Any) -> Any:

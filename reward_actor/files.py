@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor import conversation
 from reward_actor.groups import Group, GroupScores, Prompt
@@ -112,11 +112,13 @@ def question_of(row: Row, place: str) -> Group:
     )
 
 
-def group_of(row: Row, place: str) -> Group:
-    """The row's group: `prompt` with `completions` (or one `completion`), each a text or an
-    assistant's message, `tools` and `chat_template_kwargs` where the row has them; or token ids.
+def group_of(row: Row, place: str, format: Literal["chat", "text"] = "text") -> Group:
+    """The row's group: `prompt` with `completions` (or one `completion`, or the texts `chosen` and
+    `rejected`, which may be without a prompt), each a text or an assistant's message, `tools` and
+    `chat_template_kwargs` where the row has them; or token ids.
 
-    Raises ValueError naming the place.
+    Under "chat" a dialogue in text is messages (`conversation.dialogue`). Raises ValueError naming
+    the place.
     """
     if "prompt_ids" in row and "prompt" not in row:
         prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids")
@@ -127,18 +129,53 @@ def group_of(row: Row, place: str) -> Group:
         if not all(_is_ids(ids) for ids in completion_ids):
             raise ValueError(f"{place}: completion_ids must be lists of token ids")
         return Group(prompt_ids=prompt_ids, completion_ids=completion_ids)
-    completions = row.get("completions", [row["completion"]] if "completion" in row else None)
+    completions, is_pair = _completions(row)
     if not isinstance(completions, list) or not all(
-        isinstance(given, str | dict) for given in completions
+        isinstance(given, str if is_pair else str | dict) for given in completions
     ):
         raise ValueError(
-            f"{place}: needs completions: a list of texts or messages (or one completion)"
+            f"{place}: needs completions: a list of texts or messages (or one completion, or "
+            "chosen and rejected as text)"
         )
     said = [
         conversation.completion(given, f"{place}: completions.{number}")
         for number, given in enumerate(completions)
     ]
-    return replace(question_of(row, place), completions=said)
+    is_whole = is_pair and row.get("prompt") is None
+    question = question_of({**row, "prompt": ""} if is_whole else row, place)
+    group = replace(question, completions=said)
+    return _in_messages(group, place, is_whole) if format == "chat" else group
+
+
+def _completions(row: Row) -> tuple[Any, bool]:
+    """What the row has for completions, and whether they are a pair's sides."""
+    if "completions" in row:
+        return row["completions"], False
+    if "completion" in row:
+        return [row["completion"]], False
+    return [row.get("chosen"), row.get("rejected")], True
+
+
+def _in_messages(group: Group, place: str, is_whole: bool) -> Group:
+    """The group with messages where its text is a dialogue; where it `is_whole`, it must be one."""
+    prompt = group.prompt
+    if not isinstance(prompt, str):
+        return group
+    try:
+        read = [conversation.from_dialogue(prompt, text) for text in group.completions]
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    found = [one for one in read if one is not None]
+    if not found and not is_whole:
+        return group
+    if len(found) < len(read):
+        raise ValueError(f"{place}: {conversation.NO_DIALOGUE}")
+    asked = found[0][0]
+    if any(messages != asked for messages, _ in found):
+        raise ValueError(
+            f"{place}: its dialogues have different prompts; give each a row of its own"
+        )
+    return replace(group, prompt=asked, completions=[text for _, text in found])
 
 
 def scored_row(row: Row, scores: GroupScores) -> Row:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rayward.loading import add_loading, is_url, loading_options
 
@@ -16,7 +16,9 @@ HELP = "score a file of prompts and completions"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|URL")
-    parser.add_argument("input", metavar="INPUT", help=".jsonl rows of prompt and completions")
+    parser.add_argument(
+        "input", metavar="INPUT", help=".jsonl rows of prompt and completions, or pairs"
+    )
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help=".jsonl rows with rewards")
     parser.add_argument(
         "--explain",
@@ -36,9 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _explain(arguments, rows, loading)
     if arguments.output is None:
         raise ValueError("give OUTPUT, a .jsonl file to write, or --explain ROW")
-    groups = [group_of(row, place) for place, row in rows]
-    with _scorer(arguments.model, loading) as (score, path):
-        scores = score(groups)
+    for place, row in rows:  # told before a large model is loaded
+        group_of(row, place)
+    with _scorer(arguments.model, loading) as (score, path, format):
+        scores = score([group_of(row, place, format) for place, row in rows])
     num_errors = sum(error is not None for result in scores for error in result.errors)
     write_rows(
         arguments.output,
@@ -66,21 +69,24 @@ def _explain(
         raise ValueError(f"--explain is {arguments.explain}; INPUT has rows 1 to {len(rows)}")
     place, row = rows[arguments.explain - 1]
     scorer = RewardScorer.from_pretrained(arguments.model, **loading)
-    for line in explain(scorer, group_of(row, place)):
+    for line in explain(scorer, group_of(row, place, scorer.contract.format)):
         print(line)
     return 0
 
 
 @contextmanager
-def _scorer(model: str, loading: dict[str, Any]) -> Iterator[tuple[Callable[[Any], Any], str]]:
-    """What scores groups, and the path that they take there."""
+def _scorer(
+    model: str, loading: dict[str, Any]
+) -> Iterator[tuple[Callable[[Any], Any], str, Literal["chat", "text"]]]:
+    """What scores groups, the path that they take there, and the format of the contract."""
     if is_url(model):
         from reward_actor.client.sync import RewardClient
 
         with RewardClient(model) as client:
-            yield client.score_groups, client.info().path
+            info = client.info()
+            yield client.score_groups, info.path, info.format
         return
     from reward_actor.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(model, **loading)
-    yield scorer.score, f"{scorer.path}, {scorer.dtype}"
+    yield scorer.score, f"{scorer.path}, {scorer.dtype}", scorer.contract.format

@@ -164,7 +164,7 @@ def _shown(prompt: Prompt, completion: Said) -> tuple[Prompt, Completion]:
         return prompt, completion
     if not len(completion):
         return prompt, ""
-    earlier, last = conversation.dialogue(completion, "completion")
+    earlier, last = conversation.answered(completion, "completion")
     if earlier and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     return [*prompt, *earlier] if earlier else prompt, last

@@ -103,7 +103,7 @@ class VllmRequest(DropIn):
                 "the last of the messages must be the assistant's, with content or a call: its "
                 "reward is what is answered"
             )
-        conversation.dialogue(as_messages(self.messages), "messages")  # raises for `to_group`
+        conversation.answered(as_messages(self.messages), "messages")  # raises for `to_group`
         refused = {
             "add_generation_prompt": "a completion is scored, and none would follow",
             "continue_final_message": "a reward is read at the end of its turn",
@@ -143,7 +143,7 @@ class VllmPoolingRequest(VllmRequest):
 
 def to_group(request: VllmRequest) -> Group | Whole:
     if request.messages is not None:
-        prompt, completion = conversation.dialogue(as_messages(request.messages), "messages")
+        prompt, completion = conversation.answered(as_messages(request.messages), "messages")
         return Group(
             prompt,
             [completion],

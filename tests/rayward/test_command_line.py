@@ -139,6 +139,25 @@ def test_rows_of_a_rollout_file_can_be_scored_again(tmp_path: Path) -> None:
     assert group_of(read, place) == Group("a", ["b"])
 
 
+def test_score_reads_a_pair_of_dialogues_as_the_contract_says(
+    export_dir: Path, text_model: Path, tmp_path: Path
+) -> None:
+    from reward_actor import RewardScorer
+
+    hi = "\n\nHuman: Hi.\n\nAssistant:"
+    pair = {"chosen": hi + " Hello.", "rejected": hi + " No."}
+    source, output = write(tmp_path / "in.jsonl", [pair]), tmp_path / "out.jsonl"
+    for model, group in (
+        (export_dir, Group([{"role": "user", "content": "Hi."}], ["Hello.", "No."])),
+        (text_model, Group("", [*pair.values()])),
+    ):
+        assert rayward.main(["score", str(model), str(source), str(output)]) == 0
+        [expected] = RewardScorer.from_pretrained(model).score([group])
+        row = json.loads(output.read_text())
+        assert row["rewards"] == pytest.approx(expected.rewards, abs=1e-5)
+        assert row["num_tokens"] == expected.num_tokens
+
+
 def test_the_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert rayward.main(["doctor"]) == 0
     report = capsys.readouterr().out

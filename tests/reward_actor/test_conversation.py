@@ -29,7 +29,9 @@ from serve.ingress.service import _check_given
 from serve.protocols import vllm_request
 from serve.protocols.native import to_group
 from trainer.config.data import Columns
+from trainer.data.load import gather_rows
 from trainer.data.parse import parse_line, parse_row
+from trainer.data.render import Rules
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +349,93 @@ def test_text_that_looks_like_json_is_messages_in_tables_only() -> None:
     body = json.dumps({"groups": [{"prompt": text, "completions": ["a"]}]}).encode()
     [group] = parse(schema.ScoreRequest, body).groups
     assert to_group(group).prompt == text  # type: ignore[union-attr]
+
+
+ROLES = {"Human": "user", "Assistant": "assistant"}
+turns = st.lists(
+    st.tuples(st.sampled_from(["Human", "Assistant"]), st.text(max_size=12).map(str.strip)),
+    max_size=5,
+).filter(lambda turns: not any(who + ":" in said for _, said in turns for who in ROLES))
+
+
+@given(turns, st.sampled_from(["", " ", "\n"]))
+def test_a_dialogue_in_text_is_its_turns(turns: list[tuple[str, str]], space: str) -> None:
+    turns = [("Human", "Hi."), *turns]
+    text = "".join(f"\n\n{who}:{space}{said}{space}" for who, said in turns)
+    messages = [{"role": ROLES[who], "content": said} for who, said in turns]
+    assert conversation.dialogue(text) == messages
+    asked, said = [*messages, {"role": "user", "content": "So?"}], "Yes."
+    whole = f"{text}\n\nHuman: So?\n\nAssistant: {said}"
+    assert conversation.from_dialogue("", whole) == (asked, said)
+    prompt = whole.removesuffix(said)
+    assert conversation.from_dialogue(prompt, said) == (asked, said)
+    assert conversation.from_dialogue(prompt, whole) == (asked, said)
+    for other in (text[1:], text[2:], "x" + text, "", "\n\nAssistant: Hi."):
+        assert conversation.dialogue(other) is None
+
+
+HH = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: Rain?\n\nAssistant:"
+SPOKEN = [
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Rain?"},
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": HH + " Yes.", "rejected": HH + " No."},
+        {"prompt": HH, "chosen": " Yes.", "rejected": " No."},
+        {"prompt": HH, "completions": ["Yes.", " No.\n"]},
+        {"prompt": "", "completions": [HH + " Yes.", HH + " No."]},
+        {"prompt": SPOKEN, "completions": ["Yes.", "No."]},
+    ],
+)
+def test_a_file_and_a_training_read_a_dialogue_in_text_alike(
+    renderer: Renderer, row: dict[str, Any]
+) -> None:
+    group = group_of(row, "in:1", "chat")
+    found = renderer.sequences(group)
+    assert found == renderer.sequences(Group(SPOKEN, ["Yes.", "No."]))
+    trained = gather_rows({"in": [parse_row(1, row, Columns())]}, renderer, Rules())
+    assert trained.comparisons.sequences(0) == found
+    bodies.check(group)
+
+
+def test_under_text_a_dialogue_is_text() -> None:
+    pair = {"chosen": HH + " Yes.", "rejected": HH + " No."}
+    assert group_of(pair, "in:1") == Group("", [*pair.values()])
+    row = {"prompt": HH, "completions": [" Yes."]}
+    assert group_of(row, "in:1") == Group(HH, [" Yes."])
+
+
+def test_over_the_network_a_dialogue_in_text_is_what_somebody_typed(renderer: Renderer) -> None:
+    body = json.dumps({"groups": [{"prompt": HH, "completions": ["a"]}]}).encode()
+    [group] = parse(schema.ScoreRequest, body).groups
+    typed = to_group(group)
+    assert typed.prompt == HH  # type: ignore[union-attr]
+    assert HH in renderer.tokenizer.decode(sequence(renderer, typed))
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"chosen": "Q: A", "rejected": "Q: B"}, "a text without a prompt is no dialogue"),
+        ({"chosen": HH + "A", "rejected": "Q: B"}, "a text without a prompt is no dialogue"),
+        ({"prompt": "\n\nHuman: Hi.", "completions": ["a"]}, "the last turn of the dialogue is"),
+        ({"chosen": HH + "A", "rejected": HH[:30] + "B"}, "its dialogues have different prompts"),
+        ({"prompt": HH, "chosen": [{"role": "assistant", "content": "a"}]}, "needs completions"),
+    ],
+)
+def test_a_row_that_is_no_dialogue_is_refused(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"in:1: {why}"):
+        group_of(row, "in:1", "chat")
+
+
+def test_an_empty_prompt_with_other_text_is_an_empty_message() -> None:
+    row = {"prompt": "", "completions": ["Hello."]}
+    assert group_of(row, "in:1", "chat") == group_of(row, "in:1") == Group("", ["Hello."])
 
 
 def test_the_json_schema_says_that_a_prompt_is_text_or_messages() -> None:

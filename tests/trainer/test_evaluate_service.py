@@ -41,10 +41,22 @@ def test_many_requests_give_the_numbers_of_one(
     assert_same(evaluate_model(service, data), one)
 
 
-def test_a_service_is_not_sent_what_it_cannot_render(service: str, tmp_path: Path) -> None:
-    dialogue = {
-        "chosen": "\n\nHuman: Hi\n\nAssistant: Hey",
-        "rejected": "\n\nHuman: Hi\n\nAssistant: No",
-    }
-    with pytest.raises(ValueError, match="whole dialogues as text cannot be framed"):
-        evaluate_model(service, add(tmp_path / "dialogues.jsonl", dialogue))
+def test_a_service_is_sent_the_messages_of_a_dialogue_in_text(
+    service: str, export_dir: Path, tmp_path: Path
+) -> None:
+    hi = "\n\nHuman: Hi\n\nAssistant:"
+    whole = {"chosen": hi + " Hey", "rejected": hi + " No"}
+    prompted = {"prompt": hi, "chosen": " Good day", "rejected": " Bye"}
+    data = add(tmp_path / "dialogues.jsonl", whole, prompted)
+    served = evaluate_model(service, data)
+    assert_same(served, evaluate_model(str(export_dir), data, device="cpu"))
+    user = {"prompt": [{"role": "user", "content": "Hi"}]}
+    messages = add(
+        tmp_path / "messages.jsonl",
+        {**user, "chosen": "Hey", "rejected": "No"},
+        {**user, "chosen": "Good day", "rejected": "Bye"},
+    )
+    assert_same({**evaluate_model(service, messages), "data": data}, served)
+    broken = add(tmp_path / "broken.jsonl", whole, {**whole, "chosen": "\n\nHuman: Hi"})
+    with pytest.raises(ValueError, match=r"broken.jsonl:2: the last turn of the dialogue is Human"):
+        evaluate_model(service, broken)

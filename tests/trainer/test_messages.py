@@ -90,8 +90,69 @@ def test_a_dialogue_in_text_is_scored_as_it_stands(tmp_path: Path, renderers):
     assert choose_format("auto", [parsed], has_chat_template=True) == "text"
     chosen, _ = rendered([parsed], renderers["text"]).comparisons.sequences(0)
     assert chosen == renderers["text"].render("", row["chosen"])
-    with pytest.raises(ValueError, match=r"a:1: a whole dialogue as text cannot be framed"):
-        rendered([parsed], renderers["chat"])
+
+
+FRUIT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+ASKED = DIALOGUE.rstrip()
+THREE_TURNS = (
+    f"{DIALOGUE}An apple.\n\nHuman: Another,\n\nplease.\n\nAssistant:",
+    [USER, GOOD, {"role": "user", "content": "Another,\n\nplease."}],
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "as_messages"),
+    [
+        ({"chosen": DIALOGUE + "An apple.\n", "rejected": DIALOGUE + "A pan."}, FRUIT),
+        ({"prompt": ASKED, "chosen": " An apple.", "rejected": " A pan."}, FRUIT),
+        ({"prompt": DIALOGUE, "chosen": "An apple.", "rejected": "A pan."}, FRUIT),
+        ({"prompt": DIALOGUE + "A", "chosen": "n apple.", "rejected": " pan."}, FRUIT),
+        ({"prompt": ASKED, "chosen": ASKED + " An apple.", "rejected": ASKED + "A pan."}, FRUIT),
+        ({"prompt": ASKED, "chosen": [USER, GOOD], "rejected": [BAD]}, FRUIT),
+        (
+            {"chosen": THREE_TURNS[0] + " A pear.", "rejected": THREE_TURNS[0] + " A pot."},
+            {"prompt": THREE_TURNS[1], "completions": ["A pear.", "A pot."]},
+        ),
+        (
+            {"prompt": ASKED, "completions": [" A.\n\nHuman: B", " C"]},
+            {"prompt": [USER], "completions": ["A.\n\nHuman: B", "C"]},
+        ),
+    ],
+)
+def test_under_chat_a_dialogue_in_text_is_its_messages(
+    renderers, row: dict[str, Any], as_messages: dict[str, Any]
+):
+    found, expected = (
+        rendered([parse_row(1, one, COLUMNS)], renderers["chat"]) for one in (row, as_messages)
+    )
+    assert found.comparisons.sequences(0) == expected.comparisons.sequences(0)
+    assert found.marks["key"] == expected.marks["key"]
+    assert found.tallies[0].num_without_prompt == 0
+
+
+def test_a_dialogue_in_text_may_end_without_a_word(renderers):
+    row = parse_row(1, {"chosen": DIALOGUE + "An apple.", "rejected": DIALOGUE}, COLUMNS)
+    _, rejected = rendered([row], renderers["chat"]).comparisons.sequences(0)
+    assert rejected == renderers["chat"].render([USER], "")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Q: Why? A: So.", "a text without a prompt is no dialogue; begin it with"),
+        ("Human: Hi\n\nAssistant: Hey", "a text without a prompt is no dialogue"),
+        ("\n\nHuman: Hi", "the last turn of the dialogue is Human's; end it with"),
+        ("\n\nHuman: Hi\n\nAssistant: Hey\n\nHuman: Bye", "the last turn of the dialogue is"),
+    ],
+)
+def test_a_text_that_is_no_dialogue_is_refused_under_chat(renderers, text: str, why: str):
+    good = DIALOGUE + "An apple."
+    row = parse_row(7, {"chosen": good, "rejected": text}, COLUMNS)
+    with pytest.raises(ValueError, match=f"a:7: {why}"):
+        rendered([row], renderers["chat"])
+    chosen, rejected = rendered([row], renderers["text"]).comparisons.sequences(0)
+    assert chosen == renderers["text"].render("", good)
+    assert rejected == renderers["text"].render("", text)
 
 
 def test_messages_need_a_chat_format(tmp_path: Path, renderers):

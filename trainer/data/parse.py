@@ -268,16 +268,18 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
         raise ValueError(f"{column!r} is {kind_of(value)}, not text or messages")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    context, last = conversation.dialogue(value, repr(column))
+    context, last = conversation.answered(value, repr(column))
     if _is_empty(last):
         raise ValueError(f"the last message of {column!r} is empty")
+    completion = last
     if prompt:
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+            asked: list[Message] = [{"role": "user", "content": prompt}]
+            prompt, completion = conversation.from_dialogue(prompt, last) or (asked, last)
         context = _joined(prompt, context, column)
     if not context:
         raise ValueError(f"{column!r} is a lone completion and the row has no prompt")
-    return Side(context, last)
+    return Side(context, completion)
 
 
 def _is_empty(completion: Completion) -> bool:

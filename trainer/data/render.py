@@ -17,7 +17,7 @@ from reward_actor.groups import SampleError
 from reward_actor.render import Renderer, RenderError, Sample
 from reward_actor.token_ids import checked
 from trainer.data.comparisons import Comparison, Comparisons
-from trainer.data.rows import Row, num_shared
+from trainer.data.rows import Row, as_chat, num_shared
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +104,7 @@ def render_block(
     """The rows' comparisons without those of equal sides and the over-long ones, counted."""
     tally, bad = Tally(num_rows=len(rows)), []
     kept: list[Comparison] = []
-    for row, rendered in zip(rows, _render(rows, renderer), strict=True):
+    for row, rendered in _render(rows, renderer):
         tally.num_prompts_differ += row.prompts_differ
         attributes = _targets(row, rules.attributes)
         tally.num_without_prompt += not row.has_prompt
@@ -140,23 +140,32 @@ def render_block(
     return Block(Comparisons.of(kept, names, len(rules.attributes)), marks, tally, bad)
 
 
-def _render(rows: Sequence[Row], renderer: Renderer) -> Iterator[list[list[int] | RenderError]]:
-    """Each row's sequences, all texts of the block in one go."""
-    is_chat = renderer.contract.format == "chat"
-    unframed = [row.is_dialogue and is_chat for row in rows]
+def _render(
+    rows: Sequence[Row], renderer: Renderer
+) -> Iterator[tuple[Row, list[list[int] | RenderError]]]:
+    """Each row as the contract reads it, and its sequences, all texts of the block in one go."""
+    read = [_read(row, renderer) for row in rows]
     samples = [
         Sample(side.prompt, side.completion, row.tools, row.template_args)
-        for row, skip in zip(rows, unframed, strict=True)
+        for row in read
+        if isinstance(row, Row)
         for side in row.sides
-        if not skip
     ]
     rendered = iter(renderer.render_many(samples))
-    for row, skip in zip(rows, unframed, strict=True):
-        if skip:
-            why = "a whole dialogue as text cannot be framed; use model.format text"
-            yield [RenderError(why)]
+    for row, found in zip(rows, read, strict=True):
+        if isinstance(found, RenderError):
+            yield row, [found]
         else:
-            yield [list(ids) for ids in row.ids] or [next(rendered) for _ in row.sides]
+            yield found, [list(ids) for ids in found.ids] or [next(rendered) for _ in found.sides]
+
+
+def _read(row: Row, renderer: Renderer) -> Row | RenderError:
+    if renderer.contract.format == "text":
+        return row
+    try:
+        return as_chat(row)
+    except ValueError as error:
+        return RenderError(str(error))
 
 
 def _fitted(

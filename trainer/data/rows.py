@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
+from reward_actor import conversation
 from reward_actor.engine.forest import common_prefix
 from reward_actor.groups import Completion, Prompt
 
@@ -71,6 +72,27 @@ class Row:
         """The completions answer different things, as far as that can be told."""
         first = _question(self.sides[0]) if self.sides else ""
         return any(_question(side) != first for side in self.sides)
+
+
+def as_chat(row: Row) -> Row:
+    """The row as a chat contract reads it: a dialogue in text is messages.
+
+    Raises ValueError for a text that has no prompt and is no dialogue.
+    """
+    sides = tuple(map(_in_messages, row.sides))
+    if sides == row.sides:
+        return row
+    key, has_prompt = prompt_key(sides)
+    return replace(row, sides=sides, key=key, has_prompt=has_prompt, is_dialogue=False)
+
+
+def _in_messages(side: Side) -> Side:
+    if not isinstance(side.prompt, str):
+        return side
+    found = conversation.from_dialogue(side.prompt, side.completion)
+    if found is None and not side.prompt:
+        raise ValueError(conversation.NO_DIALOGUE)
+    return side if found is None else Side(*found)
 
 
 def prompt_key(sides: Sequence[Side]) -> tuple[str, bool]:

@@ -19,13 +19,12 @@ from reward_actor.groups import Group, GroupScores
 from trainer.config.data import Columns, Source
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.data.load import load_comparisons, read_rows
+from trainer.data.rows import BadRows, Row, as_chat
 from trainer.data.sources import check_source
 from trainer.evaluation import metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from trainer.data.rows import Row
 
 ScoreGroups = Callable[[Sequence[Group]], list[GroupScores]]
 _Evaluated = tuple[Comparisons, "NDArray[np.float64]", int, str]
@@ -149,8 +148,8 @@ def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
     from reward_actor.client.sync import RewardClient
 
     with RewardClient(url) as client:
-        if client.info().format == "chat" and any(row.is_dialogue for row in rows):
-            raise ValueError(f"{url} scores chats; whole dialogues as text cannot be framed")
+        if client.info().format == "chat":
+            rows = _as_chat(rows, data)
     usable = [row for row in rows if _compares(row)]
     groups = [group for row in usable for group in _groups(row)]
     with scoring(url) as score:
@@ -170,6 +169,18 @@ def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
             items.append(Comparison(ids, row.scores, row.key, row=row.number, subset=row.subset))
     version = scores[0].model_version if scores else ""
     return Comparisons.of(items, [data]), np.array(raw_scores), len(rows) - len(items), version
+
+
+def _as_chat(rows: Sequence[Row], data: str) -> list[Row]:
+    """Raises ValueError for all rows that a chat contract cannot read, at once."""
+    bad, read = BadRows(data), []
+    for row in rows:
+        try:
+            read.append(as_chat(row))
+        except ValueError as error:
+            bad.add(row.number, str(error))
+    bad.check(len(rows))
+    return read
 
 
 def _compares(row: Row) -> bool:
