@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 CONTRACT_FILE = "scoring_contract.json"
 
@@ -27,8 +27,15 @@ NUM_QUANTILES = 101
 # Fields that came later, left out of the JSON where they say nothing.
 _LATER = (
     "held_out", "head_weights", "end_text", "end_ids", "final_token_id", "drop_trailing_ids",
-    "plain_content",
+    "plain_content", "template_args",
 )  # fmt: skip
+
+# What `apply_chat_template` takes for itself: an argument must not change how it renders.
+_RESERVED_ARGS = frozenset((
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "tokenizer_kwargs", "return_assistant_tokens_mask",
+    "return_dict", "return_tensors", "padding", "truncation", "max_length", "strftime_now",
+))  # fmt: skip
 
 Combine = Literal["mean", "min", "mean_minus_std"]
 """How several rewards of one sample become one; `reward_actor.readout` has the formulas."""
@@ -126,6 +133,7 @@ class ScoringContract:
     plain_content       under "chat": a special token that a message spells is text. False, as
                         before this field existed: it is that token.
     template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
+    template_args       arguments of the chat template where a sample does not give its own.
     over_long           a sample over max_length tokens is an error for that sample.
     dtype               of the body when nothing else is asked for; the head is always float32.
     heads               names of the head's outputs; several are an ensemble in one network.
@@ -151,6 +159,7 @@ class ScoringContract:
     drop_trailing_ids: list[int] = field(default_factory=list)
     plain_content: bool = False
     template_date: str | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     head_dtype: Literal["float32"] = "float32"
     pooling: Literal["last_token"] = "last_token"
@@ -170,6 +179,12 @@ class ScoringContract:
             raise ContractError(f"format is {self.format!r}; it must be 'chat' or 'text'")
         if self.format == "chat" and not self.chat_template:
             raise ContractError("format is 'chat' but the contract holds no chat_template")
+        check_template_args(self.template_args)
+        if self.format == "text" and self.template_args:
+            raise ContractError(
+                "template_args are for a chat template, but format is 'text'; remove them or use "
+                "format 'chat'"
+            )
         if self.dtype not in DTYPES:
             raise ContractError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.max_length < 1:
@@ -198,7 +213,7 @@ class ScoringContract:
     def to_json(self) -> dict[str, Any]:
         found = {**asdict(self), "chat_template_sha256": self.chat_template_sha256}
         for name in _LATER:  # exports from before a field existed keep their model_version
-            if found[name] is None or found[name] is False or found[name] == []:
+            if found[name] is None or found[name] is False or found[name] in ([], {}):
                 del found[name]
         return found
 
@@ -267,6 +282,27 @@ def check_weights(weights: object, names: list[str]) -> None:
             f"head_weights is {weights!r}; it must be empty, or a finite number for each of the "
             f"heads ({', '.join(names)})"
         )
+
+
+def check_template_args(args: object) -> None:
+    """Raise ContractError unless these can be a contract's `template_args`."""
+    try:
+        is_json = isinstance(args, dict) and json.loads(json.dumps(args, allow_nan=False)) == args
+    except (TypeError, ValueError, RecursionError):
+        is_json = False
+    if not is_json:
+        raise ContractError(
+            "template_args must be a JSON object; give texts, finite numbers, true, false, null, "
+            "lists and objects with text as keys"
+        )
+    check_arg_names(cast("dict[str, Any]", args))
+
+
+def check_arg_names(args: Mapping[str, Any]) -> None:
+    """Raise ContractError for a name that `apply_chat_template` takes for itself."""
+    reserved = sorted(_RESERVED_ARGS.intersection(args))
+    if reserved:
+        raise ContractError(f"a template argument must not be named {reserved[0]!r}; remove it")
 
 
 def sha256_text(text: str) -> str:

@@ -7,10 +7,10 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ def convert(
     append_eos: bool | None = None,
     head_rows: str | None = None,
     heads: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> ScoringContract:
     """Write the reward model in `source`, of any layout, to `destination` in ours.
@@ -64,8 +65,8 @@ def convert(
     completion) and whether EOS comes behind that, by default as in the system that trained the
     model (`reward_actor.model.ends`); head_rows: "A" or "A-B", tokens or their ids: the reward is
     the logit of A in a language model's own head, or A's less B's; heads: "name=weight,...": the
-    head's outputs in order, whose weighted sum is the reward; tell: gets a line for each choice
-    about a sequence's end, and why.
+    head's outputs in order, whose weighted sum is the reward; template_args: of the contract; tell:
+    gets a line for each choice about a sequence's end, and why.
     Raises CheckpointError for what cannot be converted or scores differently afterwards, ValueError
     for a destination that exists or a choice that the source's own contract contradicts. Nothing is
     left at `destination` then.
@@ -89,14 +90,18 @@ def convert(
         if head_rows is not None:
             raise ValueError(f"{source} has a head of its own; leave --head-rows away")
         tokenizer = load_tokenizer(place)
-        network, contract = _deepspeed_chat(source, tokenizer, format or "text", dtype)
+        network, contract = _deepspeed_chat(
+            source, tokenizer, format or "text", dtype, template_args
+        )
     else:
         rows = () if head_rows is None else _rows(head_rows, load_tokenizer(place))
         layout = recognise(source, rows)
         layout.require_trust(trust_remote_code)
         check_manifest(source)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
-        contract, inferred = _contract(layout, tokenizer, format, ends_with, append_eos)
+        contract, inferred = _contract(
+            layout, tokenizer, format, ends_with, append_eos, template_args
+        )
         for line in inferred.lines() if inferred else ():
             tell(line)
         if inferred and inferred.doubt:
@@ -170,6 +175,7 @@ def _contract(
     format: str | None,
     ends_with: str | None,
     append_eos: bool | None,
+    template_args: Mapping[str, Any] | None,
 ) -> tuple[ScoringContract, Inferred | None]:
     if (layout.directory / CONTRACT_FILE).exists():
         contract = load_contract(layout.directory)
@@ -183,8 +189,20 @@ def _contract(
                 f"{layout.directory / CONTRACT_FILE} says how its sequences end; leave --ends-with "
                 "and --append-eos away"
             )
+        if template_args is not None:
+            raise ValueError(
+                f"{layout.directory / CONTRACT_FILE} says what its template is told; remove "
+                "--template-args"
+            )
         return contract, None
-    inferred = infer_contract(layout, tokenizer, format, ends_with=ends_with, append_eos=append_eos)
+    inferred = infer_contract(
+        layout,
+        tokenizer,
+        format,
+        ends_with=ends_with,
+        append_eos=append_eos,
+        template_args=template_args,
+    )
     return inferred.contract, inferred
 
 
@@ -195,7 +213,11 @@ def _is_pickled(source: Path) -> bool:
 
 
 def _deepspeed_chat(
-    source: Path, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str
+    source: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    format: str,
+    dtype: str,
+    template_args: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, ScoringContract]:
     """The network and the contract of a reward model that DeepSpeed-Chat trained.
 
@@ -220,7 +242,14 @@ def _deepspeed_chat(
     stored = (floats.pop() if len(floats) == 1 else "float32") if dtype == "auto" else dtype
     head, place = Head("v_head", ("v_head",), 1), f"{source / PICKLED_WEIGHTS}"
     network = network_of(weights, config, head, getattr(torch, stored), place, prefix)
-    contract = contract_for(tokenizer, config, format=format, append_eos=False, dtype=stored)
+    contract = contract_for(
+        tokenizer,
+        config,
+        format=format,
+        append_eos=False,
+        template_args=template_args,
+        dtype=stored,
+    )
     starts = tokenizer("x")["input_ids"][:1]
     if config.model_type == "opt" and starts not in ([config.bos_token_id], [config.eos_token_id]):
         warnings.warn(

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from reward_actor import conversation
-from reward_actor.contract import ScoringContract, sha256_text
+from reward_actor.contract import ScoringContract, check_arg_names, sha256_text
 from reward_actor.groups import (
     Completion,
     Group,
@@ -38,14 +38,8 @@ class RenderError(ValueError):
     """This prompt and completion cannot be rendered under the contract."""
 
 
-# What `apply_chat_template` takes for itself: arguments of a row must not change how it renders.
-_RESERVED_ARGS = frozenset((
-    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "tokenizer_kwargs", "return_assistant_tokens_mask",
-    "return_dict", "return_tensors", "padding", "truncation", "max_length", "strftime_now",
-))  # fmt: skip
 # What expressions of a template raise over values that it was not made for.
-_OF_A_TEMPLATE = (
+OF_A_TEMPLATE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -96,7 +90,7 @@ class Renderer:
         """The whole sequence's token ids, unchecked for length. Raises RenderError.
 
         Under "chat" a string prompt is one user message; under "text" it is a prefix. `tools` and
-        `template_args` go to the chat template, and are an error under "text".
+        `template_args` go to the chat template, over the contract's, and are an error under "text".
         """
         sample = Sample(prompt, completion, tools, template_args or {})
         [ids] = self.render_many([sample])
@@ -337,11 +331,9 @@ class Renderer:
             prompt = _messages(sample.prompt)
             tools = conversation.tools(sample.tools, "tools")
             arguments = conversation.template_args(sample.template_args, "chat_template_kwargs")
+            check_arg_names(arguments)
         except ValueError as error:
             raise RenderError(str(error)) from error
-        reserved = sorted(_RESERVED_ARGS.intersection(arguments))
-        if reserved:
-            raise RenderError(f"a template argument must not be named {reserved[0]!r}")
         return Sample(prompt, sample.completion, tools, arguments)
 
     def _to_text(self, sample: Sample) -> str:
@@ -435,6 +427,7 @@ class Renderer:
 
         turns = [dict(message) for message in messages]
         described: Any = [dict(tool) for tool in tools] or None
+        arguments = {**self.contract.template_args, **(arguments or {})}
         if self._spellings is not None:
             try:
                 turns = self._spellings.hidden(turns)
@@ -451,7 +444,7 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=generation,
                 **clock(self.contract.template_date),
-                **(arguments or {}),
+                **arguments,
             )
 
         try:
@@ -459,7 +452,7 @@ class Renderer:
                 text = write(turns)
             except TypeError:  # DeepSeek's templates join the arguments of a call to text
                 text = write([conversation.with_text_arguments(turn) for turn in turns])
-        except (TemplateError, *_OF_A_TEMPLATE) as error:
+        except (TemplateError, *OF_A_TEMPLATE) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return text

@@ -323,6 +323,7 @@ class RenderingInfo(Wire):
     drop_trailing_ids: list[int]
     add_special_tokens: bool
     plain_content: bool
+    template_args: dict[str, Any] = {}
 
 
 class Info(Wire):

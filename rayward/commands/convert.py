@@ -37,6 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=WEIGHT,...",
         help="its head's outputs in order; the reward is their weighted sum (no weights: mean)",
     )
+    parser.add_argument(
+        "--template-args",
+        metavar="JSON",
+        help="arguments of the chat template where a row or request does not give its own",
+    )
     parser.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
     parser.add_argument("--device", default="cpu", help="where the golden samples are scored")
     parser.add_argument(
@@ -45,8 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from reward_actor.conversation import template_args
     from reward_actor.convert import convert
 
+    given = arguments.template_args
     contract = convert(
         arguments.source,
         arguments.destination,
@@ -59,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         append_eos=arguments.append_eos,
         head_rows=arguments.head_rows,
         heads=arguments.heads,
+        template_args=None if given is None else template_args(given, "--template-args"),
         tell=lambda line: print(f"inferred {line}"),
     )
     print(f"reward model: {arguments.destination}")

@@ -42,6 +42,7 @@ _RENDERING = (
     "drop_trailing_ids",
     "plain_content",
     "template_date",
+    "template_args",
     "add_special_tokens",
     "append_eos",
     "eos_token_id",

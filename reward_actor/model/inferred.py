@@ -3,20 +3,21 @@ configuration, and of another system's directory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig
 
-from reward_actor.contract import ScoringContract
+from reward_actor.contract import ScoringContract, check_template_args
 from reward_actor.model.directory import CheckpointError as CheckpointError
 from reward_actor.model.ends import Inferred, system_of, turn_end_of, with_ends
 from reward_actor.model.layouts import Layout
 from reward_actor.model.rope import LengthClasses
-from reward_actor.render import SENTINEL, clock
+from reward_actor.render import OF_A_TEMPLATE, SENTINEL, clock
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -30,13 +31,15 @@ def contract_for(
     max_length: int | None = None,
     append_eos: bool | None = None,
     plain_content: bool = True,
+    template_args: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> ScoringContract:
     """A contract, without golden samples, for a tokenizer and a network.
 
     `max_length` defaults to what network and tokenizer both allow. `append_eos` defaults to True
     under "text" where the tokenizer has an EOS. Raises ValueError where the tokenizer has no chat
-    template and `format` is "chat", or has no token that could pad.
+    template and `format` is "chat", or has no token that could pad, and for `template_args` that no
+    template may be given.
     """
     if format == "chat" and not tokenizer.chat_template:
         raise ValueError(
@@ -63,11 +66,14 @@ def contract_for(
             )
         template = template["default"]
     today = date.today().isoformat()
-    turn_end = turn_end_of(tokenizer, _suffix(tokenizer, template)) if template else ""
+    given = dict(template_args or {})
+    check_template_args(given)
+    turn_end = turn_end_of(tokenizer, _suffix(tokenizer, template, given)) if template else ""
     return ScoringContract(
         format=cast('Literal["chat", "text"]', format),
         chat_template=template,
         template_date=today if template and "strftime_now" in template else None,
+        template_args=given,
         turn_end=turn_end,
         add_special_tokens=format == "text",
         append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
@@ -101,7 +107,9 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str, vocab_size:
     return int(fitting[0])
 
 
-def _suffix(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+def _suffix(
+    tokenizer: PreTrainedTokenizerFast, template: str, template_args: Mapping[str, Any]
+) -> str:
     """What the template writes after the last completion."""
     try:
         text = tokenizer.apply_chat_template(
@@ -109,8 +117,9 @@ def _suffix(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
             chat_template=template,
             tokenize=False,
             **clock("2000-01-01"),
+            **template_args,
         )
-    except TemplateError as error:
+    except (TemplateError, *OF_A_TEMPLATE) as error:
         raise ValueError(f"the chat template cannot be used: {error}") from error
     assert isinstance(text, str)
     if SENTINEL not in text:
@@ -125,13 +134,14 @@ def infer_contract(
     *,
     ends_with: str | None = None,
     append_eos: bool | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Inferred:
     """The contract of a foreign directory, under the rules of the system that wrote it.
 
     `format` is "chat" by default where the tokenizer has a chat template. `ends_with` is what a
     sequence ends with after its completion ("none": nothing), and `append_eos` whether EOS comes
-    behind that, where the caller knows better. The caller has checked that the model's own code may
-    run.
+    behind that, where the caller knows better. `template_args` are the contract's. The caller has
+    checked that the model's own code may run.
     """
     config = AutoConfig.from_pretrained(layout.base, trust_remote_code=layout.kind == "remote_code")
     if layout.vocab_size is not None:
@@ -143,10 +153,12 @@ def infer_contract(
         config,
         format=format or ("chat" if tokenizer.chat_template else "text"),
         append_eos=False,
+        template_args=template_args,
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
     )
     # OpenRLHF lets the tokenizer add nothing (reward_dataset.py).
     add_special_tokens = base.add_special_tokens and system != "OpenRLHF"
     base = replace(base, mean=mean, std=std, add_special_tokens=add_special_tokens)
-    suffix = _suffix(tokenizer, base.chat_template) if base.chat_template else ""
+    template = base.chat_template
+    suffix = _suffix(tokenizer, template, base.template_args) if template else ""
     return with_ends(base, layout, system, tokenizer, suffix, ends_with, append_eos)

@@ -106,6 +106,16 @@ def test_a_contract_without_held_out_scores_says_nothing_of_them() -> None:
     assert "held_out" not in EXAMPLE.to_json()
 
 
+def test_template_args_are_kept_and_count_in_the_version(tmp_path: Path) -> None:
+    """Without any, an export from before the field existed keeps its model_version."""
+    assert "template_args" not in EXAMPLE.to_json()
+    told = replace(EXAMPLE, template_args={"enable_thinking": False, "tags": {"a": [None, 1.5]}})
+    told.save(tmp_path)
+    assert ScoringContract.load(tmp_path) == told
+    files = {"model.safetensors": "00"}
+    assert model_version(files, told, "float32") != model_version(files, EXAMPLE, "float32")
+
+
 QUANTILES = [float(n) for n in range(101)]
 
 
@@ -150,6 +160,12 @@ def test_an_incomplete_distribution_is_refused(held_out: object) -> None:
         ({"pooling": "mean"}, "pooling is 'mean'"),
         ({"contract_version": 2}, "contract_version is 2"),
         ({"chat_template": None}, "no chat_template"),
+        ({"template_args": [1]}, "template_args must be a JSON object"),
+        ({"template_args": {"x": float("nan")}}, "template_args must be a JSON object"),
+        ({"template_args": {"x": {1: 2}}}, "template_args must be a JSON object"),
+        ({"template_args": {"x": object()}}, "template_args must be a JSON object"),
+        ({"template_args": {"tools": []}}, "must not be named 'tools'"),
+        ({"template_args": {"x": 1}, "format": "text"}, "template_args are for a chat template"),
     ],
 )
 def test_a_contract_that_cannot_be_kept_is_refused(change: dict[str, object], message: str) -> None:

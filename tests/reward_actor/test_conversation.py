@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from reward_actor import Group, RewardServiceError, conversation, schema
 from reward_actor.client import bodies
 from reward_actor.files import group_of, question_of
-from reward_actor.groups import SampleError
+from reward_actor.groups import SampleError, Whole
 from reward_actor.integrations.grouping import to_groups
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
@@ -241,6 +241,42 @@ def test_a_call_that_is_no_json_stays_as_it_was_sampled() -> None:
         assert message["tool_calls"][0]["function"]["arguments"] == arguments
     [_, message, _] = conversation.messages(called('{"city": "Rome", "at": null}'), "prompt")
     assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+
+
+def test_a_contracts_template_args_hold_where_a_sample_gives_no_other(
+    renderer: Renderer, expected: list[int]
+) -> None:
+    told = Renderer(renderer.tokenizer, replace(renderer.contract, template_args=ARGS))
+    row = {name: value for name, value in ROW.items() if name != "chat_template_kwargs"}
+    for own in ({}, {"other": 1}):
+        assert sequence(told, group_of({**row, "chat_template_kwargs": own}, "in:1")) == expected
+    other = group_of({**row, "chat_template_kwargs": {"brief": False}}, "in:1")
+    assert sequence(told, other) == sequence(renderer, other) != expected
+    pair = {"prompt": ASKED, "chosen": ANSWER, "rejected": "No.", "tools": TOOLS}
+    trained = gather_rows({"in": [parse_row(1, pair, Columns())]}, told, Rules())
+    assert trained.comparisons.sequences(0)[0] == expected
+
+
+def test_template_args_decide_how_a_conversation_begins_and_ends() -> None:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS["qwen 2.5"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if marks %}<|im_start|>{% endif %}{{ m.role }}: {{ m.content }}"
+        "{% if marks %}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{% if marks %}<|im_start|>{% endif %}assistant: {% endif %}"
+    )
+    config = make_network("qwen3", pad_token_id=tokenizer.pad_token_id).config
+    plain, told = (
+        Renderer(tokenizer, contract_for(tokenizer, config, format="chat", template_args=args))
+        for args in (None, {"marks": True})
+    )
+    assert (plain.contract.turn_end, told.contract.turn_end) == ("", "<|im_end|>")
+    templated = "<|im_start|>user: Hi.<|im_end|>\n<|im_start|>assistant: Yes.<|im_end|>"
+    assert not plain.is_templated(templated)
+    assert told.is_templated(templated)
+    ids = told.render("Hi.", "Yes.")
+    assert tokenizer.decode(ids) == templated
+    assert told.sequences(Whole(texts=[templated + "\n"])) == [ids]
+    assert told.prompt_ids("Hi.") == ids[: len(told.prompt_ids("Hi."))]
 
 
 @pytest.mark.parametrize(

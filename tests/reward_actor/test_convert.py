@@ -218,6 +218,22 @@ def test_the_format_can_be_chosen(tmp_path: Path, tokenizer: Any) -> None:
     assert scored.rewards == pytest.approx(scorer.score_ids([ids]).tolist(), abs=1e-6)
 
 
+def test_template_args_are_kept(tmp_path: Path, tokenizer: Any) -> None:
+    foreign.openrlhf(tmp_path / "rm")
+    tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "rm")
+    command = ["convert", str(tmp_path / "rm"), str(tmp_path / "wry")]
+    assert rayward.main([*command, "--template-args", '{"mood": "wry"}']) == 0
+    told = from_pretrained(tmp_path / "wry")
+    assert told.contract.template_args == {"mood": "wry"}
+    plain = from_pretrained(tmp_path / "rm")
+    own = Group("Name two fruits.", ["An apple."], template_args={"mood": "wry"})
+    other = Group("Name two fruits.", ["An apple."])
+    [expected], [found], [without] = plain.score([own]), told.score([other]), plain.score([other])
+    assert found.rewards == pytest.approx(expected.rewards, abs=1e-5)
+    assert found.num_tokens != without.num_tokens
+
+
 def test_an_export_of_ours_keeps_its_contract(export_dir: Path, tmp_path: Path) -> None:
     convert(export_dir, tmp_path / "again")
     before, after = ScoringContract.load(export_dir), ScoringContract.load(tmp_path / "again")
@@ -257,6 +273,8 @@ def test_what_the_command_refuses(
         ([base_model, tmp_path / "new"], "no trained reward head"),
         ([export_dir, tmp_path / "new", "--dtype", "int8"], "dtype is 'int8'"),
         ([tmp_path / "bare", tmp_path / "new", "--tokenizer-from", "/no"], "/no is not a dir"),
+        ([export_dir, tmp_path / "new", "--template-args", "{}"], "remove --template-args"),
+        ([export_dir, tmp_path / "new", "--template-args", "[1]"], "is a list, not an object"),
     ):
         assert rayward.main(["convert", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

@@ -234,6 +234,7 @@ def test_the_tightest_limit_holds_for_all(seeds: list[Path]) -> None:
         ("add_special_tokens", True, r"add_special_tokens differs .*\(True against False\)"),
         ("template_date", "2026-01-01", "template_date differs .*'2026-01-01' against None"),
         ("append_eos", True, "append_eos differs"),
+        ("template_args", {"a": 1}, r"template_args differs .*\({'a': 1} against {}\)"),
     ],
 )
 def test_members_that_render_otherwise_are_refused(

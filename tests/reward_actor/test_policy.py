@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from chat_systems import CHAT_SYSTEMS, letters_tokenizer
+from conversations import ARGS, TEMPLATE
 from transformers import LlamaConfig
 
 from reward_actor.groups import Group
@@ -14,6 +15,7 @@ from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
 from reward_actor.rollout.policy import group_to_score
 from reward_actor.rollout.records import RolloutGroup
+from reward_actor.schema import Info
 
 NETWORK = LlamaConfig(vocab_size=400, max_position_embeddings=2048)
 USER = [{"role": "user", "content": "Name two fruits."}]
@@ -70,6 +72,17 @@ def test_what_travels_is_what_the_scorer_renders(scored: dict[str, Any]) -> None
     group = group_to_score(rollout, scorer)
     assert group.prompt_ids is not None
     assert scored_ids(scorer, group) == scored_ids(scorer, Group(USER, ["Apples."]))
+
+
+def test_what_the_scorers_template_is_told_by_default_is_seen() -> None:
+    tokenizer = letters_tokenizer(CHAT_SYSTEMS["qwen 2.5"])
+    tokenizer.chat_template = TEMPLATE
+    policy = Renderer(tokenizer, contract_for(tokenizer, NETWORK, format="chat"))
+    rollout = sampled(policy, "Apples.", end="<|im_end|>")
+    assert group_to_score(rollout, policy).prompt_ids is not None
+    rendering = Info.rendering_of(replace(policy.contract, template_args=ARGS))
+    scorer = Renderer(tokenizer, replace(policy.contract, **rendering.model_dump()))
+    assert group_to_score(rollout, scorer) == Group(USER, ["Apples."])
 
 
 def test_tokens_that_the_tokenizer_would_not_choose_travel_as_text() -> None:

@@ -73,6 +73,8 @@ def test_what_is_given_arrives(seed: int, rate: float, flag: str):
         ("checkpoint.num_to_keep", "1", "checkpoint.num_to_keep is '1'"),
         ("training.micro_batch_tokens", "0", "training.micro_batch_tokens is '0'"),
         ("model.freeze", "['(']", "'(' is not a regular expression"),
+        ("model.template_args", "{tools: []}", "must not be named 'tools'"),
+        ("model.template_args", "{day: 2026-01-01}", "template_args must be a JSON object"),
         ("data.train", "{a: 0}", "data.train.a.weight is 0"),
         ("data.train", "{a: {wait: 1}}", "unknown key 'data.train.a.wait'"),
         ("data.train", "{a: [", "data.train is '{a: [', which is not YAML"),
@@ -112,6 +114,13 @@ def test_fewer_workers_are_refused_where_they_could_not_go_on(more: dict[str, st
     load_config(None, [*NEEDED, *elastic.items()])
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(None, [*NEEDED, *elastic.items(), *more.items()])
+
+
+def test_template_args_need_a_template():
+    args = ("model.template_args", "{enable_thinking: false}")
+    assert load_config(None, [*NEEDED, args]).model.template_args == {"enable_thinking": False}
+    with pytest.raises(ValueError, match=r"model.template_args needs model.format chat, not text"):
+        load_config(None, [*NEEDED, args, ("model.format", "text")])
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated():

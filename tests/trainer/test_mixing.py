@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from data_files import config_of, prepared, questions, write
+from exports import make_export
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reward_actor import Group, RewardScorer
 from reward_actor.model.tokenizer import load_tokenizer
 from trainer.data.prepare import prepare
 from trainer.data.split import epoch_use
@@ -169,6 +172,26 @@ def test_a_second_bos_and_a_date_are_told(base_model: Path, tmp_path: Path):
     (tmp_path / "out" / "template_date.txt").write_text("2020-02-03")
     assert contract.template_date != "2020-02-03"
     assert prepare(config)[1].template_date == "2020-02-03"  # a run goes on with its first day
+
+
+def test_template_args_of_a_training_are_its_exports(base_model: Path, tmp_path: Path):
+    model = Path(shutil.copytree(base_model, tmp_path / "model"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    rows = questions("Fruit", 10)
+    file = write(tmp_path / "a.jsonl", rows)
+    config = config_of(model, tmp_path / "out", file, model__template_args="{mood: wry}")
+    data, contract = prepare(config)
+    told = contract.template_args
+    assert told == {"mood": "wry"}
+    export = make_export(model, tmp_path / "export", template_args=told)
+    scorer = RewardScorer.from_pretrained(export, device="cpu")
+    for number, row in enumerate(data.train.rows.tolist()):
+        pair = rows[row - 1]
+        group = Group(pair["prompt"], [pair["chosen"], pair["rejected"]])
+        assert scorer.renderer.sequences(group) == data.train.sequences(number)
+        assert tokenizer.decode(data.train.sequences(number)[0]).startswith("wry<|im_start|>")
 
 
 def test_sources_that_cannot_be_used_together_are_named(base_model: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from reward_actor.contract import check_template_args
 from trainer.config.data import DataConfig, Section
 
 # Beside the checkpoints: the base model of a training that was given none.
@@ -41,6 +42,11 @@ class ModelConfig(Section):
         description="a special token that a message spells is text; false: it is that token, so "
         "that a completion can end its own turn",
     )
+    template_args: dict[str, Any] = Field(
+        {},
+        description="arguments of the chat template where a row or request does not give its own, "
+        "such as {enable_thinking: false}; the export keeps them",
+    )
     max_length: int | None = Field(
         None, ge=64, description="tokens in a sequence; none: what the model allows, at most 2048"
     )
@@ -55,6 +61,12 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass instead of keeping them"
     )
+
+    @field_validator("template_args")
+    @classmethod
+    def _json(cls, args: dict[str, Any]) -> dict[str, Any]:
+        check_template_args(args)
+        return args
 
     @field_validator("freeze")
     @classmethod
@@ -293,6 +305,8 @@ class TrainConfig(Section):
     def _misfits(self) -> list[str]:
         batch, workers = self.training.global_batch_pairs, self.distributed.num_workers
         stage, wrong = self.distributed.zero_stage, []
+        if self.model.template_args and self.model.format == "text":
+            wrong.append("model.template_args needs model.format chat, not text")
         if workers > batch:
             wrong.append(
                 f"distributed.num_workers is {workers} but training.global_batch_pairs only "

@@ -88,6 +88,7 @@ def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:
         format=choose_format(config.model.format, rows, tokenizer.chat_template is not None),
         max_length=config.model.max_length or min(limit, DEFAULT_MAX_LENGTH),
         plain_content=config.model.plain_content,
+        template_args=config.model.template_args,
         dtype=config.model.dtype,
     )
     if contract.template_date is not None:
