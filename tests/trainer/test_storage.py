@@ -252,6 +252,15 @@ def test_a_storage_belongs_to_one_run_even_when_the_output_is_new(tmp_path: Path
     assert kept == json.loads(json.dumps(mine))
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path):
+    config = config_for(tmp_path / "rm")
+    mine = identity(config, "model", "data")
+    check_identity(config, {k: v for k, v in mine.items() if k != "model.template_args"})
+    check_identity(config, mine)
+    with pytest.raises(ValueError, match=r"model\.template_args was {}, is now {'brief': True}"):
+        check_identity(config, {**mine, "model.template_args": {"brief": True}})
+
+
 def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     config = config_for(tmp_path / "rm", checkpoint__storage_path=str(tmp_path / "file"))

@@ -31,17 +31,32 @@ def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:
     }
 
 
+def _defaults(config: TrainConfig) -> dict[str, Any]:
+    """What settings were that did not exist yet when a run was begun."""
+    return {
+        f"{section}.{key}": value
+        for section in _IDENTITY
+        for key, value in type(getattr(config, section))
+        .model_construct()
+        .model_dump(mode="json", warnings=False)
+        .items()
+    }
+
+
 def check_identity(config: TrainConfig, current: Mapping[str, Any]) -> None:
     """Claim `output_dir` and the storage of the checkpoints for this run, where they are empty.
 
     Raises ValueError if one of them holds another run, or the storage cannot be used.
     """
-    _claim("output_dir", Storage.at(config.output_dir), current)
+    defaults = _defaults(config)
+    _claim("output_dir", Storage.at(config.output_dir), current, defaults)
     if config.checkpoint.storage_path is not None:
-        _claim("checkpoint.storage_path", checkpoint_storage(config), current)
+        _claim("checkpoint.storage_path", checkpoint_storage(config), current, defaults)
 
 
-def _claim(setting: str, place: Storage, current: Mapping[str, Any]) -> None:
+def _claim(
+    setting: str, place: Storage, current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     try:
         before = place.read_json(IDENTITY_FILE)
         if before is None:
@@ -52,6 +67,7 @@ def _claim(setting: str, place: Storage, current: Mapping[str, Any]) -> None:
         raise ValueError(f"{setting}: {place.root} cannot be used: {error}") from error
     except ValueError as error:
         raise ValueError(f"{setting}: {error}: nobody can tell which run this is") from None
+    before = {**{key: defaults[key] for key in current.keys() & defaults.keys()}, **before}
     different = [key for key in sorted({*before, *current}) if before.get(key) != current.get(key)]
     if different:
         shown = [
