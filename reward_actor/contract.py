@@ -26,8 +26,8 @@ NUM_QUANTILES = 101
 
 # Fields that came later, left out of the JSON where they say nothing.
 _LATER = (
-    "held_out", "head_weights", "end_text", "end_ids", "final_token_id", "drop_trailing_ids",
-    "plain_content", "template_args",
+    "held_out", "head_means", "head_weights", "end_text", "end_ids", "final_token_id",
+    "drop_trailing_ids", "parse_arguments", "plain_content", "template_args",
 )  # fmt: skip
 
 # What `apply_chat_template` takes for itself: an argument must not change how it renders.
@@ -132,6 +132,9 @@ class ScoringContract:
     pooling             the last real token, by length, never by token id.
     plain_content       under "chat": a special token that a message spells is text. False, as
                         before this field existed: it is that token.
+    parse_arguments     under "chat": the arguments of a call that are JSON text, OpenAI's form, are
+                        the object that they say when they reach the template. False, as before this
+                        field existed: text.
     template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
     template_args       arguments of the chat template where a sample does not give its own.
     over_long           a sample over max_length tokens is an error for that sample.
@@ -140,6 +143,7 @@ class ScoringContract:
     combine, combine_k  how the rewards of several heads become one, and k of mean_minus_std.
     head_weights        of the heads' rewards, whose weighted sum is the reward, in place of that.
     mean, std           reward = (raw score - mean) / std, for every head.
+    head_means          the mean of each head, where they differ, in place of that one.
     held_out            how the raw scores of held-out data are distributed, where it was measured.
     """
 
@@ -158,6 +162,7 @@ class ScoringContract:
     final_token_id: int | None = None
     drop_trailing_ids: list[int] = field(default_factory=list)
     plain_content: bool = False
+    parse_arguments: bool = False
     template_date: str | None = None
     template_args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
@@ -168,6 +173,7 @@ class ScoringContract:
     combine: Combine = "mean"
     combine_k: float = 1.0
     head_weights: list[float] = field(default_factory=list)
+    head_means: list[float] = field(default_factory=list)
     mean: float = 0.0
     std: float = 1.0
     golden: Golden = field(default_factory=Golden)
@@ -194,7 +200,8 @@ class ScoringContract:
         if not self.heads or len(set(self.heads)) < len(self.heads):
             raise ContractError(f"heads is {self.heads!r}; every output needs a name of its own")
         check_rule(self.combine, self.combine_k, "combine_k")
-        check_weights(self.head_weights, self.heads)
+        check_numbers("head_weights", self.head_weights, self.heads)
+        check_numbers("head_means", self.head_means, self.heads)
         for name, known in (("pooling", "last_token"), ("over_long", "error")):
             if getattr(self, name) != known:
                 raise ContractError(
@@ -271,16 +278,16 @@ def check_rule(combine: object, k: object, k_name: str = "k") -> None:
         raise ContractError(f"{k_name} is {k!r}; it must be a finite number of at least 0")
 
 
-def check_weights(weights: object, names: list[str]) -> None:
-    """Raise ContractError unless `weights` are none, or a finite number for each name."""
-    numbers = isinstance(weights, list) and all(
-        isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w)
-        for w in weights
+def check_numbers(field: str, numbers: object, heads: list[str]) -> None:
+    """Raise ContractError unless there are none, or a finite number for each head."""
+    are_finite = isinstance(numbers, list) and all(
+        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
+        for n in numbers
     )
-    if not numbers or (weights and len(weights) != len(names)):  # type: ignore[arg-type]
+    if not are_finite or (numbers and len(numbers) != len(heads)):  # type: ignore[arg-type]
         raise ContractError(
-            f"head_weights is {weights!r}; it must be empty, or a finite number for each of the "
-            f"heads ({', '.join(names)})"
+            f"{field} is {numbers!r}; it must be empty, or a finite number for each of the heads "
+            f"({', '.join(heads)})"
         )
 
 

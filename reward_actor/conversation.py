@@ -8,7 +8,6 @@ that what was trained is what is scored. Every error is a ValueError that names 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -17,26 +16,16 @@ from reward_actor.groups import Completion, Message
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What chat templates read of a message."""
 
-NO_DIALOGUE = (
-    "a text without a prompt is no dialogue; begin it with '\\n\\nHuman:', give its prompt, or use "
-    "a text contract (model.format text)"
-)
-
 _LONGEST_TYPE = 32
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_QUESTION = "\n\nHuman:"
-_ANSWER = "\n\nAssistant:"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def messages(value: object, place: str) -> list[Message]:
     """Messages with nothing but what chat templates read, and contents that are text.
 
     The parts of a content are joined by newlines, as vLLM joins them. A null content is an empty
-    one where the message calls a tool. The `arguments` of a call that are JSON text, OpenAI's form,
-    become the object that it says, as vLLM does before its chat templates see them.
+    one where the message calls a tool.
     """
-    value = _plain(value, place)
+    value = plain(value, place)
     if not isinstance(value, list):
         raise ValueError(f"{place} is {kind_of(value)}, not a list of messages")
     return [_message(item, f"{place}.{number}") for number, item in enumerate(value)]
@@ -47,7 +36,7 @@ def completion(value: object, place: str) -> Completion:
     where it has nothing else."""
     if isinstance(value, str):
         return value
-    return _scored(_message(_plain(value, place), place), place)
+    return _scored(_message(plain(value, place), place), place)
 
 
 def answered(value: object, place: str) -> tuple[list[Message], Completion]:
@@ -71,11 +60,10 @@ def _message(value: Any, place: str) -> Message:
     for name in ("role", "name", "tool_call_id", "reasoning_content"):
         if not isinstance(known.get(name, None if name == "role" else ""), str):
             raise ValueError(f"{place}.{name} is {kind_of(known.get(name))}, not text")
-    if not _are_objects(known.get("tool_calls", [])):
+    if not are_objects(known.get("tool_calls", [])):
         raise ValueError(f"{place}.tool_calls is not a list of calls")
     if not known.get("tool_calls"):
         known.pop("tool_calls", None)
-    known = _with_arguments(known, lambda given: _decoded(given, f"{place}.tool_calls"))
     content = known.get("content")
     if content is None and "tool_calls" in known:
         content = ""
@@ -85,6 +73,18 @@ def _message(value: Any, place: str) -> Message:
         more = ", and the message calls no tool" if content is None else ""
         raise ValueError(f"{place}.content is {kind_of(content)}, not text{more}")
     return {**known, "content": content}
+
+
+def with_parsed_arguments(message: Message) -> dict[str, Any]:
+    """The message with the object that the arguments of its calls say as JSON text, nothing being
+    an empty one, as vLLM does it before its chat templates see them. A text that says none stays: a
+    policy sampled it."""
+
+    def parsed(given: Any) -> Any:
+        said = from_json(given or "{}") if isinstance(given, str) else given
+        return said if isinstance(said, dict) else given
+
+    return _with_arguments(message, parsed)
 
 
 def with_text_arguments(message: Message) -> dict[str, Any]:
@@ -110,15 +110,6 @@ def _with_arguments(message: Message, change: Callable[[Any], Any]) -> dict[str,
     return {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
 
 
-def _decoded(arguments: Any, place: str) -> Any:
-    """The object that a text says as JSON, nothing being an empty one. A text that says none stays:
-    a policy sampled it. Nulls go, as from an object, since what was read is read again."""
-    if not isinstance(arguments, str):
-        return arguments
-    said = _plain(_from_json(arguments or "{}"), place)
-    return said if isinstance(said, dict) else arguments
-
-
 def joined(parts: Sequence[Any], place: str = "content") -> str:
     """The text of a content in parts, {"type": "text", "text": ...}."""
     texts = []
@@ -135,18 +126,18 @@ def joined(parts: Sequence[Any], place: str = "content") -> str:
 
 
 def tools(value: object, place: str) -> tuple[dict[str, Any], ...]:
-    """Tool definitions: a list of objects, or that as JSON, in which tables keep it."""
-    value = _plain(_from_json(value), place)
+    """Tool definitions: a list of objects, or that as JSON."""
+    value = plain(from_json(value) if isinstance(value, str) else value, place)
     if value is None:
         return ()
-    if not _are_objects(value):
+    if not are_objects(value):
         raise ValueError(f"{place} is not a list of tool definitions")
     return tuple(value)
 
 
 def template_args(value: object, place: str) -> dict[str, Any]:
     """What else the chat template is told: an object, or that as JSON."""
-    value = _plain(_from_json(value), place)
+    value = plain(from_json(value) if isinstance(value, str) else value, place)
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -154,79 +145,30 @@ def template_args(value: object, place: str) -> dict[str, Any]:
     return value
 
 
-def messages_in(text: str) -> list[Any] | None:
-    """The messages that a column of a table holds as JSON; None for every other text. Not for what
-    comes over the network: there a prompt is what somebody typed."""
-    if text.lstrip()[:1] != "[":
-        return None
-    value = _from_json(text)
-    is_one = _are_objects(value) and value and all("role" in item for item in value)
-    return list(value) if is_one else None
-
-
-def dialogue(text: str) -> list[Message] | None:
-    """The turns of a text "\\n\\nHuman: ...\\n\\nAssistant: ...", as Anthropic's hh-rlhf has them,
-    without white space around a content; None for every other text.
-
-    A content that holds such a mark cannot be told from two turns. Not for what comes over the
-    network: there a prompt is what somebody typed.
-    """
-    if not text.startswith(_QUESTION):
-        return None
-    parts = _TURN.split(text)[1:]
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": _SPEAKERS[who], "content": said.strip()} for who, said in pairs]
-
-
-def from_dialogue(prompt: str, completion: Completion) -> tuple[list[Message], Completion] | None:
-    """The messages and the completion of a dialogue in text: of a prompt that is one as far as the
-    completion, which may repeat it, or of a completion that is all of one, without a prompt.
-
-    None where it is other text. Raises ValueError for a dialogue whose last turn is Human's.
-    """
-    said = completion if isinstance(completion, str) else ""
-    turns = dialogue(prompt or said)
-    if turns is None:
-        return None
-    last = turns.pop()
-    if last["role"] != "assistant":
-        raise ValueError(
-            f"the last turn of the dialogue is Human's; end it with {_ANSWER!r} and the completion"
-        )
-    if not prompt:
-        return turns, last["content"]
-    if not isinstance(completion, str):
-        return turns, completion
-    begun = prompt.rpartition(_ANSWER)[2]
-    return turns, (begun + completion.removeprefix(prompt)).strip()
-
-
-def _from_json(value: Any) -> Any:
+def from_json(text: str) -> Any:
     """What a text says as JSON; itself where it is no JSON."""
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return value
+        return text
 
 
-def _plain(value: object, place: str) -> Any:
+def plain(value: object, place: str) -> Any:
+    """A JSON value of plain lists and objects without its nulls: a table has one for each key that
+    another row has, and its lists become arrays."""
     try:
-        return without_nulls(value)
+        return _plain(value)
     except RecursionError:
         raise ValueError(f"{place} is nested too deeply") from None
 
 
-def without_nulls(value: Any) -> Any:
-    """A JSON value without its nulls: a table has one for each key that another row has. Arrays,
-    which a table's lists become, are lists."""
+def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [without_nulls(item) for item in value]
+        return [_plain(item) for item in value]
     return value
 
 
@@ -237,5 +179,5 @@ def kind_of(value: object) -> str:
     )
 
 
-def _are_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+def are_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)

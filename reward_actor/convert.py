@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, Scor
 from reward_actor.export import export
 from reward_actor.model.directory import CheckpointError, read_config
 from reward_actor.model.ends import Inferred
-from reward_actor.model.heads import Head
+from reward_actor.model.heads import ACTIVATION_SETTING, Head
 from reward_actor.model.inferred import contract_for, infer_contract
 from reward_actor.model.layouts import (
     ADAPTER_CONFIG,
@@ -32,7 +33,7 @@ from reward_actor.model.layouts import (
 )
 from reward_actor.model.load import load_contract
 from reward_actor.model.manifest import check_manifest
-from reward_actor.model.reward_model import head_name
+from reward_actor.model.reward_model import Float32Layers, head_name
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.model.weights import CUSTOM_SETTINGS, is_plain, load_network, network_of
 from reward_actor.readout import Readout
@@ -94,7 +95,9 @@ def convert(
             source, tokenizer, format or "text", dtype, template_args
         )
     else:
-        rows = () if head_rows is None else _rows(head_rows, load_tokenizer(place))
+        if head_rows is not None and (source / CONTRACT_FILE).exists():
+            raise ValueError(f"{source} is a reward model already; leave --head-rows away")
+        rows = () if head_rows is None else _rows(head_rows, load_tokenizer(place), tell)
         layout = recognise(source, rows)
         layout.require_trust(trust_remote_code)
         check_manifest(source)
@@ -112,7 +115,7 @@ def convert(
         contract = replace(contract, dtype=dtype)
     if heads is not None:
         names, weights_of_heads = _named(heads)
-        contract = replace(contract, heads=names, head_weights=weights_of_heads)
+        contract = replace(contract, heads=names, head_weights=weights_of_heads, held_out=None)
     _check_outputs(network, contract, source)
     network, contract = _without_bias(_plain(network, source), contract)
     staging = destination.with_name(destination.name + ".converted")
@@ -129,15 +132,23 @@ def convert(
     return contract
 
 
-def _rows(said: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def _rows(
+    said: str, tokenizer: PreTrainedTokenizerFast, tell: Callable[[str], object]
+) -> tuple[int, ...]:
     """The rows that --head-rows says: A or A-B, each a token or its id. Raises ValueError."""
     parts = [said] if said in tokenizer.get_vocab() else said.split("-", 1)
-    return tuple(_row(part, tokenizer) for part in parts)
+    rows = tuple(_row(part, tokenizer) for part in parts)
+    told = [f"{row} ({tokenizer.convert_ids_to_tokens(row)!r})" for row in rows]
+    tell(f"reward = the logit of token {' less that of token '.join(told)}")
+    return rows
 
 
 def _row(said: str, tokenizer: PreTrainedTokenizerFast) -> int:
     if said.isdecimal():
         return int(said)
+    known = tokenizer.get_vocab().get(said)
+    if known is not None:
+        return int(known)
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(f"head_rows: {said!r} is {len(ids)} tokens; give one token, or its id")
@@ -148,13 +159,12 @@ def _named(said: str) -> tuple[list[str], list[float]]:
     """Names and weights of "name=weight,...", or names alone. Raises ValueError."""
     pairs = [part.partition("=") for part in said.split(",")]
     names = [name.strip() for name, _, _ in pairs]
-    given = [bool(equals) for _, equals, _ in pairs]
     try:
         weights = [float(weight) for _, equals, weight in pairs if equals]
     except ValueError:
-        weights = []
-        given = [True, False]
-    if not all(names) or (any(given) and not all(given)):
+        weights = [math.nan]
+    are_numbers = all(map(math.isfinite, weights)) and len(weights) in (0, len(names))
+    if not all(names) or not are_numbers:
         raise ValueError(f"heads is {said!r}; it must be name=weight,... or name,name,...")
     return names, weights
 
@@ -281,7 +291,8 @@ def _plain(network: PreTrainedModel, source: Path) -> PreTrainedModel:
             "a linear head, so an export would need its code. Serve it as it is, with "
             "trust_remote_code=True"
         )
-    for name in CUSTOM_SETTINGS:
+    has_layers = isinstance(getattr(network, head_name(network)), Float32Layers)
+    for name in (*CUSTOM_SETTINGS, *(() if has_layers else (ACTIVATION_SETTING,))):
         vars(network.config).pop(name, None)
     return network
 
@@ -294,11 +305,13 @@ def _without_bias(
     (w x + b - mean) / std is the same reward as (w x - (mean - b)) / std.
     """
     head = getattr(network, head_name(network))
-    if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != 1:
+    if not isinstance(head, nn.Linear) or head.bias is None:
         return network, contract
-    bias = head.bias.item()
+    means = [contract.mean - bias for bias in head.bias.tolist()]
     head.register_parameter("bias", None)
-    return network, replace(contract, mean=contract.mean - bias)
+    if len(means) == 1:
+        return network, replace(contract, mean=means[0])
+    return network, replace(contract, head_means=means)
 
 
 def _prove(network: PreTrainedModel, contract: ScoringContract) -> None:

@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reward_actor import conversation
-from reward_actor.groups import Group, GroupScores, Prompt
+from reward_actor import conversation, dialogues
+from reward_actor.groups import Completion, Group, GroupScores, Prompt
 
 if TYPE_CHECKING:
     from reward_actor.rollout.records import RolloutGroup
@@ -90,7 +90,7 @@ def prompt_of(row: Row, place: str) -> Prompt:
     place."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
-        prompt = conversation.messages_in(prompt) or prompt
+        prompt = dialogues.messages_in(prompt) or prompt
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
@@ -113,12 +113,12 @@ def question_of(row: Row, place: str) -> Group:
 
 
 def group_of(row: Row, place: str, format: Literal["chat", "text"] = "text") -> Group:
-    """The row's group: `prompt` with `completions` (or one `completion`, or the texts `chosen` and
-    `rejected`, which may be without a prompt), each a text or an assistant's message, `tools` and
+    """The row's group: `prompt` with `completions` (or one `completion`, or `chosen` and
+    `rejected`, which may be without a prompt), each as `dialogues.answer` reads it, `tools` and
     `chat_template_kwargs` where the row has them; or token ids.
 
-    Under "chat" a dialogue in text is messages (`conversation.dialogue`). Raises ValueError naming
-    the place.
+    Under "chat" a dialogue in text is messages (`dialogues.dialogue`). Raises ValueError naming the
+    place.
     """
     if "prompt_ids" in row and "prompt" not in row:
         prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids")
@@ -129,53 +129,59 @@ def group_of(row: Row, place: str, format: Literal["chat", "text"] = "text") -> 
         if not all(_is_ids(ids) for ids in completion_ids):
             raise ValueError(f"{place}: completion_ids must be lists of token ids")
         return Group(prompt_ids=prompt_ids, completion_ids=completion_ids)
-    completions, is_pair = _completions(row)
-    if not isinstance(completions, list) or not all(
-        isinstance(given, str if is_pair else str | dict) for given in completions
-    ):
+    given, is_pair = _completions(row)
+    if given is None:
         raise ValueError(
             f"{place}: needs completions: a list of texts or messages (or one completion, or "
-            "chosen and rejected as text)"
+            "chosen and rejected)"
         )
-    said = [
-        conversation.completion(given, f"{place}: completions.{number}")
-        for number, given in enumerate(completions)
-    ]
     is_whole = is_pair and row.get("prompt") is None
     question = question_of({**row, "prompt": ""} if is_whole else row, place)
-    group = replace(question, completions=said)
-    return _in_messages(group, place, is_whole) if format == "chat" else group
+    answers = [
+        _answer(question, value, f"{place}: {name}", format, is_whole)
+        for name, value in given.items()
+    ]
+    asked = [prompt for prompt, _ in answers]
+    if not all(isinstance(prompt, str) for prompt in asked):
+        asked = [dialogues.as_messages(prompt) for prompt in asked]
+    if any(prompt != asked[0] for prompt in asked):
+        raise ValueError(
+            f"{place}: its completions answer different prompts; give each a row of its own, with "
+            "its prompt and one completion"
+        )
+    prompt = asked[0] if asked else question.prompt
+    return replace(question, prompt=prompt, completions=[said for _, said in answers])
 
 
-def _completions(row: Row) -> tuple[Any, bool]:
-    """What the row has for completions, and whether they are a pair's sides."""
+def _completions(row: Row) -> tuple[dict[str, Any] | None, bool]:
+    """The row's completions by what they are called, and whether they are a pair's sides."""
     if "completions" in row:
-        return row["completions"], False
+        several = row["completions"]
+        is_list = isinstance(several, list)
+        return {f"completions.{i}": v for i, v in enumerate(several)} if is_list else None, False
     if "completion" in row:
-        return [row["completion"]], False
-    return [row.get("chosen"), row.get("rejected")], True
+        return {"completion": row["completion"]}, False
+    sides = {name: row[name] for name in ("chosen", "rejected") if row.get(name) is not None}
+    return (sides if len(sides) == 2 else None), True
 
 
-def _in_messages(group: Group, place: str, is_whole: bool) -> Group:
-    """The group with messages where its text is a dialogue; where it `is_whole`, it must be one."""
-    prompt = group.prompt
-    if not isinstance(prompt, str):
-        return group
+def _answer(
+    question: Group, given: Any, place: str, format: Literal["chat", "text"], is_whole: bool
+) -> tuple[Prompt, Completion]:
+    """A completion with what it answers; is_whole: a text must be a dialogue."""
+    prompt = question.prompt
+    assert prompt is not None
+    own = prompt if isinstance(prompt, str) else list(prompt)
+    asked, said = dialogues.answer(own, given, place)
+    if format == "text" or not isinstance(asked, str):
+        return asked, said
     try:
-        read = [conversation.from_dialogue(prompt, text) for text in group.completions]
+        read = dialogues.from_dialogue(asked, said)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    found = [one for one in read if one is not None]
-    if not found and not is_whole:
-        return group
-    if len(found) < len(read):
-        raise ValueError(f"{place}: {conversation.NO_DIALOGUE}")
-    asked = found[0][0]
-    if any(messages != asked for messages, _ in found):
-        raise ValueError(
-            f"{place}: its dialogues have different prompts; give each a row of its own"
-        )
-    return replace(group, prompt=asked, completions=[text for _, text in found])
+    if read is None and is_whole:
+        raise ValueError(f"{place}: {dialogues.NO_DIALOGUE}")
+    return read or (asked, said)
 
 
 def scored_row(row: Row, scores: GroupScores) -> Row:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reward_actor.contract import Combine, ScoringContract, check_rule, check_weights
+from reward_actor.contract import Combine, ScoringContract, check_numbers, check_rule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class Readout:
     """The members of a scorer, by name, how each is normalised, and how they are combined.
 
     Member j's reward is (raw score - means[j]) / stds[j]. With one member its reward is the reward,
-    untouched by any rule.
+    untouched by any rule; weights, one for each member, go before the rule.
     """
 
     names: list[str]
@@ -63,7 +63,7 @@ class Readout:
 
     def __post_init__(self) -> None:
         check_rule(self.combine, self.k)
-        check_weights(self.weights, self.names)
+        check_numbers("weights", self.weights, self.names)
         if not self.names or not len(self.names) == len(self.means) == len(self.stds):
             raise ValueError(
                 f"{len(self.names)} names, {len(self.means)} means and {len(self.stds)} stds; "
@@ -78,7 +78,7 @@ class Readout:
         num_heads = len(contract.heads)
         return cls(
             list(contract.heads),
-            [contract.mean] * num_heads,
+            contract.head_means or [contract.mean] * num_heads,
             [contract.std] * num_heads,
             contract.combine,
             contract.combine_k,
@@ -118,7 +118,7 @@ class Readout:
         """(..., K) -> (...): one number of every K, by the rule."""
         with np.errstate(over="ignore", invalid="ignore"):
             if self.weights:
-                one: Floats = members @ np.array(self.weights)
+                one: Floats = (members * np.array(self.weights)).sum(axis=-1)
             elif not self.is_ensemble:
                 one = members[..., 0]
             elif self.combine == "min":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -392,8 +393,9 @@ class Renderer:
         """Raise RenderError if the template leaves a part out; it is asked once for each shape."""
         arguments = sample.template_args
         # A digest: keys are a sender's, and may be of any length.
-        told = {"tools": list(sample.tools), "arguments": arguments}
-        key = sha256_text(shape([*messages, told]))
+        messages = self._parsed(messages)
+        told = json.dumps(arguments, sort_keys=True, default=str)  # a template may do as they say
+        key = sha256_text(shape([*messages, {"tools": list(sample.tools)}]) + told)
         try:
             found = self._lost[key]
         except KeyError:
@@ -425,20 +427,16 @@ class Renderer:
     ) -> str:
         from jinja2 import TemplateError
 
-        turns = [dict(message) for message in messages]
         described: Any = [dict(tool) for tool in tools] or None
         arguments = {**self.contract.template_args, **(arguments or {})}
-        if self._spellings is not None:
-            try:
-                turns = self._spellings.hidden(turns)
-                described = self._spellings.hidden(described)
-                arguments = self._spellings.hidden(arguments)
-            except SpellingError as error:
-                raise RenderError(str(error)) from error
+        try:
+            described, arguments = self._hidden(described), self._hidden(arguments)
+        except SpellingError as error:
+            raise RenderError(str(error)) from error
 
         def write(turns: list[dict[str, Any]]) -> Any:
             return self.tokenizer.apply_chat_template(
-                turns,
+                self._hidden(turns),
                 tools=described,
                 chat_template=self.contract.chat_template,
                 tokenize=False,
@@ -449,13 +447,25 @@ class Renderer:
 
         try:
             try:
-                text = write(turns)
+                text = write(self._parsed(messages))
             except TypeError:  # DeepSeek's templates join the arguments of a call to text
-                text = write([conversation.with_text_arguments(turn) for turn in turns])
+                text = write([conversation.with_text_arguments(turn) for turn in messages])
+        except SpellingError as error:
+            raise RenderError(str(error)) from error
         except (TemplateError, *OF_A_TEMPLATE) as error:
             raise RenderError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _parsed(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages with the arguments of their calls as the contract says."""
+        if not self.contract.parse_arguments:
+            return [dict(message) for message in messages]
+        return [conversation.with_parsed_arguments(message) for message in messages]
+
+    def _hidden(self, value: Any) -> Any:
+        """The value with the special tokens that it spells hidden, where they are text."""
+        return value if self._spellings is None else self._spellings.hidden(value)
 
     def _encode(self, text: str) -> list[int]:
         [ids] = self._encode_many([_unicode(text)])

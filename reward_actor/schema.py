@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from reward_actor.contract import Combine
-from reward_actor.conversation import joined, without_nulls
+from reward_actor.conversation import joined
 
 if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
@@ -103,10 +103,8 @@ class ChatMessage(Wire):
 
     def as_message(self) -> dict[str, Any]:
         """As it is rendered."""
-        fields = self.model_dump(exclude_none=True)
-        if not fields.get("tool_calls"):
-            fields.pop("tool_calls", None)
-        return dict(without_nulls({**fields, "content": self.content or ""}))
+        known = {name: value for name, value in self if value is not None and value != []}
+        return {**known, "content": self.content or ""}
 
 
 def _text_or_messages(value: Any, messages: Any) -> Any:
@@ -323,6 +321,7 @@ class RenderingInfo(Wire):
     drop_trailing_ids: list[int]
     add_special_tokens: bool
     plain_content: bool
+    parse_arguments: bool = False
     template_args: dict[str, Any] = {}
 
 

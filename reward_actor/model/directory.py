@@ -31,8 +31,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         hint = "; did you mean its export/ folder?" if (directory / "export").is_dir() else ""
-        if any(directory.glob("*.gguf")):
-            hint = "; GGUF files are llama.cpp's: give the model that they were made of"
+        hint = gguf_hint(directory) or hint
         raise CheckpointError(f"{directory} holds no config.json, so no model{hint}")
     config = json_object(path)
     method = quantisation(config)
@@ -49,6 +48,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def gguf_hint(directory: Path) -> str:
+    """A clause about weights that llama.cpp reads; or nothing."""
+    if not any(directory.glob("*.gguf")):
+        return ""
+    return "; GGUF files are llama.cpp's: give the model that they were made of"
+
+
 def quantisation(config: Mapping[str, Any]) -> str | None:
     """The method by which a configuration says that its weights are quantised, or None."""
     settings = config.get("quantization_config")
@@ -58,9 +64,7 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return str(method or "quantization_config")
 
 
-def tensors(
-    directory: Path, files: Iterable[Path] | None = None
-) -> dict[str, tuple[list[int], str]]:
+def tensors(directory: Path, files: Iterable[Path] | None = None) -> Tensors:
     """Shape and dtype of every tensor in the directory's safetensors files, from their headers."""
     if files is None:
         files = weight_files(directory)
@@ -71,7 +75,7 @@ def tensors(
         for shard in shards.values():
             if Path(str(shard)).name != shard:
                 raise CheckpointError(f"{index} names weights outside its directory: {shard!r}")
-    found: dict[str, tuple[list[int], str]] = {}
+    found: Tensors = {}
     for path in files:
         try:
             with safe_open(path, framework="np") as file:

@@ -41,6 +41,7 @@ _RENDERING = (
     "final_token_id",
     "drop_trailing_ids",
     "plain_content",
+    "parse_arguments",
     "template_date",
     "template_args",
     "add_special_tokens",
@@ -200,8 +201,8 @@ def ensemble_readout(
     for label, contract in zip(_labels(paths), contracts, strict=True):
         for head in contract.heads:
             names.append(label if len(contract.heads) == 1 else f"{label}/{head}")
-            means.append(contract.mean)
             stds.append(contract.std)
+        means += contract.head_means or [contract.mean] * len(contract.heads)
     return Readout(names, means, stds, combine, k)
 
 

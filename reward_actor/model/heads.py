@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from reward_actor.model.directory import CheckpointError, Tensors, architecture_of
+from reward_actor.model.directory import CheckpointError, Tensors, architecture_of, quantisation
 
 HEADS = ("score", "classifier", "value_head", "v_head", "regression_head", "reward_head")
 
@@ -109,11 +109,17 @@ def head_of_rows(
 ) -> Head:
     """The head that is one row of the language model's, or the difference of two. Raises
     CheckpointError where there is no such row, or where logits are more than a product."""
-    name = language_head(found)
-    if name is None:
+    if quantisation(config) is not None:
         raise CheckpointError(
-            f"{directory} has neither lm_head.weight nor a table of embeddings, so no language "
-            "model's head to take rows of"
+            f"{directory} has quantised weights, of whose head no rows can be taken; give the "
+            "model that was quantised"
+        )
+    name = language_head(found)
+    tied = config.get("tie_word_embeddings", architecture_of(config).endswith("ForCausalLM"))
+    if name is None or (is_embedding(name) and not tied):
+        raise CheckpointError(
+            f"{directory} holds no head of a language model to take rows of: no lm_head.weight, "
+            "nor embeddings that it is tied to (tie_word_embeddings in config.json)"
         )
     changed = [key for key in _OF_LOGITS if config.get(key) not in (None, 1, 1.0)]
     if changed:
@@ -192,11 +198,14 @@ def _without(directory: Path, config: Mapping[str, Any], found: Tensors) -> Chec
             f"with {', '.join(others)}. It knows linear layers, called {', '.join(HEADS)} or as "
             '"value_head_prefix" in config.json says'
         )
-    pickled = directory / "value_head.bin"
-    if pickled.exists():
+    # TRL saves one beside an adapter under the second name.
+    is_adapter = (directory / "adapter_config.json").exists()
+    pickles = ["value_head.bin", *(["pytorch_model.bin"] if is_adapter else [])]
+    pickled = next((name for name in pickles if (directory / name).exists()), None)
+    if pickled is not None:
         return CheckpointError(
-            f"{directory} has its head in {pickled.name}, a pickle, which can run code when it is "
-            "read; save it as value_head.safetensors"
+            f"{directory} has its head in {pickled}, a pickle, which can run code when it is read; "
+            "save v_head.summary.weight and .bias as value_head.safetensors"
         )
     rows = f"rayward convert {directory} DST --head-rows A, or A-B" if language_head(found) else ""
     return CheckpointError(

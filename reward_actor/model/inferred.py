@@ -83,6 +83,7 @@ def contract_for(
         max_length=max_length or limit,
         vocab_size=text_config.vocab_size,
         plain_content=plain_content and format == "chat",
+        parse_arguments=format == "chat",
         dtype=dtype,
     )
 

@@ -32,6 +32,7 @@ from reward_actor.model.directory import (
     Tensors,
     architecture_of,
     code_reference,
+    gguf_hint,
     json_object,
     quantisation,
     read_config,
@@ -195,7 +196,8 @@ def _unwrapped(directory: Path, found: Tensors) -> tuple[Tensors, str]:
     """The tensors without a wrapper's prefix, and that. Raises CheckpointError for none and for
     empty ones."""
     if not found:
-        raise CheckpointError(f"{directory} holds no .safetensors weights{pickle_hint(directory)}")
+        hint = pickle_hint(directory) or gguf_hint(directory)
+        raise CheckpointError(f"{directory} holds no .safetensors weights{hint}")
     empty = [name for name, (shape, _) in found.items() if 0 in shape]
     if empty:
         raise CheckpointError(

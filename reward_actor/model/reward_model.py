@@ -48,7 +48,10 @@ class Float32Head(nn.Linear):
         return scores if self.bias is None else scores + self.bias.float()
 
 
-_ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
+}  # fmt: skip
+"""What may stand between a head's layers, by the names of `reward_actor.model.heads`."""
 
 
 class Float32Layers(nn.Sequential):
@@ -63,7 +66,7 @@ class Float32Layers(nn.Sequential):
         kind."""
         inner = [layer for layer in layers if not isinstance(layer, nn.Dropout | nn.Identity)]
         for layer in inner:
-            if not isinstance(layer, (nn.Linear, *_ACTIVATIONS)):
+            if not isinstance(layer, (nn.Linear, *ACTIVATIONS.values())):
                 raise ValueError(f"the reward head holds a {type(layer).__name__}")
         return cls(*inner)
 

@@ -23,14 +23,10 @@ from transformers import (
 )
 
 from reward_actor.contract import weight_files
-from reward_actor.model.directory import CheckpointError, code_reference, tensors
+from reward_actor.model.directory import CheckpointError, code_reference, quantisation, tensors
 from reward_actor.model.heads import ACTIVATION_SETTING, HEADS, Head, is_embedding, language_head
 from reward_actor.model.layouts import ADAPTER_WEIGHTS, VALUE_HEAD, Layout
-from reward_actor.model.reward_model import Float32Head, Float32Layers, float32_head
-
-_MODULES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh,
-}  # fmt: skip
+from reward_actor.model.reward_model import ACTIVATIONS, Float32Head, Float32Layers, float32_head
 
 # Settings of config.json that mean something to other systems only.
 CUSTOM_SETTINGS = (
@@ -64,6 +60,11 @@ def load_network(
         return _merged(layout, config, dtype)
     if layout.kind == "hf" and _is_plain(layout, config):
         return from_directory(layout.base, config, dtype)
+    if quantisation(layout.config) is not None:
+        raise CheckpointError(
+            f"{layout.directory} has quantised weights and a head that is not one linear layer "
+            f"called {plain_head(config)}, without a bias; give the model that was quantised"
+        )
     weights = _weights(layout.base, layout.prefix)
     return network_of(weights, config, layout.head, dtype, str(layout.base))
 
@@ -71,14 +72,14 @@ def load_network(
 def _is_plain(layout: Layout, config: PretrainedConfig) -> bool:
     """Whether the plain class reads the base's weights as they are: the head, too, under its name,
     without a bias, and no wider than the body."""
-    [*layers] = layout.head.layers
-    if layers != [plain_head(config)] or layout.prefix:
+    if layout.head.layers != (plain_head(config),) or layout.prefix:
         return False
     stored = tensors(layout.base)
-    name = f"{layers[0]}.weight"
+    [head] = layout.head.layers
+    name = f"{head}.weight"
     narrow = any(dtype in ("BF16", "F16") for _, dtype in stored.values())
     is_wider = name in stored and stored[name][1] == "F32" and narrow
-    return f"{layers[0]}.bias" not in stored and not is_wider
+    return f"{head}.bias" not in stored and not is_wider
 
 
 def _weights(directory: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -111,14 +112,16 @@ def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     value_head = layout.directory / VALUE_HEAD
     head = plain_head(config)
     has_head = f"base_model.model.{head}.weight" in own
-    is_plain = not value_head.exists() and (has_head or _is_plain(layout, config))
-    if is_plain and not layout.prefix:
+    bias_of_base = f"{layout.prefix}{head}.bias" in tensors(layout.base)
+    is_plain = has_head and not bias_of_base and not layout.prefix
+    if not value_head.exists() and (is_plain or _is_plain(layout, config)):
         base = from_directory(layout.base, config, torch.float32, head_elsewhere=has_head)
     else:
         weights = _weights(layout.base, layout.prefix)
         if value_head.exists():
             weights |= load_file(value_head)
         if has_head:
+            weights.pop(f"{head}.bias", None)  # of another head
             weights[f"{head}.weight"] = own[f"base_model.model.{head}.weight"]
         base = network_of(weights, config, layout.head, torch.float32, str(layout.base))
     misfit = f"{layout.directory} does not fit {layout.base}"
@@ -265,18 +268,22 @@ def _plain_twin(
             for key, weight in custom.state_dict().items()
             if key not in ("mean", "std")  # buffers; in the contract, and compared with below
         }
-        for layer in head.layers:
-            bias = _stored(layout.directory, f"{layer}.bias")
-            if bias is not None:
-                weights[f"{layer}.bias"] = bias
+        for name in (f"{layer}.{kind}" for layer in head.layers for kind in ("weight", "bias")):
+            # As in `_head_of`: a plain head beside a float32 body is rounded with it.
+            is_rounded = len(head.layers) == 1 and layout.dtype == "float32"
+            stored = _stored(layout.directory, name)
+            if stored is not None and not (is_rounded and name.endswith("weight")):
+                weights[name] = stored
         return network_of(weights, config, head, dtype, str(layout.directory), "body.")
     return None
 
 
 def _activation(head: nn.Module) -> str | None:
     """The one activation of a head's layers, or None."""
-    found = {type(module) for module in head.modules()} & {*_MODULES.values()}
-    names = [name for name, module in _MODULES.items() if module in found]
+    inner = list(head.modules())
+    if any(isinstance(module, nn.GELU) and module.approximate != "none" for module in inner):
+        return None
+    names = [name for name, kind in ACTIVATIONS.items() if any(type(m) is kind for m in inner)]
     return names[0] if len(names) == 1 else None
 
 
@@ -348,7 +355,7 @@ def _head_of(
         return float32_head(_of_rows(weights, head.rows))
     layers = [_linear(weights, layer) for layer in head.layers]
     if len(layers) > 1:
-        activation = _MODULES[head.activation or ""]
+        activation = ACTIVATIONS[head.activation or ""]
         between = [part for layer in layers for part in (layer, activation())][:-1]
         return float32_head(nn.Sequential(*between))
     [layer] = layers

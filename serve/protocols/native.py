@@ -84,5 +84,4 @@ def to_reply(scores: GroupScores) -> dict[str, Any]:
         "num_prompt_tokens": scores.num_prompt_tokens,
         "members": scores.members,
         "spread": scores.spread,
-        "turn_rewards": scores.turn_rewards,
-    }
+    } | ({} if scores.turn_rewards is None else {"turn_rewards": scores.turn_rewards})

@@ -53,7 +53,10 @@ def test_score_writes_rewards_beside_the_rows(
             "in.jsonl:1: prompt.0.content is null",
         ),
         ('{"prompt": "a"}', "in.jsonl:1: needs completions"),
-        ('{"prompt": "a", "completions": [1]}', "in.jsonl:1: needs completions"),
+        (
+            '{"prompt": "a", "completions": [1]}',
+            "in.jsonl:1: completions.0 is int, not text or messages",
+        ),
         ('{"prompt_ids": [1], "completion_ids": [["a"]]}', "must be lists of token ids"),
         ('{"prompt_ids": "ab", "completion_ids": []}', "needs prompt_ids"),
     ],

@@ -15,13 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_actor import Group, RewardServiceError, conversation, schema
+from reward_actor import Group, RewardServiceError, dialogues, schema
 from reward_actor.client import bodies
 from reward_actor.files import group_of, question_of
 from reward_actor.groups import SampleError, Whole
 from reward_actor.integrations.grouping import to_groups
 from reward_actor.model.inferred import contract_for
-from reward_actor.render import Renderer
+from reward_actor.render import Renderer, RenderError
 from reward_actor.rollout.policy import group_to_score, question_ids
 from reward_actor.rollout.records import RolloutGroup
 from serve.http.requests import parse
@@ -208,39 +208,69 @@ def called(arguments: Any) -> list[Any]:
     return [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, ASKED[2]]
 
 
-@pytest.mark.parametrize("system", ["qwen 2.5", "qwen 3", "llama 3.1", "deepseek 3"])
-@pytest.mark.parametrize("arguments", [{"city": "Rome", "days": [1, 2]}, {}])
-def test_arguments_as_text_are_the_object_that_they_say(system: str, arguments: Any) -> None:
-    """DeepSeek's template takes text alone."""
+def letters_renderer(system: str, **changes: Any) -> Renderer:
     tokenizer = letters_tokenizer(CHAT_SYSTEMS[system])
     network = make_network("qwen3", pad_token_id=tokenizer.pad_token_id)
-    render = Renderer(tokenizer, contract_for(tokenizer, network.config, format="chat"))
-    ids = render.render(called(arguments), ANSWER)
-    assert render.render(called(json.dumps(arguments, indent=1)), ANSWER) == ids
-    assert json.dumps(arguments) in tokenizer.decode(ids)
+    contract = contract_for(tokenizer, network.config, format="chat")
+    return Renderer(tokenizer, replace(contract, **changes))
+
+
+@pytest.mark.parametrize("system", ["qwen 2.5", "qwen 3", "llama 3.1"])
+@pytest.mark.parametrize("arguments", [{"city": "Rome", "days": [1, 2]}, {}])
+def test_arguments_as_text_are_the_object_that_they_say(system: str, arguments: Any) -> None:
+    renderer = letters_renderer(system)
+    ids = renderer.render(called(arguments), ANSWER)
+    assert renderer.render(called(json.dumps(arguments, indent=1)), ANSWER) == ids
+    assert json.dumps(arguments) in renderer.tokenizer.decode(ids)
     if not arguments:
-        assert render.render(called(""), ANSWER) == ids
+        assert renderer.render(called(""), ANSWER) == ids
 
 
-values = st.none() | st.integers(0, 9) | st.lists(st.none(), max_size=2)
-json_values = st.dictionaries(st.text(max_size=2), values, max_size=2) | values
+def test_a_null_that_a_policy_sampled_stays() -> None:
+    """Nulls go from objects, which tables pad with them."""
+    renderer = letters_renderer("qwen 2.5")
+    text = renderer.tokenizer.decode(renderer.render(called('{"unit": null}'), ANSWER))
+    assert '"arguments": {"unit": null}' in text
+    text = renderer.tokenizer.decode(renderer.render(called({"unit": None}), ANSWER))
+    assert '"arguments": {}' in text
 
 
-@given(json_values | json_values.map(json.dumps) | st.text(max_size=9))
-def test_what_was_read_is_read_again(arguments: Any) -> None:
-    once = conversation.messages(called(arguments), "prompt")
-    assert conversation.messages(once, "prompt") == once
-    [call] = once[1]["tool_calls"]
-    bare = {**once[1], "tool_calls": [call["function"]]}
-    assert conversation.messages([bare], "prompt") == [bare]
+@pytest.mark.parametrize("given", ['{"city":"Rome"}', '{"city": "Rome"}', '{"city": '])
+def test_a_template_for_text_alone_gets_the_text_as_it_was_sampled(given: str) -> None:
+    renderer = letters_renderer("deepseek 3")
+    assert given in renderer.tokenizer.decode(renderer.render(called(given), ANSWER))
+    as_object = renderer.render(called({"city": "Rome"}), ANSWER)
+    assert '{"city": "Rome"}' in renderer.tokenizer.decode(as_object)
+
+
+def test_exports_from_before_keep_arguments_as_text() -> None:
+    given = '{"city": "Rome"}'
+    for parses in (False, True):
+        renderer = letters_renderer("qwen 2.5", parse_arguments=parses)
+        text = renderer.tokenizer.decode(renderer.render(called(given), ANSWER))
+        assert (json.dumps(given) in text) != parses
+        assert f'"arguments": {given}' in text or not parses
+    assert "parse_arguments" not in replace(renderer.contract, parse_arguments=False).to_json()
 
 
 def test_a_call_that_is_no_json_stays_as_it_was_sampled() -> None:
-    for arguments in ('{"city": ', "[1]", "null", '"{}"'):
-        [_, message, _] = conversation.messages(called(arguments), "prompt")
-        assert message["tool_calls"][0]["function"]["arguments"] == arguments
-    [_, message, _] = conversation.messages(called('{"city": "Rome", "at": null}'), "prompt")
-    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    renderer = letters_renderer("qwen 2.5")
+    for sampled in ('{"city": ', "[1]", "null", '"{}"'):
+        text = renderer.tokenizer.decode(renderer.render(called(sampled), ANSWER))
+        assert f'"arguments": {json.dumps(sampled)}' in text
+
+
+def test_what_is_lost_is_asked_again_where_the_template_is_told_otherwise() -> None:
+    renderer = letters_renderer("qwen 2.5")
+    renderer.contract = replace(
+        renderer.contract,
+        chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if mode != 'short' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
+    )
+    prompt = [{"role": "user", "content": "Rain?"}]
+    renderer.render(prompt, ANSWER, template_args={"mode": "long"})
+    with pytest.raises(RenderError, match="leaves out the content of message 0"):
+        renderer.render(prompt, ANSWER, template_args={"mode": "short"})
 
 
 def test_a_contracts_template_args_hold_where_a_sample_gives_no_other(
@@ -379,9 +409,9 @@ def test_what_is_no_message_is_named_by_its_place(message: Any, place: str, why:
 
 def test_text_that_looks_like_json_is_messages_in_tables_only() -> None:
     text = json.dumps([{"role": "user", "content": "Hi."}])
-    assert conversation.messages_in(text) is not None
+    assert dialogues.messages_in(text) is not None
     for plain in ("[1, 2]", "[]", "[x", '["a"]', '[{"a": 1}]', "hello", "[" * 100_000):
-        assert conversation.messages_in(plain) is None
+        assert dialogues.messages_in(plain) is None
     body = json.dumps({"groups": [{"prompt": text, "completions": ["a"]}]}).encode()
     [group] = parse(schema.ScoreRequest, body).groups
     assert to_group(group).prompt == text  # type: ignore[union-attr]
@@ -399,15 +429,15 @@ def test_a_dialogue_in_text_is_its_turns(turns: list[tuple[str, str]], space: st
     turns = [("Human", "Hi."), *turns]
     text = "".join(f"\n\n{who}:{space}{said}{space}" for who, said in turns)
     messages = [{"role": ROLES[who], "content": said} for who, said in turns]
-    assert conversation.dialogue(text) == messages
+    assert dialogues.dialogue(text) == messages
     asked, said = [*messages, {"role": "user", "content": "So?"}], "Yes."
     whole = f"{text}\n\nHuman: So?\n\nAssistant: {said}"
-    assert conversation.from_dialogue("", whole) == (asked, said)
+    assert dialogues.from_dialogue("", whole) == (asked, said)
     prompt = whole.removesuffix(said)
-    assert conversation.from_dialogue(prompt, said) == (asked, said)
-    assert conversation.from_dialogue(prompt, whole) == (asked, said)
+    assert dialogues.from_dialogue(prompt, said) == (asked, said)
+    assert dialogues.from_dialogue(prompt, whole) == (asked, said)
     for other in (text[1:], text[2:], "x" + text, "", "\n\nAssistant: Hi."):
-        assert conversation.dialogue(other) is None
+        assert dialogues.dialogue(other) is None
 
 
 HH = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: Rain?\n\nAssistant:"
@@ -439,6 +469,31 @@ def test_a_file_and_a_training_read_a_dialogue_in_text_alike(
     bodies.check(group)
 
 
+MESSAGES = [{"role": "assistant", "content": "Yes."}]
+OTHER = {"role": "assistant", "content": "No."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": SPOKEN, "chosen": MESSAGES, "rejected": "No."},
+        {"prompt": SPOKEN, "chosen": [*SPOKEN, *MESSAGES], "rejected": OTHER},
+        {"chosen": [*SPOKEN, *MESSAGES], "rejected": json.dumps([*SPOKEN, OTHER])},
+        {"prompt": "Rain?", "chosen": MESSAGES, "rejected": "No."},
+        {"prompt": json.dumps(SPOKEN), "chosen": json.dumps(MESSAGES), "rejected": "No."},
+        {"prompt": HH, "chosen": MESSAGES, "rejected": " No."},
+        {"prompt": HH + " Well,", "chosen": [CALLING], "rejected": " no."},
+    ],
+)
+def test_a_file_and_a_training_read_messages_alike(renderer: Renderer, row: dict[str, Any]) -> None:
+    group = group_of(row, "in:1", "chat")
+    found = renderer.sequences(group)
+    trained = gather_rows({"in": [parse_row(1, row, Columns())]}, renderer, Rules())
+    assert trained.comparisons.sequences(0) == found
+    begun = "Well," in str(row["prompt"]) if "prompt" in row else False
+    assert ("Well," in renderer.tokenizer.decode(found[0])) == begun  # type: ignore[arg-type]
+
+
 def test_under_text_a_dialogue_is_text() -> None:
     pair = {"chosen": HH + " Yes.", "rejected": HH + " No."}
     assert group_of(pair, "in:1") == Group("", [*pair.values()])
@@ -457,11 +512,14 @@ def test_over_the_network_a_dialogue_in_text_is_what_somebody_typed(renderer: Re
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"chosen": "Q: A", "rejected": "Q: B"}, "a text without a prompt is no dialogue"),
-        ({"chosen": HH + "A", "rejected": "Q: B"}, "a text without a prompt is no dialogue"),
-        ({"prompt": "\n\nHuman: Hi.", "completions": ["a"]}, "the last turn of the dialogue is"),
-        ({"chosen": HH + "A", "rejected": HH[:30] + "B"}, "its dialogues have different prompts"),
-        ({"prompt": HH, "chosen": [{"role": "assistant", "content": "a"}]}, "needs completions"),
+        ({"chosen": "Q: A", "rejected": "Q: B"}, "chosen: a text without a prompt is no"),
+        ({"chosen": HH + "A", "rejected": "Q: B"}, "rejected: a text without a prompt is no"),
+        ({"prompt": "\n\nHuman: Hi.", "completions": ["a"]}, "completions.0: the last turn of"),
+        (
+            {"chosen": HH + "A", "rejected": HH[:30] + "B"},
+            "its completions answer different",
+        ),
+        ({"prompt": HH, "chosen": "a"}, "needs completions"),
     ],
 )
 def test_a_row_that_is_no_dialogue_is_refused(row: dict[str, Any], why: str) -> None:

@@ -104,6 +104,50 @@ def test_a_wide_head_on_a_half_body_keeps_its_digits(tmp_path: Path, tokenizer: 
     assert before == pytest.approx(scores(own), abs=0.1, rel=0.1)
 
 
+def test_a_wide_head_of_its_own_code_keeps_its_digits(tmp_path: Path, tokenizer: Any) -> None:
+    foreign.remote_code(tmp_path / "rm", dtype="bfloat16")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    path = tmp_path / "rm" / "model.safetensors"
+    weights = load_file(path)
+    halved = {k: w if k.startswith("value_head") else w.bfloat16() for k, w in weights.items()}
+    save_file(halved, path, metadata={"format": "pt"})
+    convert(tmp_path / "rm", tmp_path / "out", trust_remote_code=True)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["score.weight"], weights["value_head.weight"])
+
+
+def test_the_bias_of_several_outputs_is_kept(tmp_path: Path, tokenizer: Any) -> None:
+    network = make_network("llama", num_labels=2)
+    network.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    path = tmp_path / "rm" / "model.safetensors"
+    bias = torch.tensor([0.5, -2.0])
+    save_file({**load_file(path), "score.bias": bias}, path)
+    convert(tmp_path / "rm", tmp_path / "out", heads="a=2,b=3")
+    assert "score.bias" not in load_file(tmp_path / "out" / "model.safetensors")
+    with torch.inference_mode():
+        own = torch.cat([network(input_ids=torch.tensor([row])).logits for row in ROWS]) + bias
+    scorer = from_pretrained(tmp_path / "out")
+    found = scorer.score_ids(ROWS).tolist()
+    assert found == pytest.approx((own @ torch.tensor([2.0, 3.0])).tolist(), abs=1e-5, rel=1e-5)
+    [group] = scorer.score([Group(prompt_ids=ROWS[0][:2], completion_ids=[ROWS[0][2:]])])
+    assert group.members is not None
+    ids = torch.tensor([scorer.renderer.sequences(Group(
+        prompt_ids=ROWS[0][:2], completion_ids=[ROWS[0][2:]]
+    ))[0]])  # fmt: skip
+    with torch.inference_mode():
+        expected = network(input_ids=ids).logits[0] + bias
+    assert group.members[0] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_adapters_own_head_takes_no_bias_of_its_base(tmp_path: Path, tokenizer: Any) -> None:
+    own = foreign.peft_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer)
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(path), "score.bias": torch.tensor([9.0])}, path)
+    found = from_pretrained(tmp_path / "adapter").score_ids(ROWS).tolist()
+    assert found == pytest.approx(scores(own), abs=1e-5, rel=1e-5)
+
+
 def test_a_plain_head_keeps_its_bias(tmp_path: Path, tokenizer: Any) -> None:
     """`score.bias`, for which plain classes have no place."""
     make_network("llama").save_pretrained(tmp_path / "rm")
@@ -121,18 +165,31 @@ def test_a_plain_head_keeps_its_bias(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("said", "rows"), [("7", [7]), ("9-40", [9, 40]), ("a-b", None)])
 def test_rows_of_a_language_models_head(
-    said: str, rows: list[int] | None, tied: bool, tmp_path: Path, tokenizer: Any
+    said: str,
+    rows: list[int] | None,
+    tied: bool,
+    tmp_path: Path,
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     causal = foreign.language_model(tmp_path / "lm", tie_word_embeddings=tied)
     tokenizer.save_pretrained(tmp_path / "lm")
     rows = rows or [tokenizer.convert_tokens_to_ids(token) for token in said.split("-")]
     command = ["convert", str(tmp_path / "lm"), str(tmp_path / "rm"), "--head-rows", said]
     assert rayward.main(command) == 0
+    told = capsys.readouterr().out
+    for row in rows:
+        assert f"{row} ({tokenizer.convert_ids_to_tokens(row)!r})" in told
     with torch.inference_mode():
         logits = [causal(input_ids=torch.tensor([row])).logits[0, -1] for row in ROWS]
     expected = [(x[rows[0]] - (x[rows[1]] if len(rows) == 2 else 0)).item() for x in logits]
     scorer = from_pretrained(tmp_path / "rm")
     assert scorer.score_ids(ROWS).tolist() == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_a_reward_model_has_no_rows_to_take(export_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a reward model already; leave --head-rows away"):
+        convert(export_dir, tmp_path / "rm", head_rows="7")
 
 
 def test_rows_beside_an_adapter(tmp_path: Path, tokenizer: Any) -> None:
@@ -156,6 +213,7 @@ def test_rows_beside_an_adapter(tmp_path: Path, tokenizer: Any) -> None:
         ("400", {}, "has 400 rows, and none is 400"),
         ("two words", {}, r"'two words' is \d+ tokens; give one token"),
         ("7", {"final_logit_softcapping": 30.0}, "changes its logits after the head"),
+        ("7", {"tie_word_embeddings": False}, "holds no head of a language model to take rows of"),
     ],
 )
 def test_rows_that_cannot_be_taken(
@@ -163,6 +221,8 @@ def test_rows_that_cannot_be_taken(
 ) -> None:
     foreign.language_model(tmp_path / "lm", **settings)
     tokenizer.save_pretrained(tmp_path / "lm")
+    if "tie_word_embeddings" in settings:  # the body alone
+        make_network("llama").model.save_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match=reason):
         convert(tmp_path / "lm", tmp_path / "rm", head_rows=said)
 
@@ -263,6 +323,19 @@ def test_weights_that_bitsandbytes_quantised(bits: int, tmp_path: Path, tokenize
     assert (contract.golden.tolerance["float32"] > 1e-5) == (bits == 8)
     again = from_pretrained(tmp_path / "out")
     assert again.score_ids(ROWS).tolist() == scorer.score_ids(ROWS).tolist()
+
+
+def test_quantised_weights_with_a_bias_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    make_network("llama").save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    config = json.loads((tmp_path / "rm" / "config.json").read_text())
+    config["quantization_config"] = settings
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "rm" / "model.safetensors"
+    save_file({**load_file(path), "score.bias": torch.tensor([1.0])}, path)
+    with pytest.raises(CheckpointError, match="called score, without a bias"):
+        from_pretrained(tmp_path / "rm")
 
 
 def test_a_quantised_head_is_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -42,18 +42,23 @@ def scorer(export: Path) -> RewardScorer:
 
 
 @pytest.fixture(scope="module")
-def of_sides(scorer: RewardScorer) -> list[float]:
-    """The rewards of the ids that training renders of a pair."""
+def ids(scorer: RewardScorer) -> list[list[int]]:
+    """What training renders of a pair."""
     row = parse_row(1, PAIR, Columns())
-    ids = [
+    found = [
         scorer.renderer.render(
             side.prompt, side.completion, tools=row.tools, template_args=row.template_args
         )
         for side in row.sides
     ]
-    for sequence in ids:
+    for sequence in found:
         text = scorer.renderer.tokenizer.decode(sequence)
         assert all(part in text for part in ('"name": "weather"', "I look.", "3 mm", "(brief) "))
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_sides(scorer: RewardScorer, ids: list[list[int]]) -> list[float]:
     return [float(reward) for reward in scorer.score_ids(ids)]
 
 
@@ -78,13 +83,17 @@ def url(service: str, export: Path) -> Iterator[str]:
     serve.delete("tools")
 
 
-def test_clients_and_handles(url: str, trained: float) -> None:
+def test_clients_and_handles(url: str, ids: list[list[int]], trained: float) -> None:
     group = Group(ASKED, [ANSWER], tools=TOOLS, template_args=ARGS)
     with RewardClient(url) as client:
-        [over_http] = client.score_groups([group])
+        [as_json] = client.score_groups([group])
+        [as_binary] = client.score_groups(
+            [Group(prompt_ids=ids[0][:9], completion_ids=[ids[0][9:]])]
+        )
     [over_ray] = RewardHandle("tools").score_groups([group])
-    assert over_http.errors == over_ray.errors == [None]
-    assert over_http.rewards == over_ray.rewards == [pytest.approx(trained, abs=1e-5)]
+    assert as_json.errors == as_binary.errors == over_ray.errors == [None]
+    assert as_json.rewards == over_ray.rewards == [pytest.approx(trained, abs=1e-5)]
+    assert as_binary.rewards == as_json.rewards
 
 
 def test_an_asynchronous_handle(url: str, trained: float) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from engines import OnWorkers, settings, trainer
+from foreign import layered, value_head
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, Qwen3Config
 
 from trainer.network import zero
-from trainer.network.build import head_std
+from trainer.network.build import build_model, head_std
 
 
 @given(st.integers(1, 10_000))
@@ -31,6 +32,16 @@ def first_head(model: Path, changes: dict[str, Any]) -> list[list[float]]:
     weights = zero.whole_weights(built.engine)
     zero.release(built.engine)
     return weights["score.weight"].tolist() if weights else []
+
+
+@pytest.mark.parametrize("kind", ["several layers", "a value head"])
+def test_a_trained_head_is_not_lost_without_a_word(kind: str, tmp_path: Path) -> None:
+    if kind == "several layers":
+        layered(tmp_path / "rm", "Qwen2ForRewardModel")
+    else:
+        value_head(tmp_path / "rm", "inside")
+    with pytest.raises(ValueError, match="has a trained head that a training cannot start from"):
+        build_model(settings(tmp_path / "rm"), {"zero_optimization": {"stage": 0}})
 
 
 @pytest.mark.parametrize("name", ["inverse_sqrt", "inverse", "initializer_range", "zero"])

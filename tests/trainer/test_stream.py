@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import data_files
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from reward_actor.files import begins_an_array
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparisons
 from trainer.data.prepare import prepare
@@ -90,6 +91,7 @@ def assert_equal(found: Prepared, expected: Prepared) -> None:
 @given(st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]))),
        st.integers(1, 30))  # fmt: skip
 def test_splits_of_a_file_are_its_lines(tmp_path_factory, lines: list[str], split_bytes: int):
+    assume(not lines or not begins_an_array(lines[0].encode()))  # which is refused
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
     file.write_bytes("\n".join(lines).encode())
     parts = splits(str(file), split_bytes)

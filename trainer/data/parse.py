@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_actor import conversation
+from reward_actor import conversation, dialogues
 from reward_actor.conversation import kind_of
 from reward_actor.groups import Completion, Message
 from trainer.data.rows import Row, Side, num_shared, prompt_key
@@ -176,7 +176,7 @@ def _sides(
             raise ValueError(f"{name!r} holds {len(several)} completions; a ranking needs two")
         given = [(name, value) for value in several]
     if isinstance(prompt, str):
-        prompt = conversation.messages_in(prompt) or prompt
+        prompt = dialogues.messages_in(prompt) or prompt
     if isinstance(prompt, list):
         if not prompt:
             raise ValueError(f"{columns.prompt_column!r} is empty")
@@ -256,61 +256,15 @@ def parse_side(prompt: str | list[Message], value: Any, column: str) -> Side:
     """A completion as text, as a message, or as messages that may repeat the prompt, of the named
     column. Raises ValueError.
     """
-    if isinstance(value, str):
-        value = conversation.messages_in(value) or value
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f"{column!r} is empty")
-        return Side(prompt, value)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"{column!r} is {kind_of(value)}, not text or messages")
-    if not value:
+    if value in ("", []):
         raise ValueError(f"{column!r} is empty")
-    context, last = conversation.answered(value, repr(column))
-    if _is_empty(last):
-        raise ValueError(f"the last message of {column!r} is empty")
-    completion = last
-    if prompt:
-        if isinstance(prompt, str):
-            asked: list[Message] = [{"role": "user", "content": prompt}]
-            prompt, completion = conversation.from_dialogue(prompt, last) or (asked, last)
-        context = _joined(prompt, context, column)
-    if not context:
-        raise ValueError(f"{column!r} is a lone completion and the row has no prompt")
-    return Side(context, completion)
+    asked, completion = dialogues.answer(prompt, value, repr(column))
+    if _is_empty(completion):
+        raise ValueError(f"{column!r} is empty: its last turn says nothing")
+    return Side(asked, completion)
 
 
 def _is_empty(completion: Completion) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
     return not completion["content"].strip() and not completion.get("tool_calls")
-
-
-def _joined(prompt: list[Message], context: list[Message], column: str) -> list[Message]:
-    """The messages before a completion: the prompt, which `context` may repeat or continue.
-
-    Either may have a system message that the other one lacks. Raises ValueError for a context that
-    does neither: put behind the prompt it would be a conversation that nobody had.
-    """
-    has_system = bool(context) and context[0]["role"] == "system"
-    if _begins(context, prompt) or (has_system and _begins(context[1:], prompt)):
-        return context
-    if prompt[0]["role"] == "system" and not has_system and _begins(context, prompt[1:]):
-        return [prompt[0], *context]
-    if not context or context[0]["role"] in ("assistant", "tool"):
-        return [*prompt, *context]
-    raise ValueError(
-        f"{column!r} neither begins with the prompt nor continues it: give its messages with the "
-        "whole prompt, or from the assistant's first turn after it"
-    )
-
-
-def _begins(messages: list[Message], prompt: list[Message]) -> bool:
-    """Whether they begin with the prompt's, but for whitespace around a content."""
-
-    def said(message: Message) -> tuple[Any, ...]:
-        return message["role"], message["content"].strip(), message.get("tool_calls")
-
-    return list(map(said, messages[: len(prompt)])) == list(map(said, prompt))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reward_actor import conversation
+from reward_actor import dialogues
 from reward_actor.engine.forest import common_prefix
 from reward_actor.groups import Completion, Prompt
 
@@ -89,9 +89,9 @@ def as_chat(row: Row) -> Row:
 def _in_messages(side: Side) -> Side:
     if not isinstance(side.prompt, str):
         return side
-    found = conversation.from_dialogue(side.prompt, side.completion)
+    found = dialogues.from_dialogue(side.prompt, side.completion)
     if found is None and not side.prompt:
-        raise ValueError(conversation.NO_DIALOGUE)
+        raise ValueError(dialogues.NO_DIALOGUE)
     return side if found is None else Side(*found)
 
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from reward_actor.model.heads import HEADS
 from reward_actor.model.reward_model import RewardModel, head_name
 from reward_actor.transformers_internals import attention_is, attention_of, initialise
 from trainer.config.train import TrainConfig
@@ -63,6 +64,13 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> TrainedModel:
         raise ValueError(
             f"model.path: {config.model.directory} lacks weights that its config.json asks for, "
             f"such as {min(absent - ours)}"
+        )
+    lost = sorted(key for key in report["unexpected_keys"] if key.split(".")[0] in HEADS)
+    if lost:
+        raise ValueError(
+            f"model.path: {config.model.directory} has a trained head that a training cannot start "
+            f"from ({lost[0]}); it starts from one linear layer without a bias, called "
+            f"{head_name(network)}: try rayward convert, or remove those weights for a new head"
         )
     if absent & ours:
         _start_head(head, config, network.config, sharded)
