@@ -394,7 +394,7 @@ class Renderer:
         arguments = sample.template_args
         # A digest: keys are a sender's, and may be of any length.
         messages = self._parsed(messages)
-        told = json.dumps(arguments, sort_keys=True, default=str)  # a template may do as they say
+        told = json.dumps(arguments, default=str)  # a template may do as they say
         key = sha256_text(shape([*messages, {"tools": list(sample.tools)}]) + told)
         try:
             found = self._lost[key]

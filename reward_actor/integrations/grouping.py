@@ -23,13 +23,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Grouped:
-    """n samples by equal prompts: those of `groups[i]` stood at `places[i]`.
+class Samples:
+    """Where n samples stood that were grouped by equal prompts: those of group i at `places[i]`.
 
     errors: by their places, the samples that are in no group, since they cannot be read.
     """
 
-    groups: list[Group]
     places: list[list[int]]
     errors: dict[int, SampleError]
 
@@ -67,8 +66,8 @@ def to_groups(
     completions: Sequence[Said],
     tools: Sequence[Any] | None = None,
     template_args: Sequence[Any] | None = None,
-) -> Grouped:
-    """The completions grouped by equal prompts.
+) -> tuple[list[Group], Samples]:
+    """The completions grouped by equal prompts, and where they stood.
 
     Of a completion that is a conversation, everything but its last message belongs to the prompt;
     one that no template takes (it ends with a tool's result, say) is an error of its sample, since
@@ -99,7 +98,7 @@ def to_groups(
         places.append(place)
     found = groups.values()
     whole = [replace(group, completions=texts) for group, texts, _ in found]
-    return Grouped(whole, [places for *_, places in found], errors)
+    return whole, Samples([places for *_, places in found], errors)
 
 
 def in_order(

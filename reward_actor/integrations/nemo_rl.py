@@ -76,10 +76,10 @@ class RewardEnvironment:
             [(info or {}).get(name) for info in metadata]
             for name in ("tools", "chat_template_kwargs")
         )
-        grouped = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
-        scores = self._scorer.score_groups(grouped.groups, **wanted(self._rule))
-        rewarded = grouped.over_turns(scores, message_log_batch, self._rule)
-        rewards = grouped.chosen(rewarded, self._error_reward)
+        groups, samples = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
+        scores = self._scorer.score_groups(groups, **wanted(self._rule))
+        rewarded = samples.over_turns(scores, message_log_batch, self._rule)
+        rewards = samples.chosen(rewarded, self._error_reward)
         n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],

@@ -59,9 +59,9 @@ class RewardStep:
 
     def step(self, action: str) -> dict[str, Any]:
         """The reward of the completion; the episode ends. Raises RewardServiceError."""
-        grouped = to_groups([self._prompt], [action], *self._told)
-        scores = self._scorer.score_groups(grouped.groups, **wanted(self._rule))
-        [reward] = grouped.chosen(scores, self._error_reward)
+        groups, samples = to_groups([self._prompt], [action], *self._told)
+        scores = self._scorer.score_groups(groups, **wanted(self._rule))
+        [reward] = samples.chosen(scores, self._error_reward)
         self._num_tokens = scores[0].num_tokens[0]
         metadata: dict[str, Any] = {"model_version": scores[0].model_version}
         if scores[0].turn_rewards is not None:

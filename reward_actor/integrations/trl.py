@@ -67,18 +67,18 @@ def reward_function(
         async def rewards_soon(
             prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
         ) -> Rewards:
-            grouped = to_groups(prompts, completions, *_told(columns))
-            scores = await waits.score_groups(grouped.groups, **wanted(rule))
-            return grouped.rewards(grouped.over_turns(scores, completions, rule))
+            groups, samples = to_groups(prompts, completions, *_told(columns))
+            scores = await waits.score_groups(groups, **wanted(rule))
+            return samples.rewards(samples.over_turns(scores, completions, rule))
 
         rewards_soon.__name__ = name
         return rewards_soon
     blocks = cast("Scorer", scorer)
 
     def rewards(prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any) -> Rewards:
-        grouped = to_groups(prompts, completions, *_told(columns))
-        scores = blocks.score_groups(grouped.groups, **wanted(rule))
-        return grouped.rewards(grouped.over_turns(scores, completions, rule))
+        groups, samples = to_groups(prompts, completions, *_told(columns))
+        scores = blocks.score_groups(groups, **wanted(rule))
+        return samples.rewards(samples.over_turns(scores, completions, rule))
 
     rewards.__name__ = name
     return rewards

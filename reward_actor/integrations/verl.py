@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_actor.groups import GroupScores
+from reward_actor.groups import Group, GroupScores
 from reward_actor.integrations.grouping import (
-    Grouped,
     Said,
+    Samples,
     TurnRewards,
     checked_rule,
     to_groups,
@@ -50,9 +50,9 @@ def compute_score(
     """{"score": the reward, "num_tokens"} of one completion. Raises RewardServiceError, and
     ValueError where the prompt is missing or turn_rewards is no rule."""
     rule = checked_rule(turn_rewards)
-    grouped = _grouped(solution_str, extra_info, prompt_key)
-    scores = client(url_or_variable(url)).score_groups(grouped.groups, **wanted(rule))
-    return _result(grouped, scores, solution_str, rule, error_reward)
+    groups, samples = _grouped(solution_str, extra_info, prompt_key)
+    scores = client(url_or_variable(url)).score_groups(groups, **wanted(rule))
+    return _result(samples, scores, solution_str, rule, error_reward)
 
 
 async def compute_score_async(
@@ -69,24 +69,26 @@ async def compute_score_async(
 ) -> dict[str, float]:
     """`compute_score`, awaited."""
     rule = checked_rule(turn_rewards)
-    grouped = _grouped(solution_str, extra_info, prompt_key)
-    scores = await async_client(url_or_variable(url)).score_groups(grouped.groups, **wanted(rule))
-    return _result(grouped, scores, solution_str, rule, error_reward)
+    groups, samples = _grouped(solution_str, extra_info, prompt_key)
+    scores = await async_client(url_or_variable(url)).score_groups(groups, **wanted(rule))
+    return _result(samples, scores, solution_str, rule, error_reward)
 
 
 def _result(
-    grouped: Grouped,
+    samples: Samples,
     scores: Sequence[GroupScores],
     completion: Said,
     rule: TurnRewards | None,
     error_reward: float | None,
 ) -> dict[str, float]:
-    rewarded = grouped.over_turns(scores, [completion], rule)
-    [reward] = grouped.chosen(rewarded, error_reward)
+    rewarded = samples.over_turns(scores, [completion], rule)
+    [reward] = samples.chosen(rewarded, error_reward)
     return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0}
 
 
-def _grouped(completion: Said, extra_info: Mapping[str, Any] | None, prompt_key: str) -> Grouped:
+def _grouped(
+    completion: Said, extra_info: Mapping[str, Any] | None, prompt_key: str
+) -> tuple[list[Group], Samples]:
     prompt = (extra_info or {}).get(prompt_key)
     if prompt is None:
         raise ValueError(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -60,6 +60,14 @@ class InKserveWords(APIRoute):
 router = APIRouter(tags=["KServe v2"], route_class=InKserveWords)
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON, but only as an escape
+        raise ValueError("it is not valid Unicode, and could not be sent back") from None
+    return text
+
+
 class OutputParameters(DropIn):
     binary_data: bool = False
 
@@ -76,7 +84,7 @@ class RequestParameters(DropIn):
 class InferRequest(DropIn):
     """`sentences` (BYTES), or `tokens` (INT64, a row a sample) with `sequence_lengths` (INT64)."""
 
-    id: str | None = None
+    id: Annotated[str, AfterValidator(_encodable)] | None = None
     inputs: list[InputTensor]
     outputs: list[RequestedOutput] | None = None
     parameters: RequestParameters = RequestParameters()

@@ -105,13 +105,13 @@ def test_what_a_client_sends(renderer: Renderer, expected: list[int]) -> None:
 
 def test_an_adapters_samples(renderer: Renderer, expected: list[int]) -> None:
     said = [{"role": "assistant", "content": ANSWER}]
-    grouped = to_groups([ASKED] * 2, [said, ANSWER], [TOOLS] * 2, [ARGS, json.dumps(ARGS)])
-    assert grouped.places == [[0, 1]]
-    assert renderer.sequences(grouped.groups[0]) == [expected, expected]
+    groups, samples = to_groups([ASKED] * 2, [said, ANSWER], [TOOLS] * 2, [ARGS, json.dumps(ARGS)])
+    assert samples.places == [[0, 1]]
+    assert renderer.sequences(groups[0]) == [expected, expected]
     # The turns that a completion begins with are the prompt's.
-    [group] = to_groups([ASKED[:1]], [[*ASKED[1:], *said]], [TOOLS], [ARGS]).groups
+    [group] = to_groups([ASKED[:1]], [[*ASKED[1:], *said]], [TOOLS], [ARGS])[0]
     assert sequence(renderer, group) == expected
-    assert to_groups([ASKED] * 2, [ANSWER] * 2, [TOOLS, None]).places == [[0], [1]]
+    assert to_groups([ASKED] * 2, [ANSWER] * 2, [TOOLS, None])[1].places == [[0], [1]]
 
 
 def test_a_group_as_python_has_it(renderer: Renderer, expected: list[int]) -> None:
@@ -122,7 +122,7 @@ def test_a_group_as_python_has_it(renderer: Renderer, expected: list[int]) -> No
         np.array(ASKED, dtype=object), [ANSWER], tools=np.array(TOOLS), template_args=ARGS
     )
     assert sequence(renderer, arrays) == expected
-    [group] = to_groups([np.array(ASKED, dtype=object)], [ANSWER], [np.array(TOOLS)], [ARGS]).groups
+    [group] = to_groups([np.array(ASKED, dtype=object)], [ANSWER], [np.array(TOOLS)], [ARGS])[0]
     assert sequence(renderer, group) == expected
 
 
@@ -145,7 +145,7 @@ def test_a_scored_turn_thinks_and_calls_by_every_way(renderer: Renderer, chosen:
         parse(schema.ScoreRequest, sent).groups[0]
         for sent in (body, json.dumps({"groups": [scored]}).encode())
     ]
-    [adapted] = to_groups([ASKED[:1]] * 2, ["No.", [CALLING]], [TOOLS] * 2).groups
+    [adapted] = to_groups([ASKED[:1]] * 2, ["No.", [CALLING]], [TOOLS] * 2)[0]
     raw = Group(ASKED[:1], ["No.", CALLING], tools=TOOLS)
     for group in (from_file, *map(to_group, requests), adapted, raw):
         assert renderer.sequences(group)[1] == trained
@@ -176,10 +176,10 @@ def test_what_is_no_turn_to_score_is_an_error_of_its_sample(
     assert isinstance(good, list)
     assert isinstance(bad, SampleError)
     assert why in bad.message
-    grouped = to_groups(["Hi."] * 3, [ANSWER, [ASKED[1], message], ANSWER])
-    assert grouped.places == [[0, 2]]
-    assert grouped.errors.keys() == {1}
-    assert why in grouped.errors[1].message
+    _, samples = to_groups(["Hi."] * 3, [ANSWER, [ASKED[1], message], ANSWER])
+    assert samples.places == [[0, 2]]
+    assert samples.errors.keys() == {1}
+    assert why in samples.errors[1].message
     with pytest.raises(ValueError, match=r"in:1: completions\.0"):
         group_of({"prompt": "Hi.", "completions": [message]}, "in:1")
     with pytest.raises(ValueError, match="'chosen'"):

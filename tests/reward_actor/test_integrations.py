@@ -36,11 +36,11 @@ def test_equal_prompts_become_one_group_and_all_rewards_go_back(
     samples: list[tuple[Any, Any]],
 ) -> None:
     prompts, completions = [list(column) for column in zip(*samples, strict=True)] or [[], []]
-    grouped = to_groups(prompts, completions)
-    keys = [json.dumps(group.prompt) for group in grouped.groups]
+    groups, samples = to_groups(prompts, completions)
+    keys = [json.dumps(group.prompt) for group in groups]
     assert len(set(keys)) == len(keys)
-    assert not grouped.errors
-    texts = in_order([list(group.completions) for group in grouped.groups], grouped.places, {})
+    assert not samples.errors
+    texts = in_order([list(group.completions) for group in groups], samples.places, {})
     last = [c if isinstance(c, str) else c[-1]["content"] if c else "" for c in completions]
     assert texts == last
 
@@ -51,7 +51,7 @@ def test_of_a_conversation_all_but_the_last_message_is_the_prompt() -> None:
         {"role": "tool", "name": "f", "content": "42"},
         {"role": "assistant", "content": [{"type": "text", "text": "It is 42."}]},
     ]
-    [group] = to_groups([USER], [completion]).groups
+    [group] = to_groups([USER], [completion])[0]
     assert [m["content"] for m in group.prompt or []] == ["Name two fruits.", "", "42"]
     assert group.completions == ["It is 42."]
     with pytest.raises(ValueError, match="a reward model reads text"):

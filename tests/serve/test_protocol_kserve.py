@@ -12,6 +12,7 @@ from applications import application, ask
 from hypothesis import given
 from hypothesis import strategies as st
 from kserve_bodies import INFER, LENGTHS, packed
+from pydantic import ValidationError
 
 from serve.protocols.kserve import InferRequest, to_whole
 from serve.protocols.kserve_tensors import InputTensor, floats, integers, split, texts
@@ -83,3 +84,9 @@ def test_what_a_client_writes_is_not_repeated(change: dict[str, Any]) -> None:
 def test_an_input_without_its_elements_is_named_by_its_place() -> None:
     reply = ask(application(), "POST", INFER, json={"inputs": [LENGTHS, NAMED | {"data": None}]})
     assert "input 1 must have data" in reply.json()["error"]
+
+
+def test_an_id_that_cannot_be_sent_back_is_refused() -> None:
+    """A lone surrogate: legal in JSON, but only as an escape."""
+    with pytest.raises(ValidationError, match="not valid Unicode"):
+        InferRequest.model_validate({"id": "\ud800", "inputs": []})
