@@ -21,11 +21,10 @@ from reward_actor.groups import (
     Rendered,
     SampleError,
     Whole,
-    scorable,
 )
 from reward_actor.spellings import SpellingError, Spellings
 from reward_actor.token_ids import checked, cut, with_end, with_eos, with_last
-from reward_actor.turns import AssistantTurns, assistant_turns, lost, shape, untold
+from reward_actor.turns import lost, shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,15 +59,6 @@ class Sample:
     completion: Completion
     tools: Sequence[Mapping[str, Any]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _EndToken:
-    """The token that ends a turn. is_hidden: where a message spells it, it is text."""
-
-    id: int
-    text: str
-    is_hidden: bool
 
 
 class Renderer:
@@ -125,7 +115,7 @@ class Renderer:
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """What a policy continues: the prompt with the generation prompt of its template."""
-        sample = self._read(Sample(prompt, "", tools, template_args or {}))
+        sample = self.read(Sample(prompt, "", tools, template_args or {}))
         if isinstance(sample.prompt, str):
             return self._encode(sample.prompt)
         text = self._apply_template(
@@ -149,7 +139,7 @@ class Renderer:
             ]
         assert group.prompt is not None
         try:
-            asked = self._read(Sample(group.prompt, "", group.tools, group.template_args))
+            asked = self.read(Sample(group.prompt, "", group.tools, group.template_args))
         except RenderError as error:
             return [SampleError("unrenderable", str(error))] * len(group)
         answered = [replace(asked, completion=said) for said in group.completions]
@@ -178,84 +168,6 @@ class Renderer:
             except RenderError:  # a prompt that no policy could continue
                 prompt = []
         return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]
-
-    def first_without_turns(self, groups: Sequence[Group | Whole]) -> tuple[int, str] | None:
-        """The first group of a request for turn rewards that tells no turns, and why; or None."""
-        reasons = enumerate(map(self._why_no_turns, groups))
-        return next(((i, f"groups.{i}.{why}") for i, why in reasons if why), None)
-
-    def _why_no_turns(self, group: Group | Whole) -> str | None:
-        if isinstance(group, Whole):
-            return "texts: turn_rewards need a prompt and completions; whole texts tell no turns"
-        if group.prompt_ids is not None:
-            return "prompt_ids: turn_rewards need a prompt and completions; token ids tell no turns"
-        if not self._is_chat:
-            return "prompt: turn_rewards need a chat contract; this model's is 'text'"
-        if self._end_token is None:
-            return (
-                "prompt: turn_rewards need a chat template that ends turns with a token of its "
-                f"own; this model's has {self.contract.turn_end!r}"
-            )
-        return None
-
-    def with_turns(
-        self, groups: Sequence[Group | Whole], rendered: Sequence[Sequence[Rendered]]
-    ) -> tuple[list[list[Rendered]], list[list[int]]]:
-        """The rendered samples, those whose turns cannot be told as errors, and where the assistant
-        turns of each scorable one end. For groups that `first_without_turns` passes."""
-        found = [self._turn_ends(*both) for both in zip(groups, rendered, strict=True)]
-        kept: list[list[Rendered]] = [
-            [e if isinstance(e, SampleError) else ids for ids, e in zip(*both, strict=True)]
-            for both in zip(rendered, found, strict=True)
-        ]
-        return kept, scorable(found)
-
-    def _turn_ends(self, group: Group | Whole, samples: Sequence[Rendered]) -> list[Rendered]:
-        assert isinstance(group, Group)
-        end = self._end_token
-        assert end is not None
-        of_texts = self._turns_of(group, "", end)
-        found: list[Rendered] = []
-        for ids, said in zip(samples, group.completions, strict=True):
-            turns = of_texts if isinstance(said, str) else self._turns_of(group, said, end)
-            if isinstance(ids, SampleError):
-                found.append(ids)
-            elif isinstance(turns, SampleError):
-                found.append(turns)
-            else:
-                found.append(turns.places(ids, end.id, self.contract))
-        return found
-
-    def _turns_of(
-        self, group: Group, said: Completion, end: _EndToken
-    ) -> AssistantTurns | SampleError:
-        """Of the samples of a group whose completions have the fields of `said`: what they say does
-        not matter."""
-        assert group.prompt is not None
-        try:
-            asked = self._read(Sample(group.prompt, "", group.tools, group.template_args))
-            last = _said(conversation.completion(said, "completion"))
-            if not end.is_hidden and end.text in str((asked, last)):
-                return untold(f"a message spells {end.text!r}, the end of a turn; remove it")
-            return assistant_turns(
-                [*asked.prompt, last],
-                lambda marked: self._ended(self._written(marked, asked, asked.tools)),
-                end.text,
-            )
-        # A template that reads contents, which are not these here; or messages that are none.
-        except ValueError as error:
-            return untold(str(error))
-
-    @cached_property
-    def _end_token(self) -> _EndToken | None:
-        """What `turn_end` ends with, if that is an added token, which no text melts into."""
-        added = self.tokenizer.added_tokens_decoder
-        [ids] = self._encode_plain([self.contract.turn_end], add_special_tokens=False)
-        if not ids or ids[-1] not in added:
-            return None
-        token = added[ids[-1]]
-        is_hidden = self._spellings is not None and token.special
-        return _EndToken(ids[-1], str(token), is_hidden)
 
     def is_templated(self, text: str) -> bool:
         """Whether a text went through the chat template already: it begins as that begins."""
@@ -317,7 +229,7 @@ class Renderer:
     def _is_chat(self) -> bool:
         return self.contract.format == "chat"
 
-    def _read(self, sample: Sample) -> Sample:
+    def read(self, sample: Sample) -> Sample:
         """The sample as `reward_actor.conversation` reads it, and as this contract allows: with
         messages under "chat", with text alone under "text"."""
         if not self._is_chat:
@@ -338,24 +250,28 @@ class Renderer:
         return Sample(prompt, sample.completion, tools, arguments)
 
     def _to_text(self, sample: Sample) -> str:
-        return self._framed(self._read(sample))
+        return self._framed(self.read(sample))
 
     def _framed(self, sample: Sample) -> str:
         """The text of a sample that was read, but for its completion."""
         try:
-            said = conversation.completion(sample.completion, "completion")
+            completion = conversation.completion(sample.completion, "completion")
         except ValueError as error:
             raise RenderError(str(error)) from error
         if not isinstance(sample.prompt, str):
-            return _unicode(self._chat(sample, [*sample.prompt, _said(said)]))
-        if not isinstance(said, str):
+            return _unicode(self._chat(sample, [*sample.prompt, said(completion)]))
+        if not isinstance(completion, str):
             raise RenderError("a completion with more than text needs a chat contract")
-        return _unicode(self._with_end_text(sample.prompt + said))
+        return _unicode(self._with_end_text(sample.prompt + completion))
 
     def _chat(self, sample: Sample, messages: Sequence[Message]) -> str:
         text = self._written(messages, sample, sample.tools)
         self._check_nothing_is_lost(messages, sample)
         return self._ended(text)
+
+    def text_of(self, messages: Sequence[Message], sample: Sample) -> str:
+        """Messages as they are scored, told what a sample that was read tells the template."""
+        return self._ended(self._written(messages, sample, sample.tools))
 
     def _written(
         self, messages: Sequence[Message], sample: Sample, tools: Sequence[Mapping[str, Any]]
@@ -498,7 +414,8 @@ class Renderer:
         return encoded
 
 
-def _said(completion: Completion) -> Message:
+def said(completion: Completion) -> Message:
+    """The turn that is scored, as a message."""
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion}
     return completion

@@ -30,6 +30,7 @@ from reward_actor.model.load import LoadedModel, load, resolve_device
 from reward_actor.readout import Reading
 from reward_actor.render import Renderer
 from reward_actor.token_ids import checked
+from reward_actor.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,12 +179,13 @@ class RewardScorer:
 
         Raises ValueError naming the first group that has no turns, where they are asked for.
         """
-        if turn_rewards and (refused := self.renderer.first_without_turns(groups)) is not None:
+        turns = TurnEnds(self.renderer)
+        if turn_rewards and (refused := turns.first_without(groups)) is not None:
             raise ValueError(refused[1])
         rendered = [self.renderer.sequences(group) for group in groups]
         turn_ends = None
         if turn_rewards:
-            rendered, turn_ends = self.renderer.with_turns(groups, rendered)
+            rendered, turn_ends = turns.with_ends(groups, rendered)
         sequences = scorable(rendered)
         per_token = self.token_scores(sequences) if token_rewards or turn_rewards else None
         raw = self.raw_scores(sequences) if per_token is None else self.last_scores(per_token)

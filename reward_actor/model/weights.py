@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +24,10 @@ from transformers import (
 
 from reward_actor.contract import weight_files
 from reward_actor.model.directory import CheckpointError, code_reference, quantisation, tensors
-from reward_actor.model.heads import ACTIVATION_SETTING, HEADS, Head, is_embedding, language_head
+from reward_actor.model.head_weights import activation_of, head_of
+from reward_actor.model.heads import ACTIVATION_SETTING, HEADS, Head, is_embedding
 from reward_actor.model.layouts import ADAPTER_WEIGHTS, VALUE_HEAD, Layout
-from reward_actor.model.reward_model import ACTIVATIONS, Float32Head, Float32Layers, float32_head
+from reward_actor.model.reward_model import Float32Layers
 
 # Settings of config.json that mean something to other systems only.
 CUSTOM_SETTINGS = (
@@ -152,7 +153,7 @@ def _merged(layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         )
     merged = cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
     of_head = getattr(merged, head)
-    wide = set(of_head.parameters())  # as in `_head_of`, and in what `convert` makes of it
+    wide = set(of_head.parameters())  # as in `head_of`, and in what `convert` makes of it
     if isinstance(of_head, nn.Linear):
         wide.remove(of_head.weight)
     for parameter in merged.parameters():  # not the buffers: rotary frequencies stay in float32
@@ -247,7 +248,7 @@ def _plain_twin(
     parts = {name.split(".")[0] for name, _ in custom.named_parameters()} - {"lm_head"}
     head = layout.head
     if len(head.layers) > 1:
-        head = replace(head, activation=_activation(custom.get_submodule(head.name)))
+        head = replace(head, activation=activation_of(custom.get_submodule(head.name)))
         if head.activation is None:
             return None
     for name, body in custom.named_children():
@@ -269,22 +270,13 @@ def _plain_twin(
             if key not in ("mean", "std")  # buffers; in the contract, and compared with below
         }
         for name in (f"{layer}.{kind}" for layer in head.layers for kind in ("weight", "bias")):
-            # As in `_head_of`: a plain head beside a float32 body is rounded with it.
+            # As in `head_of`: a plain head beside a float32 body is rounded with it.
             is_rounded = len(head.layers) == 1 and layout.dtype == "float32"
             stored = _stored(layout.directory, name)
             if stored is not None and not (is_rounded and name.endswith("weight")):
                 weights[name] = stored
         return network_of(weights, config, head, dtype, str(layout.directory), "body.")
     return None
-
-
-def _activation(head: nn.Module) -> str | None:
-    """The one activation of a head's layers, or None."""
-    inner = list(head.modules())
-    if any(isinstance(module, nn.GELU) and module.approximate != "none" for module in inner):
-        return None
-    names = [name for name, kind in ACTIVATIONS.items() if any(type(m) is kind for m in inner)]
-    return names[0] if len(names) == 1 else None
 
 
 def _plain_config(config: PretrainedConfig, config_class: Any) -> PretrainedConfig:
@@ -331,7 +323,7 @@ def network_of(
     name = plain_head(config)
     report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(f"{name}.")}
     check_complete(report, source)
-    built = _head_of(weights, head, dtype)
+    built = head_of(weights, head, dtype)
     if built.in_features != config.get_text_config().hidden_size:
         raise CheckpointError(
             f"{source}: its head reads {built.in_features} hidden units, and its body has "
@@ -341,58 +333,6 @@ def network_of(
     if isinstance(built, Float32Layers):
         setattr(network.config, ACTIVATION_SETTING, head.activation)
     return cast("PreTrainedModel", network)
-
-
-def _head_of(
-    weights: Mapping[str, Tensor], head: Head, dtype: torch.dtype
-) -> Float32Head | Float32Layers:
-    """A head with its trained weights.
-
-    In the body's dtype if it is one product without a bias, and stored no wider than the body; else
-    as it is stored: it computes in float32 anyway.
-    """
-    if head.rows:
-        return float32_head(_of_rows(weights, head.rows))
-    layers = [_linear(weights, layer) for layer in head.layers]
-    if len(layers) > 1:
-        activation = ACTIVATIONS[head.activation or ""]
-        between = [part for layer in layers for part in (layer, activation())][:-1]
-        return float32_head(nn.Sequential(*between))
-    [layer] = layers
-    name = f"{head.layers[0]}.weight"
-    is_narrow = any(
-        w.dtype in (torch.bfloat16, torch.float16) for n, w in weights.items() if n != name
-    )
-    if not (is_narrow and layer.weight.dtype == torch.float32):
-        layer.weight.data = layer.weight.data.to(dtype)
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.float()
-    return float32_head(layer)
-
-
-def _linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
-    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer
-
-
-def _of_rows(weights: Mapping[str, Tensor], rows: Sequence[int]) -> nn.Linear:
-    """The logit of a token of the language model's head, or one less another, in float32."""
-    name = language_head(weights)
-    assert name is not None
-    of_tokens = [weights[name][row].float().clone() for row in rows]
-    bias = weights.get(f"{name.removesuffix('.weight')}.bias")
-    found = {"head.weight": _less(of_tokens)[None]}
-    if bias is not None:
-        found["head.bias"] = _less([bias[row].float() for row in rows])[None]
-    return _linear(found, "head")
-
-
-def _less(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else values[0] - values[1]
 
 
 def from_directory(

@@ -22,6 +22,7 @@ from reward_actor.groups import (
     assemble,
     of_turns,
 )
+from reward_actor.turn_ends import TurnEnds
 from serve.config import ServeConfig
 from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion
 from serve.ingress.replicas import Model, Replicas
@@ -228,13 +229,14 @@ async def _render(
 
     Raises RewardServiceError for a group that has no turns.
     """
-    if turn_rewards and (refused := model.renderer.first_without_turns(groups)) is not None:
+    turns = TurnEnds(model.renderer)
+    if turn_rewards and (refused := turns.first_without(groups)) is not None:
         index, why = refused
         raise RewardServiceError("invalid_request", why, index=index)
 
     def render() -> tuple[list[list[Rendered]], list[list[int]] | None]:
         rendered = [model.renderer.sequences(group) for group in groups]
-        return model.renderer.with_turns(groups, rendered) if turn_rewards else (rendered, None)
+        return turns.with_ends(groups, rendered) if turn_rewards else (rendered, None)
 
     if sum(map(sum, map(_given, groups))) <= _INLINE_CHARACTERS:
         return render()
