@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import ray
 from reward_actor import schema
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores
-from reward_actor.model.tokenizer import tokenizer_fingerprint
+from reward_actor.info import model_info
 from reward_actor.scorer import RewardScorer
 
 
@@ -32,24 +31,13 @@ class RewardScorerActor:
 
     def info(self) -> schema.Info:
         scorer = self._scorer
-        contract = scorer.contract
         return schema.Info(
+            **dict(model_info(scorer)),
             model=self._name,
-            model_version=scorer.model_version,
-            dtype=scorer.dtype,
-            path=scorer.path,
-            fallback_reason=scorer.fallback_reason,
-            format=contract.format,
-            tokenizer_fingerprint=tokenizer_fingerprint(scorer.renderer.tokenizer, contract),
-            template_date=contract.template_date,
-            normalisation=scorer.readout.normalisation,
             limits={
-                "max_length": contract.max_length,
+                "max_length": scorer.contract.max_length,
                 "max_batch_tokens": scorer.max_batch_tokens,
             },
-            versions={name: version(name) for name in ("ray", "torch", "transformers")},
-            rendering=schema.Info.rendering_of(contract),
-            ensemble=schema.Info.ensemble_of(scorer.readout),
         )
 
 

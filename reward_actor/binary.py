@@ -19,7 +19,8 @@ and a reply
     8       uint32            n
     12      uint32            J, bytes of JSON
     16      J bytes           {"model", "model_version", "timings_ms",
-                               "errors": {"<index>": {"type", "message"}}}
+                               "errors": {"<index>": {"type", "message"}}}, and other fields of
+                              `GroupScores` where they say something: a list of n, all groups'
             float32[n]        rewards, NaN where there is an error
             float32[n]        raw scores, likewise
             uint32[n]         tokens that were scored, 0 likewise
@@ -32,8 +33,8 @@ An error of the whole request is the JSON of every other route. Neither torch no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,12 @@ MEDIA_TYPE = "application/vnd.rayward.ids"
 
 _REQUEST, _REPLY = b"RWQ1", b"RWR1"
 _TOKEN_REWARDS, _MEMBERS = 1, 2
+_FIELDS = {field.name for field in fields(GroupScores)} - {"model_version"}
+# What has a place of its own in a reply; every other field goes into its JSON.
+_COLUMNS = {
+    "rewards", "raw_scores", "num_tokens", "errors", "token_rewards", "members", "spread",
+}  # fmt: skip
+_KNOWN_TO_SENDERS = {"tokens", "num_prompt_tokens"}  # of ids: they are not sent back
 _UINT, _INT, _FLOAT = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<f4")
 
 
@@ -101,41 +108,35 @@ def decode_request(body: bytes) -> tuple[list[Group], bool]:
 
 
 def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, Any]) -> bytes:
-    """head: what JSON's reply holds beside the model's name and the scores."""
-    rewards = [r for group in scores for r in group.rewards]
-    raw = [r for group in scores for r in group.raw_scores]
-    num_tokens = [n for group in scores for n in group.num_tokens]
-    errors = [e for group in scores for e in group.errors]
-    tokens = [row or [] for group in scores for row in group.token_rewards or []]
-    members = [row for group in scores for row in group.members or []]
-    spread = [s for group in scores for s in group.spread or []]
-    has_tokens = any(group.token_rewards is not None for group in scores)
-    described = {
-        "model": model,
-        **head,
-        "errors": {
-            str(i): {"type": e.type, "message": e.message}
-            for i, e in enumerate(errors)
-            if e is not None
-        },
+    """head: what JSON's reply holds alongside the model's name and the scores."""
+    errors = {i: e for i, e in enumerate(e for group in scores for e in group.errors) if e}
+    described = {"model": model, **head, "errors": {str(i): vars(e) for i, e in errors.items()}}
+    columns = {name: _joined(scores, name) for name in _FIELDS}
+    described |= {
+        name: values
+        for name, values in columns.items()
+        if name not in _COLUMNS | _KNOWN_TO_SENDERS and values is not None and any(values)
     }
     text = json.dumps(described).encode("ascii")
-    flags = _TOKEN_REWARDS * has_tokens + _MEMBERS * bool(members)
+    tokens, members = columns["token_rewards"], columns["members"]
+    flags = _TOKEN_REWARDS * (tokens is not None) + _MEMBERS * bool(members)
+    num_tokens = columns["num_tokens"] or []
     parts = [
         _REPLY,
-        np.array([flags, len(rewards), len(text)], _UINT).tobytes(),
+        np.array([flags, len(num_tokens), len(text)], _UINT).tobytes(),
         text,
-        np.array([np.nan if r is None else r for r in rewards], _FLOAT).tobytes(),
-        np.array([np.nan if r is None else r for r in raw], _FLOAT).tobytes(),
+        _floats(columns["rewards"]),
+        _floats(columns["raw_scores"]),
         np.array(num_tokens, _UINT).tobytes(),
     ]
-    if has_tokens:
-        parts.append(np.fromiter(chain.from_iterable(tokens), _FLOAT).tobytes())
+    if tokens is not None:
+        flat = chain.from_iterable(row or [] for row in tokens)
+        parts.append(np.fromiter(flat, _FLOAT).tobytes())
     if members:
         k = max(len(row or []) for row in members)
         rows = [row or [np.nan] * k for row in members]
         parts += [np.array([k], _UINT).tobytes(), np.array(rows, _FLOAT).tobytes()]
-        parts.append(np.array([np.nan if s is None else s for s in spread], _FLOAT).tobytes())
+        parts.append(_floats(columns["spread"]))
     return b"".join(parts)
 
 
@@ -146,43 +147,45 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
     if n != sum(sizes):
         raise ValueError(f"the reply has {n} rewards for {sum(sizes)} completions")
     head, errors = _head(reader.take(np.dtype("u1"), num_bytes).tobytes())
-    rewards, raw = (reader.take(_FLOAT, n).tolist() for _ in range(2))
-    num_tokens = reader.take(_UINT, n).tolist()
-    tokens: list[list[float]] | None = None
+
+    def known(values: Iterable[Any]) -> list[Any]:
+        return [None if i in errors else value for i, value in enumerate(values)]
+
+    columns = {name: known(reader.take(_FLOAT, n).tolist()) for name in ("rewards", "raw_scores")}
+    columns["num_tokens"] = reader.take(_UINT, n).tolist()
+    columns["truncated"] = [False] * n
+    columns["errors"] = [errors.get(i) for i in range(n)]
     if flags & _TOKEN_REWARDS:
-        widths = [0 if i in errors else num_tokens[i] for i in range(n)]
+        widths = [0 if i in errors else width for i, width in enumerate(columns["num_tokens"])]
         values = iter(reader.take(_FLOAT, sum(widths)).tolist())
-        tokens = [_next(values, width) for width in widths]
-    members: list[list[float]] | None = None
-    spread: list[float] = []
+        columns["token_rewards"] = known([_next(values, width) for width in widths])
     if flags & _MEMBERS:
         k = int(reader.take(_UINT, 1)[0])
-        members = reader.take(_FLOAT, n * k).reshape(n, k).tolist()
-        spread = reader.take(_FLOAT, n).tolist()
+        columns["members"] = known(reader.take(_FLOAT, n * k).reshape(n, k).tolist())
+        columns["spread"] = known(reader.take(_FLOAT, n).tolist())
     reader.end()
-    scores = []
-    first = 0
+    for name in _FIELDS & head.keys() - _COLUMNS:
+        columns[name] = head.pop(name)
+        if not isinstance(columns[name], list) or len(columns[name]) != n:
+            raise ValueError(f"the reply's JSON is damaged ({name})")
+    scores, first = [], 0
     for size in sizes:
-        places = range(first, first + size)
+        some = slice(first, first + size)
+        of_group = {name: values[some] for name, values in columns.items()}
+        scores.append(GroupScores(**of_group, model_version=head["model_version"]))
         first += size
-
-        def known(values: list[Any], places: range = places) -> list[Any]:
-            return [None if i in errors else values[i] for i in places]
-
-        score = GroupScores(
-            rewards=known(rewards),
-            raw_scores=known(raw),
-            num_tokens=[num_tokens[i] for i in places],
-            truncated=[False] * size,
-            errors=[errors.get(i) for i in places],
-            model_version=head["model_version"],
-        )
-        if tokens is not None:
-            score = replace(score, token_rewards=known(tokens))
-        if members is not None:
-            score = replace(score, members=known(members), spread=known(spread))
-        scores.append(score)
     return head, scores
+
+
+def _joined(scores: Sequence[GroupScores], name: str) -> list[Any] | None:
+    """A field of all groups, one value for each sample; None where they do not have it."""
+    values = [getattr(group, name) for group in scores]
+    has_none = not values or all(value is None for value in values)
+    return None if has_none else [v for value in values for v in value or []]
+
+
+def _floats(values: Sequence[float | None] | None) -> bytes:
+    return np.array([np.nan if v is None else v for v in values or []], _FLOAT).tobytes()
 
 
 def _head(text: bytes) -> tuple[dict[str, Any], dict[int, SampleError]]:

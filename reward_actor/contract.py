@@ -109,12 +109,10 @@ class HeldOut:
             raise ContractError(f"held_out.num_scores is {self.num_scores}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class ScoringContract:
-    """How text becomes token ids, which of them is pooled, and what the head's output means.
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How text becomes token ids, alongside tokenizer, chat template and date.
 
-    format              "chat" (the chat template frames prompt and completion) or "text".
-    chat_template       the template's source, None under "text".
     turn_end            what ends a completion under "chat"; what the template writes behind it is
                         not scored, unless end_text says so.
     end_text            what text ends with after turn_end, in place of what the template writes
@@ -129,14 +127,34 @@ class ScoringContract:
                         which `transformers` never pools at.
     add_special_tokens  whether the tokenizer adds its own (a BOS, say) when it encodes text.
     append_eos          whether a completion given as text is ended by EOS under "text".
-    pooling             the last real token, by length, never by token id.
     plain_content       under "chat": a special token that a message spells is text. False, as
                         before this field existed: it is that token.
     parse_arguments     under "chat": the arguments of a call that are JSON text, OpenAI's form, are
                         the object that they say when they reach the template. False, as before this
                         field existed: text.
-    template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
     template_args       arguments of the chat template where a sample does not give its own.
+    """
+
+    turn_end: str
+    end_text: str | None = None
+    end_ids: list[int] = field(default_factory=list)
+    final_token_id: int | None = None
+    drop_trailing_ids: list[int] = field(default_factory=list)
+    plain_content: bool = False
+    parse_arguments: bool = False
+    template_args: dict[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool
+    append_eos: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringContract(Rendering):
+    """How text becomes token ids, which of them is pooled, and what the head's output means.
+
+    format              "chat" (the chat template frames prompt and completion) or "text".
+    chat_template       the template's source, None under "text".
+    template_date       what a template that writes the date writes, YYYY-MM-DD; None: it does not.
+    pooling             the last real token, by length, never by token id.
     over_long           a sample over max_length tokens is an error for that sample.
     dtype               of the body when nothing else is asked for; the head is always float32.
     heads               names of the head's outputs; several are an ensemble in one network.
@@ -149,22 +167,12 @@ class ScoringContract:
 
     format: Literal["chat", "text"]
     chat_template: str | None
-    turn_end: str
-    add_special_tokens: bool
-    append_eos: bool
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int
     max_length: int
     vocab_size: int
-    end_text: str | None = None
-    end_ids: list[int] = field(default_factory=list)
-    final_token_id: int | None = None
-    drop_trailing_ids: list[int] = field(default_factory=list)
-    plain_content: bool = False
-    parse_arguments: bool = False
     template_date: str | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     head_dtype: Literal["float32"] = "float32"
     pooling: Literal["last_token"] = "last_token"
@@ -212,6 +220,10 @@ class ScoringContract:
                 f"contract_version is {self.contract_version}; this version of Rayward reads 1. "
                 "Use the version that exported the checkpoint, or export it again."
             )
+
+    @property
+    def rendering(self) -> Rendering:
+        return Rendering(**{of.name: getattr(self, of.name) for of in fields(Rendering)})
 
     @property
     def chat_template_sha256(self) -> str | None:

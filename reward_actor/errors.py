@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Literal
+
+ErrorType = Literal[
+    # of one sample
+    "too_long",
+    "empty_sequence",
+    "token_out_of_vocabulary",
+    "unrenderable",
+    "non_finite_reward",
+    # of a whole request
+    "invalid_request",
+    "body_too_large",
+    "too_many_tokens",
+    "unauthenticated",
+    "forbidden",
+    "not_found",
+    "model_refused",
+    "overloaded",
+    "deadline_exceeded",
+    "unavailable",
+    "internal",
+]
 
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 10.0
 
 
 class RewardServiceError(Exception):
-    """A request that got no scores. `type` is a word of `reward_actor.schema.ErrorType`.
+    """A request that got no scores. `type` is one of `ErrorType`.
 
     index: of the group that is to blame, where the service names one. retry_after_s: when the
     service asks to be asked again.

@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,17 +199,7 @@ def rollout_row(rollout: RolloutGroup) -> Row:
 
 
 def _scores(scores: GroupScores) -> Row:
-    ensemble = (
-        {} if scores.members is None else {"members": scores.members, "spread": scores.spread}
-    )
-    return {
-        "rewards": scores.rewards,
-        "raw_scores": scores.raw_scores,
-        **ensemble,
-        "num_tokens": scores.num_tokens,
-        "errors": [None if error is None else asdict(error) for error in scores.errors],
-        "model_version": scores.model_version,
-    }
+    return {name: value for name, value in scores.to_json().items() if value is not None}
 
 
 def _is_ids(value: object) -> bool:

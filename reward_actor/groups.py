@@ -6,10 +6,12 @@ has K members.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
+
+from reward_actor.errors import ErrorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +32,9 @@ Completion = str | Message
 
 @dataclass(frozen=True)
 class SampleError:
-    """Why one sample has no reward. `type` is a word of `reward_actor.schema.ErrorType`."""
+    """Why one sample has no reward."""
 
-    type: str
+    type: ErrorType
     message: str
 
 
@@ -116,17 +118,24 @@ class Whole:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """The scores of one group; index i belongs to completion i.
+    """The scores of one group; index i of every list belongs to completion i.
 
-    `rewards` are normalised by the contract, `raw_scores` are the head's output, `num_tokens`
-    counts prompt + completion, `num_prompt_tokens` (beside `tokens`) the prompt alone. Where
-    `errors[i]` is set, `rewards[i]` and `raw_scores[i]` are None.
+    `rewards` are normalised by the contract, `raw_scores` are the head's output; both are None
+    where `errors[i]` is set. `num_tokens` counts prompt + completion; `truncated[i]` says that the
+    sample was longer and was cut, as its sender asked for.
 
-    `turn_rewards[i]` has the reward at the end of each assistant turn, those of the prompt first;
-    the last one is `rewards[i]`.
+    With token rewards, `token_rewards[i]` has a reward for each token (what the reward would be if
+    the text ended there), `tokens[i]` what each token reads as, and `num_prompt_tokens[i]` how many
+    of them are the prompt's.
 
-    Of an ensemble, both are its members' combined by the rule; `members[i]` are the members' own
-    rewards in the order of their names, and `spread[i]` is the standard deviation of those.
+    With turn rewards, `turn_rewards[i]` has the reward at the end of each assistant turn, those of
+    the prompt first; the last one is `rewards[i]`.
+
+    Of an ensemble, rewards and raw scores are its members' combined by the rule; `members[i]` are
+    the members' own rewards in the order in which `/info` names them, and `spread[i]` is the
+    standard deviation of those.
+
+    This is the one list of these fields: JSON, binary bodies, files and clients are made from it.
     """
 
     rewards: list[float | None]
@@ -141,6 +150,14 @@ class GroupScores:
     members: list[list[float] | None] | None = None
     spread: list[float | None] | None = None
     turn_rewards: list[list[float] | None] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by its name, as JSON has it; the lists are these, not copies."""
+        return vars(self) | {"errors": [e if e is None else vars(e) for e in self.errors]}
+
+
+class TruncatedIds(list[int]):
+    """The token ids that were kept of a longer sample."""
 
 
 Rendered = list[int] | SampleError
@@ -171,69 +188,45 @@ def assemble(
     scores of every token, one (tokens, K) for each scorable sample; `turn_scores` those at the ends
     of its assistant turns, (turns, K).
     """
-    assert len(raw_scores) == len(scorable(rendered)), "one row for each scorable sample"
-    read = _read(raw_scores, readout, token_scores, turn_scores)
-    results = []
+    reading = readout.read(raw_scores)
+    finite: list[bool] = reading.finite.tolist()
+    columns = {"rewards": reading.rewards.tolist(), "raw_scores": reading.raw_scores.tolist()}
+    if readout.is_ensemble:
+        columns |= {"members": reading.members.tolist(), "spread": reading.spread.tolist()}
+    for name, scores in (("token_rewards", token_scores), ("turn_rewards", turn_scores)):
+        if scores is not None:
+            within = [readout.read(rows) for rows in scores]
+            finite = [ok and bool(one.finite.all()) for ok, one in zip(finite, within, strict=True)]
+            columns[name] = [one.rewards.tolist() for one in within]
+    errors = [
+        None if is_finite else _not_finite(reading.members[index].tolist(), readout)
+        for index, is_finite in enumerate(finite)
+    ]
+    assert len(errors) == len(scorable(rendered)), "one row for each scorable sample"
+    results, rows = [], iter(range(len(errors)))
     for group in rendered:
-        samples = [s if isinstance(s, SampleError) else next(read) for s in group]
-        good = [None if isinstance(s, SampleError) else s for s in samples]
-        scores = GroupScores(
-            rewards=[None if s is None else s.reward for s in good],
-            raw_scores=[None if s is None else s.raw_score for s in good],
-            num_tokens=[0 if isinstance(ids, SampleError) else len(ids) for ids in group],
-            truncated=[False] * len(group),
-            errors=[s if isinstance(s, SampleError) else None for s in samples],
-            model_version=model_version,
+        found = [ids if isinstance(ids, SampleError) else next(rows) for ids in group]
+        why = [at if isinstance(at, SampleError) else errors[at] for at in found]
+        good = [at if isinstance(at, int) and errors[at] is None else None for at in found]
+        of_group: dict[str, Any] = {
+            name: [None if at is None else column[at] for at in good]
+            for name, column in columns.items()
+        }
+        num_tokens = [0 if isinstance(ids, SampleError) else len(ids) for ids in group]
+        truncated = [isinstance(ids, TruncatedIds) for ids in group]
+        results.append(
+            GroupScores(
+                num_tokens=num_tokens,
+                truncated=truncated,
+                errors=why,
+                model_version=model_version,
+                **of_group,
+            )
         )
-        if token_scores is not None:
-            per_token = [None if s is None else s.tokens for s in good]
-            scores = replace(scores, token_rewards=per_token)
-        if turn_scores is not None:
-            per_turn = [None if s is None else s.turns for s in good]
-            scores = replace(scores, turn_rewards=per_turn)
-        if readout.is_ensemble:
-            members = [None if s is None else s.members for s in good]
-            spread = [None if s is None else s.spread for s in good]
-            scores = replace(scores, members=members, spread=spread)
-        results.append(scores)
     return results
 
 
-@dataclass(frozen=True)
-class _Sample:
-    reward: float
-    raw_score: float
-    members: list[float]
-    spread: float
-    tokens: list[float]
-    turns: list[float]
-
-
-def _read(
-    raw_scores: Scores,
-    readout: Readout,
-    token_scores: Sequence[Scores] | None,
-    turn_scores: Sequence[Scores] | None,
-) -> Iterator[_Sample | SampleError]:
-    """What the raw scores of each scorable sample mean."""
-    reading = readout.read(raw_scores)
-    rewards, raw = reading.rewards.tolist(), reading.raw_scores.tolist()
-    members, spread = reading.members.tolist(), reading.spread.tolist()
-    for index, finite in enumerate(reading.finite.tolist()):
-        tokens = _within(token_scores, index, readout)
-        turns = _within(turn_scores, index, readout)
-        if finite and tokens is not None and turns is not None:
-            yield _Sample(rewards[index], raw[index], members[index], spread[index], tokens, turns)
-            continue
-        bad = [n for n, r in zip(readout.names, members[index], strict=True) if not isfinite(r)]
-        whose = f"{bad[0]}'s" if readout.is_ensemble and bad else "the model's"
-        yield SampleError("non_finite_reward", f"{whose} reward is not finite")
-
-
-def _within(scores: Sequence[Scores] | None, index: int, readout: Readout) -> list[float] | None:
-    """The rewards within one sample, none where no one asked; None where one is not finite."""
-    if scores is None:
-        return []
-    reading = readout.read(scores[index])
-    rewards: list[float] = reading.rewards.tolist()
-    return rewards if reading.finite.all() else None
+def _not_finite(members: Sequence[float], readout: Readout) -> SampleError:
+    bad = [n for n, r in zip(readout.names, members, strict=True) if not isfinite(r)]
+    whose = f"{bad[0]}'s" if readout.is_ensemble and bad else "the model's"
+    return SampleError("non_finite_reward", f"{whose} reward is not finite")

@@ -6,8 +6,8 @@ the way out (a non-finite reward is a per-sample error).
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -15,36 +15,15 @@ from pydantic import (
     ConfigDict,
     Field,
     WrapValidator,
+    create_model,
     model_validator,
 )
 
-from reward_actor.contract import Combine
+from reward_actor.contract import Rendering
 from reward_actor.conversation import joined
-
-if TYPE_CHECKING:
-    from reward_actor.contract import ScoringContract
-    from reward_actor.readout import Readout
-
-ErrorType = Literal[
-    # of one sample
-    "too_long",
-    "empty_sequence",
-    "token_out_of_vocabulary",
-    "unrenderable",
-    "non_finite_reward",
-    # of a whole request
-    "invalid_request",
-    "body_too_large",
-    "too_many_tokens",
-    "unauthenticated",
-    "forbidden",
-    "not_found",
-    "model_refused",
-    "overloaded",
-    "deadline_exceeded",
-    "unavailable",
-    "internal",
-]
+from reward_actor.errors import ErrorType
+from reward_actor.groups import GroupScores
+from reward_actor.readout import Readout
 
 HTTP_STATUS: dict[str, int] = {
     "invalid_request": 422,
@@ -197,35 +176,22 @@ class ScoreRequest(Wire):
     )
 
 
-class SampleErrorReply(Wire):
-    type: ErrorType
-    message: str
+def _reply_fields() -> dict[str, Any]:
+    """Those of `GroupScores`, but for the version, which a reply names once."""
+    types = get_type_hints(GroupScores)
+    return {
+        field.name: (types[field.name], ... if field.default is MISSING else field.default)
+        for field in fields(GroupScores)
+        if field.name != "model_version"
+    }
 
 
-class GroupReply(Wire):
-    """Index i of every list belongs to completion i; rewards are null where `errors` is set.
-
-    With token_rewards: a reward for each token (what the reward would be if the text ended there),
-    what each token reads as, and how many of them are the prompt's.
-
-    With turn_rewards: a reward at the end of each assistant turn, the prompt's first, then the
-    completion's, which is its reward.
-
-    Of an ensemble, `members` are the rewards of each of its members, in the order in which `/info`
-    names them, and `spread` is their standard deviation; null otherwise.
-    """
-
-    rewards: list[float | None]
-    raw_scores: list[float | None]
-    num_tokens: list[int]
-    truncated: list[bool]
-    errors: list[SampleErrorReply | None]
-    token_rewards: list[list[float] | None] | None = None
-    tokens: list[list[str] | None] | None = None
-    num_prompt_tokens: list[int] | None = None
-    members: list[list[float] | None] | None = None
-    spread: list[float | None] | None = None
-    turn_rewards: list[list[float] | None] | None = None
+if TYPE_CHECKING:
+    GroupReply = GroupScores
+else:
+    GroupReply = create_model(
+        "GroupReply", __base__=Wire, __doc__=GroupScores.__doc__, **_reply_fields()
+    )
 
 
 class ScoreReply(Wire):
@@ -255,18 +221,6 @@ class ModelCard(Wire):
 class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class EnsembleInfo(Wire):
-    """The members of an ensemble by name, how each is normalised, and the rule that makes one: a
-    weighted sum where there are weights."""
-
-    names: list[str]
-    means: list[float]
-    stds: list[float]
-    combine: Combine
-    k: float
-    weights: list[float] = []
 
 
 class RewardDistribution(Wire):
@@ -310,34 +264,15 @@ class MonitorReply(Wire):
     models: list[MonitoredModel]
 
 
-class RenderingInfo(Wire):
-    """How text becomes ids beside tokenizer and template: fields of the scoring contract."""
+class ModelInfo(Wire):
+    """What a scorer says of its model; `reward_actor.info.model_info` fills it in.
 
-    turn_end: str
-    end_text: str | None
-    end_ids: list[int]
-    append_eos: bool
-    final_token_id: int | None
-    drop_trailing_ids: list[int]
-    add_special_tokens: bool
-    plain_content: bool
-    parse_arguments: bool = False
-    template_args: dict[str, Any] = {}
-
-
-class Info(Wire):
-    """What is served and every limit that a caller can run into.
-
-    `generation` grows by one with every hot swap. `path` is the way that sequences take through the
-    network, `fallback_reason` why it is not the fastest. `normalisation` is empty for an ensemble
-    whose members differ in it.
+    `path` is the way that sequences take through the network, `fallback_reason` why it is not the
+    fastest. `normalisation` is empty for an ensemble whose members differ in it, `ensemble` says
+    how they are combined. `rendering`: how text becomes ids, alongside tokenizer and template.
     """
 
-    model: str
     model_version: str
-    generation: int = 0
-    num_replicas: int = 1
-    engine: str = "forest"
     dtype: str
     path: str
     fallback_reason: str | None
@@ -345,21 +280,21 @@ class Info(Wire):
     tokenizer_fingerprint: str
     template_date: str | None
     normalisation: dict[str, float]
-    limits: dict[str, float]
     versions: dict[str, str]
-    rendering: RenderingInfo | None = None
-    ensemble: EnsembleInfo | None = None
+    rendering: Rendering | None = None
+    ensemble: Readout | None = None
+
+
+class Info(ModelInfo):
+    """What is served and every limit that a caller can run into. `generation` grows by one with
+    every hot swap."""
+
+    model: str
+    generation: int = 0
+    num_replicas: int = 1
+    engine: str = "forest"
+    limits: dict[str, float]
     warnings: list[MonitorWarning] = []
-
-    @staticmethod
-    def rendering_of(contract: ScoringContract) -> RenderingInfo:
-        fields = RenderingInfo.model_fields
-        return RenderingInfo(**{name: getattr(contract, name) for name in fields})
-
-    @staticmethod
-    def ensemble_of(readout: Readout) -> EnsembleInfo | None:
-        """What `ensemble` says of a scorer with this readout."""
-        return EnsembleInfo.model_validate(asdict(readout)) if readout.is_ensemble else None
 
 
 class SwapRequest(Wire):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reward_actor.contract import ScoringContract
-from reward_actor.groups import Rendered, SampleError, Whole
+from reward_actor.groups import Rendered, SampleError, TruncatedIds, Whole
 
 
 def with_eos(ids: list[int], contract: ScoringContract) -> list[int]:
@@ -42,7 +42,7 @@ def cut(ids: list[int], whole: Whole, contract: ScoringContract) -> Rendered:
         final = [] if contract.final_token_id is None else ids[-1:]  # is read, so it stays
         n -= len(final)
         rest = ids[: len(ids) - len(final)]
-        ids = (rest[:n] if whole.keep == "left" else rest[len(rest) - n :]) + final
+        ids = TruncatedIds((rest[:n] if whole.keep == "left" else rest[len(rest) - n :]) + final)
     return checked(ids, contract)
 
 

@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from reward_actor.errors import RewardServiceError
-from reward_actor.schema import ErrorType, error_reply
+from reward_actor.schema import error_reply
 
 if TYPE_CHECKING:
     from fastapi import Request
+
+    from reward_actor.errors import ErrorType
 
 
 ERROR_HEADER = "x-rayward-error"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from reward_actor.readout import Readout
+from reward_actor.schema import ModelInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,21 +77,18 @@ class Description:
     """What an ingress must know of the model that a replica holds as the current one.
 
     directory holds its tokenizer (the first member's, of an ensemble), tokenizer is its identity
-    (`reward_actor.model.tokenizer`); path is the way that sequences take through the network,
-    fallback_reason why it is not the fastest; max_batch_tokens is what was chosen where it was
-    left open.
+    (`reward_actor.model.tokenizer`); max_batch_tokens is what was chosen where it was left open.
     """
 
     replica: str
     generation: int
-    model_version: str
     directory: str
     tokenizer: str
-    tokenizer_fingerprint: str
-    dtype: str
-    path: str
-    fallback_reason: str | None
     max_batch_tokens: int
     contract: dict[str, Any]
     readout: Readout
-    versions: dict[str, str]
+    info: ModelInfo
+
+    @property
+    def model_version(self) -> str:
+        return self.info.model_version

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.serving.model import make_contract, make_tokenizer
 from reward_actor.model.tokenizer import identity, tokenizer_fingerprint
 from reward_actor.readout import Readout
+from reward_actor.schema import ModelInfo
 from serve.replica.batcher import Batcher
 from serve.wire import Description, FlatSequences, ReplicaReply
 
@@ -43,17 +44,22 @@ def describe(shape: Shape, directory: Path) -> Description:
     return Description(
         replica="simulated",
         generation=_GENERATION,
-        model_version="sha256:simulated",
         directory=str(directory),
         tokenizer=identity(tokenizer),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, contract),
-        dtype="float32",
-        path="simulated",
-        fallback_reason=None,
         max_batch_tokens=_MAX_BATCH_TOKENS,
         contract=contract.to_json(),
         readout=Readout.of(contract),
-        versions={},
+        info=ModelInfo(
+            model_version="sha256:simulated",
+            dtype="float32",
+            path="simulated",
+            fallback_reason=None,
+            format=contract.format,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, contract),
+            template_date=None,
+            normalisation={},
+            versions={},
+        ),
     )
 
 

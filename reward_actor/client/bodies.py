@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores, SampleError, Whole
+from reward_actor.groups import Group, GroupScores, Whole
 
 JSON = "application/json"
 
@@ -94,24 +94,7 @@ def decode(body: bytes, media_type: str, groups: Sequence[Group | Whole]) -> lis
     reply = schema.ScoreReply.model_validate_json(body, extra="ignore")
     if [len(result.rewards) for result in reply.results] != sizes:
         raise ValueError("the reply has scores of other groups than were sent")
-    return [_from_reply(result, reply.model_version) for result in reply.results]
-
-
-def _from_reply(reply: schema.GroupReply, model_version: str) -> GroupScores:
-    return GroupScores(
-        rewards=reply.rewards,
-        raw_scores=reply.raw_scores,
-        num_tokens=reply.num_tokens,
-        truncated=reply.truncated,
-        errors=[None if e is None else SampleError(e.type, e.message) for e in reply.errors],
-        model_version=model_version,
-        token_rewards=reply.token_rewards,
-        tokens=reply.tokens,
-        num_prompt_tokens=reply.num_prompt_tokens,
-        members=reply.members,
-        spread=reply.spread,
-        turn_rewards=reply.turn_rewards,
-    )
+    return [GroupScores(**vars(r), model_version=reply.model_version) for r in reply.results]
 
 
 def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> RewardServiceError:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from reward_actor.contract import (
     Combine,
     Golden,
+    Rendering,
     ScoringContract,
     check_rule,
     sha256_text,
@@ -31,21 +32,12 @@ if TYPE_CHECKING:
 
 ENSEMBLE_FILE = "ensemble.json"
 
-# What turns text into ids, beside the tokenizer; of the two that can be long, no value is shown.
+# What turns text into ids; of the two that can be long, no value is shown.
 _RENDERING = (
     "format",
     "chat_template",
-    "turn_end",
-    "end_text",
-    "end_ids",
-    "final_token_id",
-    "drop_trailing_ids",
-    "plain_content",
-    "parse_arguments",
     "template_date",
-    "template_args",
-    "add_special_tokens",
-    "append_eos",
+    *(field.name for field in fields(Rendering)),
     "eos_token_id",
     "tokenizer",
 )

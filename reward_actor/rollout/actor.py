@@ -84,7 +84,7 @@ class RolloutActor:
             own = tokenizer_fingerprint(self._renderer.tokenizer, self._renderer.contract)
             self._by_ids = info.tokenizer_fingerprint == own and info.rendering is not None
             if self._by_ids and info.rendering is not None:
-                as_scored = replace(self._renderer.contract, **info.rendering.model_dump())
+                as_scored = replace(self._renderer.contract, **vars(info.rendering))
                 self._scored = Renderer(self._renderer.tokenizer, as_scored)
         return "token ids" if self._by_ids else "text"
 

@@ -114,28 +114,17 @@ class RewardService:
     async def info(self) -> schema.Info:
         """What is served, and every limit. Raises RewardServiceError while nothing is."""
         model = await self.model()
-        description, contract = model.description, model.contract
         return schema.Info(
+            **dict(model.description.info),
             model=self.name,
-            model_version=model.version,
             generation=model.generation,
             num_replicas=self.dispatcher.num_replicas,
             engine=self.config.engine,
-            dtype=description.dtype,
-            path=description.path,
-            fallback_reason=description.fallback_reason,
-            format=contract.format,
-            tokenizer_fingerprint=description.tokenizer_fingerprint,
-            template_date=contract.template_date,
-            normalisation=description.readout.normalisation,
             limits={
                 **self.config.limits(),
-                "max_batch_tokens": description.max_batch_tokens,
-                "max_length": contract.max_length,
+                "max_batch_tokens": model.description.max_batch_tokens,
+                "max_length": model.contract.max_length,
             },
-            versions=description.versions,
-            rendering=schema.Info.rendering_of(contract),
-            ensemble=schema.Info.ensemble_of(description.readout),
             warnings=self.observer.warnings(),
         )
 

@@ -70,18 +70,6 @@ def to_group(request: schema.GroupRequest) -> Group | Whole:
 
 def to_reply(scores: GroupScores) -> dict[str, Any]:
     """As `schema.GroupReply`, whose validation would look at every number once more."""
-    return {
-        "rewards": scores.rewards,
-        "raw_scores": scores.raw_scores,
-        "num_tokens": scores.num_tokens,
-        "truncated": scores.truncated,
-        "errors": [
-            None if error is None else {"type": error.type, "message": error.message}
-            for error in scores.errors
-        ],
-        "token_rewards": scores.token_rewards,
-        "tokens": scores.tokens,
-        "num_prompt_tokens": scores.num_prompt_tokens,
-        "members": scores.members,
-        "spread": scores.spread,
-    } | ({} if scores.turn_rewards is None else {"turn_rewards": scores.turn_rewards})
+    reply = scores.to_json()
+    del reply["model_version"]
+    return reply

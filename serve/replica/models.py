@@ -14,35 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reward_actor.model.tokenizer import identity, tokenizer_fingerprint
+from reward_actor.info import Described, model_info
+from reward_actor.model.tokenizer import identity
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from reward_actor.contract import ScoringContract
-    from reward_actor.readout import Readout
-    from reward_actor.render import Renderer
+    from reward_actor.schema import ModelInfo
 
     Scores = NDArray[np.float32]
 
 Sequences = Sequence[Any]
 
 
-class Scorer(Protocol):
-    """What a replica needs of an engine; `RewardScorer` is one, `VllmScorer` another."""
+class Scorer(Described, Protocol):
+    """What a replica needs of an engine."""
 
-    contract: ScoringContract
-    readout: Readout
-    renderer: Renderer
-    model_version: str
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def fallback_reason(self) -> str | None: ...
     @property
     def max_batch_tokens(self) -> int: ...
     @property
@@ -106,8 +94,8 @@ def _stamp(directory: str) -> Stamp:
 class Loaded:
     """One model, immutable: a batch takes it once and nothing changes it meanwhile.
 
-    stamp: what the directory's files looked like when it was read. tokenizer, fingerprint: what
-    `identity` and `tokenizer_fingerprint` say of the tokenizer, which takes a while to find.
+    stamp: what the directory's files looked like when it was read. tokenizer: what `identity` says
+    of it, which takes a while to find.
     """
 
     directory: str
@@ -116,7 +104,7 @@ class Loaded:
     raw_scores: RawScores
     token_scores: TokenScores
     tokenizer: str
-    fingerprint: str
+    info: ModelInfo
 
     @classmethod
     def load(cls, directory: str, load: Callable[[str], Scorer]) -> Loaded:
@@ -124,15 +112,14 @@ class Loaded:
         stamp = _stamp(directory)
         scorer = load(directory)
         print(f"{directory}: path {scorer.path}, {scorer.dtype}", flush=True)  # the replica's log
-        tokenizer = scorer.renderer.tokenizer
         return cls(
             directory,
             stamp,
             scorer,
             RawScores(scorer),
             TokenScores(scorer),
-            identity(tokenizer),
-            tokenizer_fingerprint(tokenizer, scorer.contract),
+            identity(scorer.renderer.tokenizer),
+            model_info(scorer),
         )
 
     @property

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,11 +92,6 @@ class Replica:
             on_device=partial(torch.set_num_threads, num_threads),
         )
         self._recorder = recorder
-        self._versions = {name: version(name) for name in ("ray", "torch", "transformers")}
-        if config.engine == "vllm":
-            import vllm  # its distribution has another name on a CPU
-
-            self._versions["vllm"] = vllm.__version__
         self._waiting: dict[str, tuple[float, int]] = {}
         self._fault: str | None = None
         self._has_lost_device = False
@@ -201,17 +195,12 @@ class Replica:
         return Description(
             replica=self._name,
             generation=self._models.generation,
-            model_version=loaded.version,
             directory=str(scorer.tokenizer_path),
             tokenizer=loaded.tokenizer,
-            tokenizer_fingerprint=loaded.fingerprint,
-            dtype=scorer.dtype,
-            path=scorer.path,
-            fallback_reason=scorer.fallback_reason,
             max_batch_tokens=scorer.max_batch_tokens,
             contract=scorer.contract.to_json(),
             readout=scorer.readout,
-            versions=self._versions,
+            info=loaded.info,
         )
 
     def _start_reconciling(self) -> None:

@@ -31,6 +31,7 @@ errors = st.builds(SampleError, st.sampled_from(["too_long", "non_finite_reward"
 def scores(draw: st.DrawFn) -> list[GroupScores]:
     """Groups of one reply: token rewards and members in all of them or in none."""
     has_tokens, num_members = draw(st.booleans()), draw(st.sampled_from([0, 1, 3]))
+    has_turns = draw(st.booleans())
     found = []
     for size in draw(st.lists(st.integers(0, 4), max_size=4)):
         failed = [draw(st.none() | errors) for _ in range(size)]
@@ -39,7 +40,8 @@ def scores(draw: st.DrawFn) -> list[GroupScores]:
             return [draw(values) if error is None else None for error in failed]
 
         lengths = [draw(st.integers(1, 5)) if error is None else 0 for error in failed]
-        group = GroupScores(each(floats), each(floats), lengths, [False] * size, failed, "sha256:0")
+        cut = [draw(st.booleans()) for _ in range(size)]
+        group = GroupScores(each(floats), each(floats), lengths, cut, failed, "sha256:0")
         if has_tokens:
             rows = [
                 None if error is not None else [draw(floats) for _ in range(length)]
@@ -49,6 +51,9 @@ def scores(draw: st.DrawFn) -> list[GroupScores]:
         if num_members:
             members = each(st.lists(floats, min_size=num_members, max_size=num_members))
             group = replace(group, members=members, spread=each(floats))
+        if has_turns:
+            turns = each(st.lists(floats, min_size=1, max_size=3))
+            group = replace(group, turn_rewards=turns)
         found.append(group)
     return found
 
@@ -74,6 +79,7 @@ def test_a_reply_comes_back(sent: list[GroupScores]) -> None:
             assert getattr(ours, name) == getattr(theirs, name)
         if any(theirs.rewards):
             assert (ours.token_rewards, ours.members) == (theirs.token_rewards, theirs.members)
+            assert ours.turn_rewards == theirs.turn_rewards
 
 
 @given(groups, st.data())

@@ -15,7 +15,6 @@ from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
 from reward_actor.rollout.policy import group_to_score
 from reward_actor.rollout.records import RolloutGroup
-from reward_actor.schema import Info
 
 NETWORK = LlamaConfig(vocab_size=400, max_position_embeddings=2048)
 USER = [{"role": "user", "content": "Name two fruits."}]
@@ -80,8 +79,8 @@ def test_what_the_scorers_template_is_told_by_default_is_seen() -> None:
     policy = Renderer(tokenizer, contract_for(tokenizer, NETWORK, format="chat"))
     rollout = sampled(policy, "Apples.", end="<|im_end|>")
     assert group_to_score(rollout, policy).prompt_ids is not None
-    rendering = Info.rendering_of(replace(policy.contract, template_args=ARGS))
-    scorer = Renderer(tokenizer, replace(policy.contract, **rendering.model_dump()))
+    rendering = replace(policy.contract, template_args=ARGS).rendering
+    scorer = Renderer(tokenizer, replace(policy.contract, **vars(rendering)))
     assert group_to_score(rollout, scorer) == Group(USER, ["Apples."])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reward_actor.readout import Readout
+from reward_actor.schema import ModelInfo
 from serve.ingress import replicas as replicas_module
 from serve.ingress.dispatch import ReplicaLost
 from serve.ingress.replicas import Model, Replicas
@@ -19,17 +20,22 @@ def description(replica: str, version: str, generation: int = 0) -> Description:
     return Description(
         replica=replica,
         generation=generation,
-        model_version=version,
         directory="",
         tokenizer="",
-        tokenizer_fingerprint="",
-        dtype="float32",
-        path="forest",
-        fallback_reason=None,
         max_batch_tokens=1000,
         contract={},
         readout=Readout.__new__(Readout),
-        versions={},
+        info=ModelInfo(
+            model_version=version,
+            dtype="float32",
+            path="forest",
+            fallback_reason=None,
+            format="chat",
+            tokenizer_fingerprint="",
+            template_date=None,
+            normalisation={},
+            versions={},
+        ),
     )
 
 
