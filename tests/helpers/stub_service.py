@@ -181,9 +181,7 @@ def _scores(got: Received) -> Answer:
     reply = {
         "model": "stub",
         "model_version": "sha256:stub",
-        "results": [
-            {**vars(score), "model_version": None, "from_a_newer_service": 1} for score in scores
-        ],
+        "results": [{**score.to_json(), "from_a_newer_service": 1} for score in scores],
         "timings_ms": {},
     }
     for result in reply["results"]:

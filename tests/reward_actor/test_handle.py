@@ -57,6 +57,9 @@ def test_a_driver_scores(service: str, rewards: list[float]) -> None:
     assert scores.tokens is not None
     assert [len(row or []) for row in scores.tokens] == scores.num_tokens
     assert handle.info().num_replicas == 2
+    [cut] = handle.score_groups([Whole(ids=[[5, 6, 7], [5, 6]], max_tokens=2, keep="left")])
+    assert cut.truncated == [True, False]
+    assert cut.rewards[0] == pytest.approx(cut.rewards[1], abs=1e-5)
     with pytest.raises(RewardServiceError) as refused:
         handle.score("Hi.", ["x"] * 501)
     assert refused.value.type == "too_many_tokens"

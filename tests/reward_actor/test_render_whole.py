@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_systems import CHAT_SYSTEMS, letters_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from templates import LLAMA_LIKE, NO_END_TOKEN, THINKING, renderer, texts
 
-from reward_actor.groups import SampleError, Whole
+from reward_actor.groups import Group, SampleError, Whole, assemble, scorable
 from reward_actor.model.inferred import contract_for
 from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.readout import Readout
 from reward_actor.render import Renderer, RenderError
 from reward_actor.token_ids import checked
 
@@ -84,6 +86,17 @@ def test_the_models_own_length_can_be_asked_for(renderers: dict[str, Renderer]) 
     assert too_long.type == "too_long"
     assert chat.sequences(Whole(ids=[ids], max_tokens="model", keep="left")) == [ids[:64]]
     assert chat.sequences(Whole(ids=[ids], max_tokens="model")) == [ids[-64:]]
+
+
+def test_scores_say_which_samples_were_cut(renderers: dict[str, Renderer]) -> None:
+    chat = renderers["chat"]
+    by_ids = chat.sequences(Whole(ids=[[5, 6, 7], [5, 6], []], max_tokens=2))
+    by_text = chat.sequences(Whole(texts=["Hi. " * 9, "Hi."], max_tokens=4, keep="left"))
+    uncut = chat.sequences(Group(prompt_ids=[5], completion_ids=[[6, 7, 8]]))
+    rendered = [by_ids, by_text, uncut]
+    raw = np.zeros((len(scorable(rendered)), 1), np.float32)
+    scores = assemble(rendered, raw, Readout.of(chat.contract), "sha256:0")
+    assert [group.truncated for group in scores] == [[True, False, False], [True, False], [False]]
 
 
 def test_a_text_without_a_form_is_an_error_of_its_own(renderers: dict[str, Renderer]) -> None:
