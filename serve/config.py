@@ -17,7 +17,6 @@ LIMITS = (
     "max_request_tokens",
     "max_request_samples",
     "max_concurrent_requests",
-    "max_nesting",
     "body_limit_bytes",
     "request_timeout_s",
 )
@@ -100,7 +99,6 @@ class ServeConfig(BaseModel):
     max_concurrent_requests: Positive = Field(
         4096, description="requests that one ingress holds before it answers 429"
     )
-    max_nesting: Positive = Field(64, description="depth of brackets in one JSON body")
     body_limit_bytes: Positive = Field(64 * 2**20, description="size of one request's body")
     request_timeout_s: PositiveSeconds = Field(120.0, description="deadline of one request")
     swap_timeout_s: PositiveSeconds = Field(600.0, description="deadline of one hot swap")

@@ -1,12 +1,10 @@
-"""What an ingress takes in at most: requests at once, bytes, depth of brackets, time for a body."""
+"""What an ingress takes in at most: requests at once, bytes, time for a body."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING
 
-import numpy as np
 from starlette.exceptions import HTTPException
 
 from serve.errors import error_response
@@ -20,10 +18,6 @@ _SERVICE_HEADER = b"x-rayward-service"
 _FULL_RETRY_AFTER_S = 1.0
 # Answered in any case: an ingress that is busy is alive.
 _PROBES = ("/health", "/ready")
-
-# Possessive, and up to the end where the closing quote is missing: each byte is looked at once.
-_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class OwnRequests:
@@ -55,7 +49,6 @@ class Limits:
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
         self._body_limit_bytes = config.body_limit_bytes
-        self._max_nesting = config.max_nesting
         self._max_requests = config.max_concurrent_requests
         self._timeout_s = config.request_timeout_s
         self._num_requests = 0
@@ -97,9 +90,7 @@ class Limits:
                 raise HTTPException(408, message) from None
             if chunks is None:
                 return {"type": "http.disconnect"}
-            body = b"".join(chunks)
-            self._check_nesting(body, headers)
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": b"".join(chunks), "more_body": False}
 
         return received
 
@@ -127,27 +118,6 @@ class Limits:
             more = message.get("more_body", False)
         return chunks
 
-    def _check_nesting(self, body: bytes, headers: dict[bytes, bytes]) -> None:
-        # KServe's binary tensors follow their JSON. Who lies about it meets the parser's own bound.
-        length = headers.get(b"inference-header-content-length", b"")
-        text = body[: int(length)] if length.isdigit() and len(length) < 10 else body
-        if text.lstrip()[:1] in (b"{", b"[") and nests_deeper(text, self._max_nesting):
-            message = f"the body's brackets nest deeper than max_nesting = {self._max_nesting}"
-            raise HTTPException(422, message)
-
     def _too_large(self) -> HTTPException:
         message = f"the body is larger than body_limit_bytes = {self._body_limit_bytes}"
         return HTTPException(413, message)
-
-
-def nests_deeper(text: bytes, limit: int) -> bool:
-    """Whether brackets of JSON stand deeper than `limit` inside each other.
-
-    Of what is no JSON either answer may come. A megabyte takes a few milliseconds.
-    """
-    if text.count(b"[") + text.count(b"{") <= limit:
-        return False
-    brackets = _STRINGS.sub(b"", text).translate(None, _ALL_BUT_BRACKETS)
-    # Of their codes, the second bit alone tells what opens from what closes.
-    steps = (np.frombuffer(brackets, np.uint8) & 2).astype(np.int32) - 1
-    return bool(np.cumsum(steps).max(initial=0) > limit)

@@ -48,10 +48,12 @@ def load(body: bytes) -> Any:
     except ValueError as error:
         message = f"Invalid JSON: {error}"
     if b"\\u" in body:
-        # A lone surrogate is no reason to refuse the other samples.
+        # A lone surrogate is no reason to refuse the other samples. Whatever else is wrong, its
+        # depth above all, pydantic finds in the same body with other characters for its escapes.
         try:
+            from_json(body.replace(b"\\u", b"n"))
             return json.loads(body)
-        except (ValueError, RecursionError):
+        except ValueError:
             pass
     raise RequestValidationError([{"loc": ("body",), "msg": message}])
 

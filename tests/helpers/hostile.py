@@ -19,6 +19,11 @@ JSON = "application/json"
 _LONG = 200_000
 
 
+def _nested(opening: str, closing: str) -> Any:
+    """As deep as fits where the parser's own limit (200) still lets a body in."""
+    return json.loads(opening * 180 + f'"{CANARY}"' + closing * 180)
+
+
 @dataclass(frozen=True)
 class Route:
     method: str
@@ -98,6 +103,7 @@ WRONG: list[Any] = [
     *("", CANARY, CANARY * 100, "\x00" + CANARY, "\ud800" + CANARY, "\U0010ffff", CANARY * 5000),
     *([], {}, [[]], [{}], [None], [CANARY], {CANARY: CANARY}, [[CANARY]], [[[[CANARY]]]]),
     *([0] * 5000, [-1], [10**30], [1.5], [[10**9]], [[1], [CANARY]], [{"role": CANARY}]),
+    *(_nested("[", "]"), _nested('{"a":', "}"), [_nested('{"a":', "}")]),
     *([{"role": "user", "content": 7}], [{"role": CANARY * 9, "content": CANARY, CANARY: 1}]),
 ]  # fmt: skip
 
@@ -134,7 +140,7 @@ def whole_bodies(route: Route) -> Iterator[Hostile]:
     good = json.dumps(route.example).encode()
     for value in WRONG:
         yield _json(value)
-    for depth in (10, 70, 1_000, 100_000):
+    for depth in (10, 70, 150, 1_000, 100_000):
         for left, right in ((b"[", b"]"), (b'{"a":', b"}"), (b'{"groups":[', b"]}")):
             yield Hostile(left * depth + right * depth)
             yield Hostile(left * depth)

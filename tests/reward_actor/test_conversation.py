@@ -91,6 +91,26 @@ def test_a_request(renderer: Renderer, expected: list[int]) -> None:
     assert sequence(renderer, to_group(group)) == expected
 
 
+@pytest.mark.parametrize(("left", "right"), [("[", "]"), ('{"a":', "}")])
+def test_what_the_parser_lets_in_is_not_too_deep_for_a_template(
+    renderer: Renderer, left: str, right: str
+) -> None:
+    deep = json.loads(left * 180 + "1" + right * 180)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": deep}}}
+    calling = {"role": "assistant", "content": ANSWER, "tool_calls": [call]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": deep}}}]
+    said = [*ASKED, calling]
+    row = {"prompt": said, "completions": [calling], "tools": tools}
+    row["chat_template_kwargs"] = {"a": deep}
+    [group] = parse(schema.ScoreRequest, json.dumps({"groups": [row]}).encode()).groups
+    said = [*ASKED, {**calling, "colour": deep}]
+    asked = {"messages": said, "tools": tools, "chat_template_kwargs": {"a": deep}}
+    lenient = parse(vllm_request.VllmRequest, json.dumps(asked).encode())
+    for each in (to_group(group), vllm_request.to_group(lenient)):
+        [ids] = renderer.sequences(each)
+        assert isinstance(ids, list | SampleError)
+
+
 def test_what_a_client_sends(renderer: Renderer, expected: list[int]) -> None:
     given = group_of(ROW, "in:1")
     bodies.check(given)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import logging
 import time
@@ -10,24 +12,17 @@ from typing import Any
 
 import pytest
 from applications import application, ask
+from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.config import LIMITS
 from serve.http.faults import Faults
-from serve.http.limits import Limits, nests_deeper
-
-
-def depth_of(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + max(map(depth_of, value.values()), default=0)
-    if isinstance(value, list):
-        return 1 + max(map(depth_of, value), default=0)
-    return 0
-
+from serve.http.limits import Limits
+from serve.http.requests import load
 
 # Text that looks like structure, and escapes that could hide where a string ends.
-awkward = st.text(st.sampled_from('[]{}"\\/u0041,: é'), max_size=12)
+awkward = st.text(st.sampled_from('[]{}"\\/u0041,: é\ud800'), max_size=12)
 json_values = st.recursive(
     st.none() | st.integers() | awkward,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(awkward, inner, max_size=3),
@@ -35,15 +30,15 @@ json_values = st.recursive(
 )
 
 
-@given(json_values, st.integers(1, 6), st.booleans())
-def test_the_depth_of_json_is_found(value: Any, limit: int, ascii: bool) -> None:
-    text = json.dumps(value, ensure_ascii=ascii).encode()
-    assert nests_deeper(text, limit) == (depth_of(value) > limit)
+@given(json_values)
+def test_json_is_read_even_where_text_is_no_unicode(value: Any) -> None:
+    assert load(json.dumps(value).encode()) == value
 
 
-@given(st.binary(max_size=200), st.integers(1, 10))
-def test_anything_at_all_gets_an_answer(text: bytes, limit: int) -> None:
-    nests_deeper(text, limit)
+@given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()[:-1]))
+def test_anything_at_all_gets_an_answer(text: bytes) -> None:
+    with contextlib.suppress(RequestValidationError):
+        load(text)
 
 
 @pytest.mark.parametrize(
@@ -57,28 +52,36 @@ def test_anything_at_all_gets_an_answer(text: bytes, limit: int) -> None:
         b'"' * 10**6,
         b'"\\' * 10**6 + b"[" * 100,
         b"[[]" * 10**5,
+        b'["\\ud800",' * 10**5,
+        b'"' + b"\\ud800" * 10**5,
     ],
-    ids=range(8),
+    ids=range(10),
 )
-def test_the_worst_texts_are_looked_through_in_no_time(text: bytes) -> None:
+def test_the_worst_texts_are_refused_in_no_time(text: bytes) -> None:
     started = time.process_time()
-    nests_deeper(text, 64)
+    with pytest.raises(RequestValidationError):
+        load(text)
     assert time.process_time() - started < 1.0
 
 
-def test_a_deep_body_is_refused_by_its_limit() -> None:
-    api = application(max_nesting=8)
-    deep = b'{"groups":' + b"[" * 8 + b"]" * 8 + b"}"
-    reply = ask(api, "POST", "/v1/score", content=deep)
-    assert reply.status_code == 422
-    assert "max_nesting = 8" in reply.json()["error"]["message"]
-    fits = ask(api, "POST", "/v1/score", content=b'{"groups":' + b"[" * 7 + b"]" * 7 + b"}")
-    assert "max_nesting" not in fits.text
-    # Of a body with binary tensors only the JSON before them counts.
-    head = {"Inference-Header-Content-Length": "2"}
-    assert (
-        "max_nesting" not in ask(api, "POST", "/v1/score", content=b"{}" + deep, headers=head).text
-    )
+API = application()
+POSTS = [route.path for route in API.routes if "POST" in route.methods]
+BRACKETS = [("[", "]"), ('{"a":', "}"), ('{"groups":[', "]}")]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_deep_body_is_refused_by_every_protocol(path: str) -> None:
+    path = path.replace("{name}", "reward_model")
+    for depth, (left, right), inside in itertools.product(
+        (202, 1_000, 100_000), BRACKETS, ("{}", '"\\ud800"')
+    ):
+        for content in (left * depth + inside + right * depth, left * depth + inside):
+            kserves = {"Inference-Header-Content-Length": str(len(content))}
+            reply = ask(API, "POST", path, content=content, headers=kserves)
+            assert reply.status_code == 422
+            error = reply.json()["error"]
+            message = error if path.endswith("infer") else error["message"]
+            assert "recursion limit exceeded" in message
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip"])
@@ -93,9 +96,7 @@ def test_a_compressed_body_is_refused_clearly(encoding: str) -> None:
 def test_every_limit_is_listed() -> None:
     listed = application().state.service.config.limits()
     assert set(listed) == set(LIMITS)
-    assert {"body_limit_bytes", "max_nesting", "max_request_tokens", "request_timeout_s"} <= set(
-        listed
-    )
+    assert {"body_limit_bytes", "max_request_tokens", "request_timeout_s"} <= set(listed)
 
 
 class Call:
