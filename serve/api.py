@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -14,10 +14,9 @@ from starlette.exceptions import HTTPException
 from reward_actor.errors import RewardServiceError
 from serve.errors import answer_http_error, answer_invalid, answer_service_error
 from serve.http import routes
-from serve.http.auth import Tokens, guard, rule_of
+from serve.http.auth import Tokens, guard
 from serve.http.faults import Faults
 from serve.http.limits import Limits, OwnRequests
-from serve.http.origin import OwnOrigin
 from serve.http.requests import DESCRIBED, SCHEMA_REF
 from serve.monitoring.request_log import RequestLog
 from serve.playground import routes as playground
@@ -40,15 +39,17 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     )
     api.state.service = service
     api.state.swapper = swapper
+    for own in api.routes:  # the OpenAPI document and its page, the same in every installation
+        own.rule = "public"  # type: ignore[attr-defined]
     for module in (shared, openrlhf, vllm, tei, llama_factory, slime, kserve, routes, playground):
         api.include_router(module.router)
+    for router in (kserve.public, routes.public, routes.admin):
+        api.include_router(router)
     api.add_exception_handler(RewardServiceError, answer_service_error)
     api.add_exception_handler(RequestValidationError, answer_invalid)
     api.add_exception_handler(HTTPException, answer_http_error)
     tokens = None if config.token_file is None else Tokens(config.token_file)
-    guard(api, tokens, browsers_stay_here=not config.allow_unauthenticated)
-    if tokens is None and config.allow_unauthenticated:
-        api.add_middleware(OwnOrigin)
+    guard(api, tokens, by_any_name=config.allow_unauthenticated)
     api.add_middleware(Limits, config=config)
     api.add_middleware(OwnRequests, name=os.environ.get("RAYWARD_SERVICE"))
     api.add_middleware(Faults)
@@ -75,12 +76,14 @@ def _describe(api: FastAPI, *, is_guarded: bool) -> None:
             if is_guarded:
                 bearer = {"type": "http", "scheme": "bearer"}
                 document["components"]["securitySchemes"] = {"bearer": bearer}
+            guarded = cast("list[Any]", api.routes)
+            public = {route.path for route in guarded if route.app.rule == "public"}
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     # By its guard or its limits, each in the shape that its protocol gives errors.
                     refused = {"description": "Refused; the body says why"}
                     operation["responses"].setdefault("4XX", refused)
-                    if is_guarded and rule_of(path) != "public":
+                    if is_guarded and path not in public:
                         operation["security"] = [{"bearer": []}]
             api.openapi_schema = document
         return api.openapi_schema

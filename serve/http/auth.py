@@ -1,4 +1,4 @@
-"""Who may call what: bearer tokens with scopes, and one rule for every route.
+"""Who may call what: bearer tokens with scopes, and the rule that each route declares by its class.
 
 A token file holds digests, never tokens:
 
@@ -15,18 +15,18 @@ import ipaddress
 import json
 import logging
 import os
-import re
 import secrets
 import stat
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.errors import error_response
+from serve.http.origin import refusal_of_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,50 +41,27 @@ logger = logging.getLogger("ray.serve")
 Rule = Literal["public", "score", "admin"]
 TokenScope = Literal["score", "admin"]
 
-# One line for each route; a route without one is refused, with and without tokens.
-RULES: dict[str, Rule] = {
-    # For load balancers and orchestrators: they tell nothing but whether the service can score.
-    "/health": "public",
-    "/ready": "public",
-    "/v2/health/live": "public",
-    "/v2/health/ready": "public",
-    # Pages and a document that are the same in every installation. What they do with the service
-    # they do with the token that their user types in.
-    "/docs": "public",
-    "/openapi.json": "public",
-    "/playground": "public",
-    # What is served and how it does.
-    "/info": "score",
-    "/v1/models": "score",
-    "/v1/monitor": "score",
-    "/v2/models/{name}": "score",
-    "/v2/models/{name}/config": "score",
-    "/v2/models/{name}/ready": "score",
-    # What scores.
-    "/v1/score": "score",
-    "/get_reward": "score",
-    "/classify": "score",
-    "/pooling": "score",
-    "/v1/embeddings": "score",
-    "/predict": "score",
-    "/v1/score/evaluation": "score",
-    "/reward/slime": "score",
-    "/v2/models/{name}/infer": "score",
-    # What changes the service.
-    "/v1/admin/models": "admin",
-}
-# The files that belong to the page.
-_PUBLIC_FILES = re.compile(r"/playground/[a-z]+\.(css|js|svg)")
-
 # How old what is known of the file may be.
 _LOOK_EVERY_S = 1.0
 
 
-def rule_of(path: str) -> Rule | None:
-    """The rule of a route by its path as it was declared; None where there is none."""
-    if _PUBLIC_FILES.fullmatch(path):
-        return "public"
-    return RULES.get(path)
+class PublicRoute(APIRoute):
+    """For anyone: it tells nothing but whether the service can score, or what is the same in every
+    installation."""
+
+    rule: ClassVar[Rule] = "public"
+
+
+class ScoreRoute(APIRoute):
+    """Scores, or tells what is served and how it does."""
+
+    rule: ClassVar[Rule] = "score"
+
+
+class AdminRoute(APIRoute):
+    """Changes the service."""
+
+    rule: ClassVar[Rule] = "admin"
 
 
 class _Entry(BaseModel):
@@ -213,28 +190,28 @@ def require_guard(host: str, config: ServeConfig) -> None:
         )
 
 
-def guard(api: FastAPI, tokens: Tokens | None, *, browsers_stay_here: bool) -> None:
-    """Put its rule before each route that the application has by now.
+def guard(api: FastAPI, tokens: Tokens | None, *, by_any_name: bool) -> None:
+    """Put before each route that the application has by now the rule of its class. A route of
+    another class is refused, with and without tokens.
 
     The check sits inside the route, behind the router: there is no second reading of a path that
-    could disagree with the router's. `browsers_stay_here` is for a service without tokens.
+    could disagree with the router's. `by_any_name` is for a service without tokens.
     """
     for route in api.routes:
-        path: Any = getattr(route, "path", None)
         guarded: Any = route
-        guarded.app = Guard(guarded.app, rule_of(path), tokens, browsers_stay_here)
+        guarded.app = Guard(guarded.app, getattr(route, "rule", None), tokens, by_any_name)
 
 
 class Guard:
     """One route's rule. Refuses before any of the body is read."""
 
     def __init__(
-        self, app: ASGIApp, rule: Rule | None, tokens: Tokens | None, browsers_stay_here: bool
+        self, app: ASGIApp, rule: Rule | None, tokens: Tokens | None, by_any_name: bool
     ) -> None:
         self._app = app
         self.rule = rule
         self._tokens = tokens
-        self._browsers_stay_here = browsers_stay_here
+        self._by_any_name = by_any_name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope)
@@ -247,14 +224,7 @@ class Guard:
                 "forbidden", "this route has no rule yet that says who may use it"
             )
         if self._tokens is None:
-            if self._browsers_stay_here and comes_from_elsewhere(scope["headers"]):
-                return error_response(
-                    "forbidden",
-                    "this comes from a web page of another site; a service without tokens takes "
-                    "requests of its own pages only, by address (start it with --token-file to "
-                    "open it to others)",
-                )
-            return None
+            return refusal_of_pages(scope["headers"], by_any_name=self._by_any_name)
         if self.rule == "public":
             return None
         scopes = self._tokens.scopes(token) if (token := _bearer(scope["headers"])) else None
@@ -282,34 +252,3 @@ def _bearer(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
         return None
     scheme, _, token = found[0].partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else None
-
-
-def comes_from_elsewhere(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether a browser sends this for a page that is not the service's own.
-
-    A page of any site can make its reader's browser post to 127.0.0.1 without reading the reply,
-    and one whose name its owner lets resolve to 127.0.0.1 (DNS rebinding) can read it, too. The
-    first shows in `Origin`, the second in a `Host` that is a name instead of an address.
-    """
-    given = dict(headers)
-    host = given.get(b"host", b"").decode("latin-1").lower()
-    if host and not _is_address(host):
-        return True
-    origin = given.get(b"origin")
-    return origin is not None and _netloc(origin) != host
-
-
-def _netloc(origin: bytes) -> str | None:
-    try:
-        return urlsplit(origin.decode("latin-1")).netloc.lower() or None
-    except ValueError:
-        return None
-
-
-def _is_address(host: str) -> bool:
-    """Of a Host header: an IP address or `localhost`, with or without a port."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False

@@ -1,41 +1,65 @@
-"""Requests that a browser sends for a page of another origin."""
+"""Requests that a browser sends for a page of another site to a service without tokens."""
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from serve.errors import error_response
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from collections.abc import Sequence
+
+    from starlette.responses import Response
 
 
-class OwnOrigin:
-    """Refuses what a browser sends for a page of another origin to a service with
-    `allow_unauthenticated`, which its clients may call by any name.
+def refusal_of_pages(
+    headers: Sequence[tuple[bytes, bytes]], *, by_any_name: bool
+) -> Response | None:
+    """What a page of another site is answered; None for any other request.
 
-    The rule on `Host`, which stops DNS rebinding, cannot hold there: a page whose owner lets its
-    name resolve to the service's address has the service's own origin, and reads everything.
+    `by_any_name`: for a service with `allow_unauthenticated`, which its clients may call by any
+    name. The rule on `Host`, which stops DNS rebinding, cannot hold there: a page whose owner lets
+    its name resolve to the service's address has the service's own origin, and reads everything.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and _is_of_another_origin(dict(scope["headers"])):
-            app = error_response(
-                "forbidden",
-                "this comes from a web page of another site; a service without tokens takes "
-                "requests of its own pages only (start it with --token-file to open it to others; "
-                "a proxy before it must pass Host on)",
-            )
-        await app(scope, receive, send)
+    if not comes_from_elsewhere(headers, by_any_name=by_any_name):
+        return None
+    hint = "start it with --token-file to open it to others"
+    own = f", by address ({hint})"
+    if by_any_name:
+        own = f" ({hint}; a proxy before it must pass Host on)"
+    return error_response(
+        "forbidden",
+        "this comes from a web page of another site; a service without tokens takes requests of "
+        f"its own pages only{own}",
+    )
 
 
-def _is_of_another_origin(headers: dict[bytes, bytes]) -> bool:
-    origin = headers.get(b"origin")
+def comes_from_elsewhere(
+    headers: Sequence[tuple[bytes, bytes]], *, by_any_name: bool = False
+) -> bool:
+    """Whether a browser sends this for a page that is not the service's own.
+
+    A page of any site can make its reader's browser post to 127.0.0.1 without reading the reply,
+    and one whose name its owner lets resolve to 127.0.0.1 (DNS rebinding) can read it, too. The
+    first shows in `Origin`, the second in a `Host` that is a name instead of an address.
+    """
+    given = dict(headers)
+    host = given.get(b"host", b"").decode("latin-1").lower()
+    if host and not by_any_name and not _is_address(host):
+        return True
+    origin = given.get(b"origin")
     if origin is None:
         return False
-    own = headers.get(b"host", b"").lower()
-    return not own or origin.lower().partition(b"://")[2] != own  # "null" is nobody's own
+    # "null" is nobody's own.
+    return not host or origin.decode("latin-1").lower().partition("://")[2] != host
+
+
+def _is_address(host: str) -> bool:
+    """Of a Host header: an IP address or `localhost`, with or without a port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -7,12 +7,15 @@ from fastapi.responses import JSONResponse
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
+from serve.http.auth import AdminRoute, PublicRoute, ScoreRoute
 from serve.http.requests import json_body, parse, service_of, swapper_of
 
-router = APIRouter()
+router = APIRouter(tags=["service"], route_class=ScoreRoute)
+public = APIRouter(tags=["service"], route_class=PublicRoute)
+admin = APIRouter(tags=["admin"], route_class=AdminRoute)
 
 
-@router.get("/v1/models", tags=["service"])
+@router.get("/v1/models")
 async def models(request: Request) -> schema.ModelList:
     """The models that this service scores with."""
     service = service_of(request)
@@ -21,13 +24,13 @@ async def models(request: Request) -> schema.ModelList:
     return schema.ModelList(data=[card])
 
 
-@router.get("/info", tags=["service"])
+@router.get("/info")
 async def info(request: Request) -> schema.Info:
     """What is served, and every limit."""
     return await service_of(request).info()
 
 
-@router.get("/v1/monitor", tags=["service"])
+@router.get("/v1/monitor")
 async def monitor(request: Request) -> schema.MonitorReply:
     """The live rewards beside the held-out ones, by model version."""
     service = service_of(request)
@@ -35,13 +38,13 @@ async def monitor(request: Request) -> schema.MonitorReply:
     return service.observer.monitor()
 
 
-@router.get("/health", tags=["service"])
+@public.get("/health")
 async def health() -> schema.Status:
     """The ingress is alive."""
     return schema.Status(status="ok")
 
 
-@router.get("/ready", tags=["service"], responses={503: {"model": schema.Status}})
+@public.get("/ready", responses={503: {"model": schema.Status}})
 async def ready(request: Request) -> JSONResponse:
     """A model is loaded and its golden samples passed."""
     try:
@@ -53,15 +56,14 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse(schema.Status(status="ok", model_version=model.version).model_dump())
 
 
-@router.get("/v1/admin/models", tags=["admin"], responses=schema.ERROR_RESPONSES)
+@admin.get("/v1/admin/models", responses=schema.ERROR_RESPONSES)
 async def registry(request: Request) -> schema.RegistryReply:
     """The models that can be swapped in, by name."""
     return await swapper_of(request).names()
 
 
-@router.post(
+@admin.post(
     "/v1/admin/models",
-    tags=["admin"],
     response_model=schema.SwapReply,
     responses=schema.ERROR_RESPONSES,
     openapi_extra=json_body(schema.SwapRequest),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -22,6 +21,7 @@ from starlette.exceptions import HTTPException
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
 from serve.errors import answer_error
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.ingress.service import RewardService
 from serve.protocols import kserve_tensors as tensors
@@ -37,7 +37,7 @@ _INPUTS = {"sentences": "BYTES", "tokens": "INT64", "sequence_lengths": "INT64"}
 _BINARY = {"schema": {"type": "string", "format": "binary", "description": tensors.__doc__}}
 
 
-class InKserveWords(APIRoute):
+class InKserveWords(ScoreRoute):
     """Answers errors with a string where the other routes have an object: clients print it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -57,7 +57,12 @@ class InKserveWords(APIRoute):
         return handle_errors
 
 
+class PublicInKserveWords(InKserveWords):
+    rule = "public"
+
+
 router = APIRouter(tags=["KServe v2"], route_class=InKserveWords)
+public = APIRouter(tags=["KServe v2"], route_class=PublicInKserveWords)
 
 
 def _encodable(text: str) -> str:
@@ -129,13 +134,13 @@ class InferReply(BaseModel):
     outputs: list[OutputTensor]
 
 
-@router.get("/v2/health/live")
+@public.get("/v2/health/live")
 async def live() -> dict[str, bool]:
     """The ingress is alive."""
     return {"live": True}
 
 
-@router.get("/v2/health/ready")
+@public.get("/v2/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
     """A model is loaded and its golden samples passed."""
     await service_of(request).model()

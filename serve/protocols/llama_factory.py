@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from reward_actor import schema
 from reward_actor.groups import Whole
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, values
 
-router = APIRouter(tags=["LLaMA-Factory"])
+router = APIRouter(tags=["LLaMA-Factory"], route_class=ScoreRoute)
 
 
 class LlamaFactoryRequest(DropIn):

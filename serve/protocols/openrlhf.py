@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from reward_actor import schema
 from reward_actor.groups import Whole
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, num_tokens, values
 
-router = APIRouter(tags=["OpenRLHF"])
+router = APIRouter(tags=["OpenRLHF"], route_class=ScoreRoute)
 
 
 class OpenRlhfRequest(DropIn):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from reward_actor import binary, schema
+from serve.http.auth import ScoreRoute
 from serve.http.requests import check, json_body, load, service_of
 from serve.protocols import native, sglang, vllm
 from serve.protocols.drop_in import told_apart
 from serve.protocols.vllm_request import VllmRequest
 
-router = APIRouter()
+router = APIRouter(route_class=ScoreRoute)
 
 _SCORE = {"native": ("groups",), "SGLang's": ("query", "items")}
 _CLASSIFY = {"vLLM's": ("input", "messages"), "SGLang's": ("text",)}

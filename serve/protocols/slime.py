@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from reward_actor import schema
 from reward_actor.groups import Group, Whole
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, shape_of, values
 from serve.protocols.messages import LenientMessage, as_messages
@@ -21,7 +22,7 @@ from serve.protocols.messages import LenientMessage, as_messages
 if TYPE_CHECKING:
     from reward_actor.render import Renderer
 
-router = APIRouter(tags=["slime"])
+router = APIRouter(tags=["slime"], route_class=ScoreRoute)
 
 
 class SlimeRequest(DropIn):

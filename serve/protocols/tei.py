@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from reward_actor import schema
 from reward_actor.groups import Group, Whole
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, shape_of, sigmoid, values
 
-router = APIRouter(tags=["text-embeddings-inference"])
+router = APIRouter(tags=["text-embeddings-inference"], route_class=ScoreRoute)
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 

@@ -26,6 +26,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from reward_actor import schema
+from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.ingress.service import RewardService, Scored
 from serve.protocols.drop_in import (
@@ -38,7 +39,7 @@ from serve.protocols.drop_in import (
 )
 from serve.protocols.vllm_request import VllmPoolingRequest, VllmRequest, to_group
 
-router = APIRouter(tags=["vLLM"])
+router = APIRouter(tags=["vLLM"], route_class=ScoreRoute)
 
 
 class Usage(BaseModel):
