@@ -22,8 +22,9 @@ from trainer.config.data import Source
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.evaluation.metrics import evaluate
-from trainer.report.page import escape, write_report
+from trainer.report.page import write_report
 from trainer.report.plots import smooth
+from trainer.report.templates import TEMPLATES
 
 Decode = Callable[[Sequence[int]], str]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -270,7 +271,7 @@ def test_hostile_samples_are_shown_and_do_nothing(tmp_path: Path, config: TrainC
 
 @given(st.text(st.characters(), max_size=40))
 def test_escaped_text_can_always_be_written_and_opens_nothing(text: str) -> None:
-    escaped = escape(text)
+    escaped = TEMPLATES.from_string("{{ text }}").render(text=text)
     escaped.encode("utf-8")
     assert not set("<>\"'") & set(escaped)
     assert all(c.isprintable() or c in "\n\t" or ord(c) > 0x9F for c in escaped)

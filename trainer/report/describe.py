@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -35,6 +35,10 @@ def _shortened(value: Any) -> Any:
         # Two files in different folders may have one name.
         named[f"{name} ({len(named) + 1})" if name in named else name] = _shortened(inner)
     return named
+
+
+def run_name(config: TrainConfig) -> str:
+    return config.report.run_name or Path(config.output_dir).name
 
 
 def base_name(config: TrainConfig) -> str:

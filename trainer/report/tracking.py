@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 from reward_actor.files import replace_text
 from trainer import console
 from trainer.config.train import ReportConfig, TrainConfig
+from trainer.report import describe
 from trainer.report.progress import Line
 
 STATE_FILE = "trackers.json"
@@ -162,7 +163,7 @@ class _Wandb:
         try:
             self._run = wandb.init(
                 project=config.report.project,
-                name=_run_name(config),
+                name=describe.run_name(config),
                 id=run_id,
                 resume="allow",
                 config=config.model_dump(mode="json"),
@@ -241,7 +242,7 @@ class _Mlflow:
             )
             if run_id is None:
                 run_id = self._client.create_run(
-                    experiment_id, run_name=_run_name(config)
+                    experiment_id, run_name=describe.run_name(config)
                 ).info.run_id
                 params = [Param(key, value[:500]) for key, value in settings_of(config).items()]
                 for first in range(0, len(params), 100):  # at most so many in one call
@@ -287,7 +288,3 @@ def settings_of(config: TrainConfig) -> dict[str, str]:
     for section, values in sections.items():
         found.update({f"{section}.{key}": str(value) for key, value in values.items()})
     return found
-
-
-def _run_name(config: TrainConfig) -> str:
-    return config.report.run_name or Path(config.output_dir).name
