@@ -39,19 +39,6 @@ def bradley_terry(
     return _expected(lambda d: -F.logsigmoid(d), chosen, rejected, margin, label_smoothing)
 
 
-def log_exp(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """`bradley_terry` as OpenRLHF's LogExp writes it: log(1 + exp(r_rejected + margin - r_chosen)).
-
-    Computed as log(exp(0) + exp(x)), whose terms are scaled by the larger one: without overflow.
-    """
-    return _expected(
-        lambda d: torch.logaddexp(torch.zeros_like(d), -d),
-        chosen, rejected, margin, label_smoothing,
-    )  # fmt: skip
-
-
 def rao_kupper(
     chosen: Tensor,
     rejected: Tensor,
@@ -330,10 +317,9 @@ def _pair_losses(
     if has_ties:
         of_ties = rao_kupper if config.ties == "rao_kupper" else davidson
         return of_ties(chosen, rejected, tied, config.tie_parameter, margin, smoothing)
-    of_pairs = log_exp if config.kind == "log_exp" else bradley_terry
     # A model that knows no ties sees a toss-up in one. Training sets with ties never come here.
     toss_up = bradley_terry(chosen, rejected, label_smoothing=0.5)
-    return torch.where(tied, toss_up, of_pairs(chosen, rejected, margin, smoothing))
+    return torch.where(tied, toss_up, bradley_terry(chosen, rejected, margin, smoothing))
 
 
 def _rows(labels: Labels) -> tuple[Tensor, Tensor]:

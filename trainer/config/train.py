@@ -96,7 +96,7 @@ class LossConfig(Section):
     """See `trainer.loss` for the formulas and their sources."""
 
     kind: Literal["bradley_terry", "log_exp"] = Field(
-        "bradley_terry", description="of pairs; log_exp is the same function, written differently"
+        "bradley_terry", description="of pairs; log_exp is OpenRLHF's name for it"
     )
     use_margin: bool = Field(
         True, description="subtract the margin column in the loss where there is one"
