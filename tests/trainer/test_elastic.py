@@ -13,7 +13,7 @@ from trainer_runs import log_of, overrides, write_pairs
 from trainer_runs import settings as run_settings
 
 from trainer.checkpoints.checkpoints import Checkpoints
-from trainer.checkpoints.manifest import saved_states
+from trainer.checkpoints.manifest import survey
 from trainer.checkpoints.storage import Storage
 from trainer.config.config_file import load_config
 from trainer.network import zero
@@ -147,5 +147,5 @@ def test_a_cluster_with_room_for_fewer_workers_trains_with_those(
         train(load_config(None, overrides(values)), say=lambda _: None)
     ours, expected = ([line["loss"] for line in log_of(tmp_path / n)] for n in ("some", "one"))
     assert ours == pytest.approx(expected, abs=1e-4)
-    (state,) = saved_states(Storage.at(str(tmp_path / "some"), "checkpoints"))
+    (state,) = survey(Storage.at(str(tmp_path / "some"), "checkpoints")).states
     assert state.num_workers == 2

@@ -21,7 +21,7 @@ from processes import titled
 from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
-from trainer.checkpoints.manifest import SavedState, saved_states
+from trainer.checkpoints.manifest import SavedState, survey
 from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
@@ -72,7 +72,7 @@ def start(python: str, config: TrainConfig, cluster: str | None = None) -> subpr
 
 def states_of(config: TrainConfig) -> list[SavedState]:
     try:
-        return saved_states(checkpoint_storage(config))
+        return survey(checkpoint_storage(config)).states
     except FileNotFoundError:  # deleted while it is looked at
         return states_of(config)
 

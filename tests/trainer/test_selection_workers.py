@@ -15,7 +15,7 @@ from engines import OnWorkers, comparisons, settings, train_without_ray
 from safetensors.numpy import load_file
 
 from reward_actor.model.manifest import check_manifest
-from trainer.checkpoints.manifest import saved_states
+from trainer.checkpoints.manifest import survey
 from trainer.checkpoints.storage import Storage
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.data.split import TrainingData
@@ -69,7 +69,7 @@ def test_it_stops_early_and_exports_the_best_checkpoint(
     assert lines[0]["log_loss"] < lines[1]["log_loss"] < lines[2]["log_loss"]
     assert result["num_steps"] == 2
     assert result["heldout_log_loss"] == pytest.approx(lines[0]["log_loss"], abs=1e-6)
-    steps = {state.step for state in saved_states(Storage.at(str(stopped), "checkpoints"))}
+    steps = {state.step for state in survey(Storage.at(str(stopped), "checkpoints")).states}
     assert steps == {2, 5, 6}, "the best one outlives the newest two"
     changes = {"optimizer__schedule": "constant"}
     on_workers(1, train_on_one, base_model, best, 2, changes, *sets)
@@ -140,11 +140,11 @@ def test_attributes_alone_are_measured_by_the_errors_of_their_heads(
 def evaluated_beside(model: Path, run: Path, changes: dict[str, Any], heldout: Comparisons) -> Any:
     """What a Ray task for the run's newest checkpoint would give, without Ray."""
     import trainer.evaluation.background as validation
-    from trainer.checkpoints.manifest import saved_states
+    from trainer.checkpoints.manifest import survey
     from trainer.checkpoints.storage import checkpoint_storage
 
     config = settings(model, output_dir=run, **changes)
-    state = saved_states(checkpoint_storage(config))[0]
+    state = survey(checkpoint_storage(config)).states[0]
     data = TrainingData(heldout, heldout, (1.0,), 0, has_ties=False)
     found, validation.ray.get_gpu_ids = validation.ray.get_gpu_ids, list
     try:

@@ -21,7 +21,6 @@ from trainer.checkpoints.manifest import (
     manifest_name,
     new_folder,
     saved_state,
-    saved_states,
     survey,
     tidy,
     write_manifest,
@@ -70,7 +69,7 @@ def store(
 
 def test_complete_checkpoints_are_listed_newest_first(storage, tmp_path: Path):
     states = [store(storage, step, tmp_path / "source") for step in (20, 100, 3)]
-    assert saved_states(storage) == [states[1], states[0], states[2]]
+    assert survey(storage).states == [states[1], states[0], states[2]]
 
 
 def test_there_is_nothing_in_a_storage_that_does_not_exist(storage):
@@ -186,7 +185,7 @@ def test_a_flipped_byte_is_found_and_named(storage, tmp_path: Path):
     data = bytearray(read(storage, name))
     data[len(data) // 2] ^= 1
     write(storage, name, bytes(data))
-    assert saved_states(storage) == [state], "its size is right"
+    assert survey(storage).states == [state], "its size is right"
     for rank in (None, 0):
         with fetched(storage, state, rank, tmp_path) as (_, problem):
             text = "state/common.pt does not have the sha256 of its manifest"

@@ -19,7 +19,7 @@ from isolation import free_port
 from trainer_victims import Victims
 
 from reward_actor.contract import sha256_file
-from trainer.checkpoints.manifest import saved_states, survey
+from trainer.checkpoints.manifest import survey
 from trainer.checkpoints.storage import Storage
 from trainer.init_model import init_model
 
@@ -152,12 +152,12 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
     assert step() == {"step": 3, "num_failed": 1}
     assert step() == {"step": 4, "num_failed": 2}
-    assert [state.step for state in saved_states(storage)] == [2, 1]
+    assert [state.step for state in survey(storage).states] == [2, 1]
     assert {n: sha256_file(Path(storage.path(n))) for n in storage.sizes()} == before
     ballast.unlink()
     assert step() == {"step": 5, "num_failed": 2}
     victims.finish()
-    states = saved_states(storage)
+    states = survey(storage).states
     assert [(state.step, state.num_failed) for state in states] == [(5, 2), (2, 0)]
     printed = (tmp_path / "run.0.log").read_text()
     assert "warning: the checkpoint of step 3 could not be stored in" in printed

@@ -121,11 +121,6 @@ def _state(storage: Storage, folder: str, sizes: Mapping[str, int]) -> SavedStat
     return SavedState(folder, first["step"], first["num_workers"], first["num_failed"])
 
 
-def saved_states(storage: Storage) -> list[SavedState]:
-    """The complete checkpoints, newest first."""
-    return survey(storage).states
-
-
 def tidy(storage: Storage) -> Survey:
     """Delete what a killed run has left half-written; what is there."""
     found = survey(storage)
