@@ -11,7 +11,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from reward_actor import conversation
+from reward_actor import conversation, dialogues
 from reward_actor.contract import ScoringContract, check_arg_names, sha256_text
 from reward_actor.groups import (
     Completion,
@@ -222,7 +222,7 @@ class Renderer:
     @cached_property
     def _suffix(self) -> str:
         """What the template writes after a completion."""
-        turns = [*_messages("x"), {"role": "assistant", "content": SENTINEL}]
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
         return self._apply_template(turns, generation=False).rpartition(SENTINEL)[2]
 
     @property
@@ -241,7 +241,7 @@ class Renderer:
                     raise RenderError(f"{name} need a chat contract; this one is 'text'")
             return sample
         try:
-            prompt = _messages(sample.prompt)
+            prompt = conversation.messages(dialogues.as_messages(sample.prompt), "prompt")
             tools = conversation.tools(sample.tools, "tools")
             arguments = conversation.template_args(sample.template_args, "chat_template_kwargs")
             check_arg_names(arguments)
@@ -441,13 +441,6 @@ def _unicode(text: str) -> str:
         # A lone surrogate is a legal Python (and JSON) string without a UTF-8 form.
         raise RenderError("the text is not valid Unicode") from error
     return text
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    """Raises ValueError."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return conversation.messages(prompt, "prompt")
 
 
 def clock(day: str | None) -> dict[str, Any]:
