@@ -10,7 +10,6 @@ workers. It is only there to have something to sample from and to improve with a
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_actor.files import read_rows
 from trainer.init_model import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -37,26 +37,18 @@ def read_examples(corpus: Path, tokenizer: Any, max_length: int) -> list[Example
     if not corpus.is_file():
         raise ValueError(f"corpus: {corpus} is not a file; examples/preferences.py writes one")
     examples = []
-    for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            prompt, completion = row["prompt"], row["completion"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'corpus: {corpus} line {number} is not a {{"prompt", "completion"}} row'
-            ) from error
+    for place, row in read_rows(corpus):
+        if not {"prompt", "completion"} <= row.keys():
+            raise ValueError(f'corpus: {place} is not a {{"prompt", "completion"}} row')
+        prompt, completion = row["prompt"], row["completion"]
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         prompt_ids = tokenizer(rendered)["input_ids"]
         ids = prompt_ids + tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
         if len(ids) > max_length:
-            raise ValueError(
-                f"corpus: {corpus} line {number} has {len(ids)} tokens, above {max_length}"
-            )
+            raise ValueError(f"corpus: {place} has {len(ids)} tokens, above {max_length}")
         examples.append((ids, len(prompt_ids)))
-    if not examples:
-        raise ValueError(f"corpus: {corpus} is empty; examples/preferences.py writes one")
     return examples
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from reward_actor.json_files import json_object
+
 CONTRACT_FILE = "scoring_contract.json"
 
 # Absolute for |reward| <= 1, relative above it: float32 carries seven digits, whatever the scale.
@@ -271,13 +273,7 @@ class ScoringContract(Rendering):
         path = directory / CONTRACT_FILE
         if not path.exists():
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ContractError(f"{path} is not JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ContractError(f"{path} does not hold a JSON object")
-        return cls.from_json(data)
+        return cls.from_json(json_object(path, ContractError))
 
 
 def check_rule(combine: object, k: object, k_name: str = "k") -> None:

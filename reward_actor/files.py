@@ -1,17 +1,18 @@
-"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`, and whole files."""
+"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor import conversation, dialogues
 from reward_actor.groups import Completion, Group, GroupScores, Prompt
+from reward_actor.json_files import json_lines, replacing
 
 if TYPE_CHECKING:
     from reward_actor.rollout.records import RolloutGroup
@@ -27,62 +28,32 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     file_path = Path(path)
     if not file_path.is_file():
         raise ValueError(f"{file_path} is not a file")
-    num_rows = 0
-    for place, line in _lines(file_path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))  # a mark that some tools write first
-        except (ValueError, RecursionError) as error:  # JSON that is nested too deeply
-            if not num_rows and begins_an_array(line):
-                raise ValueError(f"{file_path} {IS_AN_ARRAY}") from error
-            raise ValueError(f"{place}: not JSON ({error})") from error
+    place = None
+    for place, row in json_lines(file_path):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
-        num_rows += 1
         yield place, row
-    if not num_rows:
+    if place is None:
         raise ValueError(f"{file_path} holds no rows")
-
-
-IS_AN_ARRAY = "is one JSON array over many lines; write each of its objects on a line of its own"
-
-
-def begins_an_array(line: bytes) -> bool:
-    """Whether a file's first line begins a list of all rows that goes on in the next one."""
-    text = line.decode("utf-8-sig", errors="replace").strip()
-    return text[:1] == "[" and text[1:].lstrip()[:1] in ("", "{") and text[-1:] != "]"
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSONL, whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    opener = gzip.open if target.suffix == ".gz" else open
-    with opener(partial, "wt", encoding="utf-8") as file:
+    with (
+        replacing(target) as file,
+        gzip.open(file, "wb") if target.suffix == ".gz" else nullcontext(file) as lines,
+    ):
         for row in rows:
-            file.write(_to_line(row) + "\n")
-    partial.replace(target)
+            lines.write(_to_line(row))
 
 
-def _to_line(row: Mapping[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False)
+def _to_line(row: Mapping[str, Any]) -> bytes:
     try:
-        line.encode("utf-8")
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate: legal in JSON, but only as an escape
-        return json.dumps(row)
-    return line
+        return json.dumps(row).encode() + b"\n"
 
 
 def prompt_of(row: Row, place: str) -> Prompt:
@@ -204,10 +175,3 @@ def _scores(scores: GroupScores) -> Row:
 
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.export import export
-from reward_actor.files import replace_text
+from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
 from trainer.evaluation.metrics import folded, measure
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_actor.contract import TOKENIZER_FILES
+from reward_actor.json_files import json_lines
 from reward_actor.transformers_internals import tied_weights
 
 if TYPE_CHECKING:
@@ -150,12 +148,12 @@ def train_tokenizer(
     )
 
 
-def texts_from_file(path: Path | str, fields: Sequence[str] | None = None) -> Iterator[str]:
-    """The texts of a .jsonl, .jsonl.gz or .txt corpus, in order; of a message only its content.
+def texts_from_file(path: Path | str) -> Iterator[str]:
+    """Strings of a .jsonl, .jsonl.gz or .txt file.
 
-    A .jsonl row gives every string at any depth, or only those under the top-level keys in
-    `fields`; a .txt file gives its lines that are not blank. Raises ValueError, naming the file,
-    for one that is missing, of another type or not JSON, and at its end for one without text.
+    A row of JSON gives every string at any depth; a .txt file gives its lines that are not blank.
+    Raises ValueError, naming the file, for one that is missing, of another type or not JSON, and at
+    its end for one without text.
     """
     path = Path(path)
     if not path.is_file():
@@ -164,36 +162,24 @@ def texts_from_file(path: Path | str, fields: Sequence[str] | None = None) -> It
         )
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".txt")):
         raise ValueError(f"corpus: {path} must end in .jsonl, .jsonl.gz or .txt")
-    return _read_texts(path, fields)
+    return _texts(path)
 
 
-def _read_texts(path: Path, fields: Sequence[str] | None) -> Iterator[str]:
-    num_texts = 0
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        row: Any = line.rstrip("\n")
-        if path.suffix != ".txt":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"corpus: {path} line {number} is not JSON: {error}") from error
-            if fields is not None and isinstance(row, dict):
-                row = {key: value for key, value in row.items() if key in fields}
+def _texts(path: Path) -> Iterator[str]:
+    text = None
+    for row in _lines(path) if path.suffix == ".txt" else (row for _, row in json_lines(path)):
         for text in texts_of(row):
-            num_texts += 1
             yield text
-    if not num_texts:
-        wanted = f" under {', '.join(fields)}" if fields is not None else ""
-        raise ValueError(f"corpus: {path} holds no text{wanted}; give a file with some")
+    if text is None:
+        raise ValueError(f"corpus: {path} holds no text; give a file with some")
 
 
-def _read_lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
-                yield line.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+                yield line.rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"corpus: {path} cannot be read as UTF-8 text: {error}") from error
 
 

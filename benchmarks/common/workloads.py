@@ -5,8 +5,6 @@ Plain Python: the same flags give the same sequences on every machine and versio
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 
 from benchmarks.common.shapes import Shape
 from benchmarks.common.tokens import FIRST_ID, trained_tokenizer
+from reward_actor.files import read_rows
 
 _SEED = 11
 
@@ -144,15 +143,12 @@ def _draw_ids(source: random.Random, shape: Shape, num_tokens: int) -> Ids:
 
 
 def _read_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
-            match row:
-                case {"prompt": str(prompt), "completions": [_, *_] as completions}:
-                    yield prompt, [str(completion) for completion in completions]
-                case _:
-                    raise ValueError(f"{path}:{number}: expected prompt and completions")
+    for place, row in read_rows(path):
+        match row:
+            case {"prompt": str(prompt), "completions": [_, *_] as completions}:
+                yield prompt, [str(completion) for completion in completions]
+            case _:
+                raise ValueError(f"{place}: expected prompt and completions")
 
 
 def _checked(workload: Workload, shape: Shape) -> Workload:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.tokens import FIRST_ID, trained_tokenizer
 from benchmarks.common.workloads import Range, count_prefix_tokens
+from reward_actor.files import read_rows
 from trainer.data.comparisons import Comparison, Comparisons
 
 if TYPE_CHECKING:
@@ -104,13 +103,11 @@ def _max_tokens(shape: Shape) -> int:
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            match json.loads(line):
-                case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
-                    yield f"{prompt}\n\n{chosen}", f"{prompt}\n\n{rejected}"
-                case {"chosen": str(chosen), "rejected": str(rejected)}:
-                    yield chosen, rejected
-                case _:
-                    raise ValueError(f"{path}:{number}: expected the texts chosen and rejected")
+    for place, row in read_rows(path):
+        match row:
+            case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
+                yield f"{prompt}\n\n{chosen}", f"{prompt}\n\n{rejected}"
+            case {"chosen": str(chosen), "rejected": str(rejected)}:
+                yield chosen, rejected
+            case _:
+                raise ValueError(f"{place}: expected the texts chosen and rejected")

@@ -5,7 +5,6 @@ Nothing here reads weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from reward_actor.contract import weight_files
+from reward_actor.json_files import json_object
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
@@ -33,7 +33,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         hint = "; did you mean its export/ folder?" if (directory / "export").is_dir() else ""
         hint = gguf_hint(directory) or hint
         raise CheckpointError(f"{directory} holds no config.json, so no model{hint}")
-    config = json_object(path)
+    config = json_object(path, CheckpointError)
     method = quantisation(config)
     if method not in (None, "bitsandbytes"):
         raise CheckpointError(
@@ -69,7 +69,7 @@ def tensors(directory: Path, files: Iterable[Path] | None = None) -> Tensors:
     if files is None:
         files = weight_files(directory)
         index = directory / "model.safetensors.index.json"
-        shards = json_object(index).get("weight_map", {}) if index.exists() else {}
+        shards = json_object(index, CheckpointError).get("weight_map", {}) if index.exists() else {}
         if not isinstance(shards, dict):
             raise CheckpointError(f"{index}: weight_map is not an object of names and files")
         for shard in shards.values():
@@ -91,17 +91,6 @@ def widest(dtypes: Iterable[str]) -> str:
     """The one dtype that holds every floating-point weight without rounding, as torch names it."""
     floats = {_DTYPES.get(dtype, "float32") for dtype in dtypes if dtype.startswith(("F", "BF"))}
     return floats.pop() if len(floats) == 1 else "float32"
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises CheckpointError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return data
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

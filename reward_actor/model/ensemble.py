@@ -22,7 +22,8 @@ from reward_actor.contract import (
     check_rule,
     sha256_text,
 )
-from reward_actor.model.directory import CheckpointError, json_object
+from reward_actor.json_files import json_object
+from reward_actor.model.directory import CheckpointError
 from reward_actor.model.load import LoadedModel, check_directory, load_contract
 from reward_actor.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from reward_actor.readout import Readout
@@ -78,7 +79,7 @@ class Ensemble:
         path = directory / ENSEMBLE_FILE
         if not path.exists():
             return None
-        data = json_object(path)
+        data = json_object(path, CheckpointError)
         unknown = data.keys() - {"members", "combine", "k"}
         if unknown:
             raise CheckpointError(f"{path}: unknown key {min(unknown)!r}")

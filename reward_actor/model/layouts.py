@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward_actor.contract import digests, sha256_file
+from reward_actor.json_files import json_object
 from reward_actor.model.directory import (
     CheckpointError,
     Tensors,
     architecture_of,
     code_reference,
     gguf_hint,
-    json_object,
     quantisation,
     read_config,
     tensors,
@@ -252,7 +252,7 @@ def _kind(directory: Path, config: Mapping[str, Any], head: Head) -> Kind:
 def _check_code_is_here(directory: Path) -> None:
     """Raise CheckpointError if any of the code that would run lies in another repository."""
     for file in (directory / "config.json", directory / "tokenizer_config.json"):
-        auto_map = json_object(file).get("auto_map") if file.exists() else None
+        auto_map = json_object(file, CheckpointError).get("auto_map") if file.exists() else None
         references = json.dumps(auto_map)
         if "--" in references:
             raise CheckpointError(
@@ -304,7 +304,7 @@ def _adapter(directory: Path, head_rows: tuple[int, ...] = ()) -> Layout:
 
 def _adapter_base(directory: Path) -> Path:
     """The directory that an adapter names as its base, from its own place or the current one."""
-    name = json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = json_object(directory / ADAPTER_CONFIG, CheckpointError).get("base_model_name_or_path")
     places = [] if not isinstance(name, str) or not name else [directory / name, Path(name)]
     base = next((place for place in places if place.is_dir()), None)
     if base is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_actor.contract import sha256_file
+from reward_actor.json_files import json_object
 from reward_actor.model.directory import CheckpointError as CheckpointError
 
 MANIFEST_FILE = "MANIFEST.json"
@@ -21,7 +22,7 @@ def check_manifest(directory: Path) -> None:
     path = directory / MANIFEST_FILE
     if not path.exists():
         return
-    manifest = json.loads(path.read_text())
+    manifest = json_object(path, CheckpointError)
     for name, expected in manifest["sha256"].items():
         file = directory / name
         if not file.exists():

@@ -14,10 +14,8 @@ import hmac
 import ipaddress
 import json
 import logging
-import os
 import secrets
 import stat
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from reward_actor.json_files import replace_text
 from serve.errors import error_response
 from serve.http.origin import refusal_of_pages
 
@@ -158,16 +157,7 @@ def add_token(path: Path, name: str, scopes: Sequence[TokenScope], *, replace: b
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
     text = json.dumps(_TokenFile(tokens=entries).model_dump(), indent=2) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_text(path, text, mode=0o600)
     return token
 
 

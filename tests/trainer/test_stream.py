@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reward_actor.files import begins_an_array
+from reward_actor.json_files import begins_an_array
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparisons
 from trainer.data.prepare import prepare

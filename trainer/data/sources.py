@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from reward_actor.files import IS_AN_ARRAY, begins_an_array
+from reward_actor.json_files import IS_AN_ARRAY, begins_an_array
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 SPLIT_BYTES = 16 << 20

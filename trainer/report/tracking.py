@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
-from reward_actor.files import replace_text
+from reward_actor.json_files import json_object, replace_text
 from trainer import console
 from trainer.config.train import ReportConfig, TrainConfig
 from trainer.report import describe
@@ -72,7 +72,7 @@ class Trackers:
         self._path = Path(config.output_dir) / STATE_FILE
         self._state: dict[str, Any] = {"runs": {}, "last": {}}
         if self._path.exists():
-            self._state = json.loads(self._path.read_text(encoding="utf-8"))
+            self._state = json_object(self._path)
         self._trackers: dict[str, _Tracker] = {}
         for name in config.report.trackers:
             tracker = _START[name](config, self._state["runs"].get(name))
