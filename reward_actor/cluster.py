@@ -47,10 +47,7 @@ def connect(
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
-            raise ValueError(
-                f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or "
-                "leave the address away to use this machine alone."
-            ) from error
+            raise _no_answer(address, error) from error
         return
     # Anyone who reaches a Ray port without authentication can run code (CVE-2023-48022). Ray turns
     # its token on for a cluster that it starts here, unless RAY_AUTH_MODE says otherwise.
@@ -88,10 +85,14 @@ def _require_listener(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_TIMEOUT_S).close()
     except OSError as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or "
-            "leave the address away to use this machine alone."
-        ) from error
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"no Ray cluster answers at {address!r}: {error}. Start one (ray start --head) or leave "
+        "the address away to use this machine alone."
+    )
 
 
 def capacity(name: str) -> float:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeVar, cast
 
 from reward_actor import conversation
+from reward_actor.dialogues import as_messages
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Completion, Group, GroupScores, Message, Prompt, SampleError
 
@@ -164,6 +165,4 @@ def _shown(prompt: Prompt, completion: Said) -> tuple[Prompt, Completion]:
     if not len(completion):
         return prompt, ""
     earlier, last = conversation.answered(completion, "completion")
-    if earlier and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return [*prompt, *earlier] if earlier else prompt, last
+    return [*as_messages(prompt), *earlier] if earlier else prompt, last

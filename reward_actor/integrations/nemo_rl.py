@@ -36,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
+from reward_actor.dialogues import as_messages
 from reward_actor.groups import Message, Prompt
 from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
@@ -121,6 +122,4 @@ class RewardEnvironment:
         turns = list(dropwhile(lambda message: message["role"] != "assistant", earlier))
         if not turns:
             return prompt if isinstance(prompt, str) else list(prompt)
-        first: list[Message]
-        first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return [*first, *turns]
+        return [*as_messages(prompt), *turns]

@@ -86,7 +86,7 @@ def survey(storage: Storage) -> Survey:
             if name.startswith(f"{folder}/")
         }
         try:
-            state = _state(storage, folder, files)
+            state = saved_state(storage, folder, files)
         except StorageError:  # some of pyarrow's are ValueErrors, too
             raise
         except ValueError as error:
@@ -100,15 +100,14 @@ def survey(storage: Storage) -> Survey:
     return found
 
 
-def saved_state(storage: Storage, folder: str) -> SavedState | None:
-    """The checkpoint of one folder, None if it is not complete.
+def saved_state(
+    storage: Storage, folder: str, sizes: Mapping[str, int] | None = None
+) -> SavedState | None:
+    """The checkpoint of one folder, None if it is not complete. `sizes`: of its files, if known.
 
     Raises ValueError if it is damaged, StorageError if it cannot be read.
     """
-    return _state(storage, folder, storage.sizes(folder))
-
-
-def _state(storage: Storage, folder: str, sizes: Mapping[str, int]) -> SavedState | None:
+    sizes = storage.sizes(folder) if sizes is None else sizes
     names = [name for name in sizes if _MANIFEST.fullmatch(name)]
     manifests = [_read_manifest(storage, f"{folder}/{name}") for name in names]
     if not manifests or len(manifests) != manifests[0]["num_workers"]:

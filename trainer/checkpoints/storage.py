@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -98,12 +97,8 @@ class Storage:
     def upload(self, source: Path, name: str) -> str:
         """Store a local file; its sha256."""
         self._make_parent(name)
-        digest = hashlib.sha256()
         with source.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as out:
-            for chunk in _chunks(file):
-                digest.update(chunk)
-                out.write(chunk)
-        return digest.hexdigest()
+            return _copied(file, out)
 
     def _make_parent(self, name: str) -> None:
         self.filesystem.create_dir(self.path(name).rpartition("/")[0], recursive=True)
@@ -111,20 +106,13 @@ class Storage:
     def download(self, name: str, target: Path) -> str:
         """Bring a file here; its sha256."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path(name)) as file, target.open("wb") as out:
-            for chunk in _chunks(file):
-                digest.update(chunk)
-                out.write(chunk)
-        return digest.hexdigest()
+            return _copied(file, out)
 
     def sha256(self, name: str) -> str:
         """Of a file's bytes, in hexadecimal."""
-        digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path(name)) as file:
-            for chunk in _chunks(file):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def delete_file(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -149,6 +137,10 @@ def checkpoint_storage(config: TrainConfig) -> Storage:
         raise ValueError(f"checkpoint.storage_path: {error}") from error
 
 
-def _chunks(file: BinaryIO | Any) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
+def _copied(source: BinaryIO | Any, target: BinaryIO | Any) -> str:
+    """The sha256 of what was copied."""
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        target.write(chunk)
+    return digest.hexdigest()

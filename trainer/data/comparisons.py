@@ -146,15 +146,9 @@ class Comparisons:
             sha.update(np.ascontiguousarray(getattr(self, name)).data)
         return sha.hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Write one .npy file for each array, for `open`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in _saved():
-            np.save(directory / f"{name}.npy", np.asarray(getattr(self, name)))
-
     @classmethod
     def open(cls, directory: Path) -> Comparisons:
-        """What `save` wrote, its tokens mapped from the file, not read: for sets larger than
+        """What `gather.take` wrote, its tokens mapped from the file, not read: for sets larger than
         memory."""
         values: dict[str, Any] = {}
         for name in _saved():
@@ -179,5 +173,4 @@ def _size(path: Path) -> int:
 
 def holds_ties(comparisons: Comparisons) -> bool:
     """Whether any pair of the data set is a tie: then all its pairs need a model of ties."""
-    first = comparisons.starts[:-1][np.diff(comparisons.starts) == 2]
-    return bool((comparisons.scores[first] == comparisons.scores[first + 1]).any())
+    return comparisons.counts()["ties"] > 0

@@ -52,7 +52,7 @@ def gather(
     file = None if ids_file is None else ids_file.open("wb")
     try:
         for source, block in blocks:
-            tallies[source].add(block.tally)
+            tallies[source] += block.tally
             for number, why in block.bad:
                 bad[source].add(number, why)
             bad[source].check(tallies[source].num_rows)

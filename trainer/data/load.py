@@ -85,9 +85,7 @@ def load_comparisons(
     comparisons = gathered.comparisons
     if deduplicate:
         comparisons = take(comparisons, first_uses(gathered, by_subset=True))
-    total = Tally()
-    for tally in gathered.tallies:
-        total.add(tally)
+    total = sum(gathered.tallies, Tally())
     return Loaded(comparisons, total.num_rows, total)
 
 

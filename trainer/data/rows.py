@@ -126,9 +126,7 @@ def _question(side: Side) -> Any:
     if side.prompt == "":
         turn = _FIRST_TURN.match(side.text)
         return turn[1].strip() if turn else ""
-    if isinstance(side.prompt, str):
-        return [{"role": "user", "content": side.prompt}]
-    return list(side.prompt)
+    return dialogues.as_messages(side.prompt)
 
 
 class BadRows:

@@ -167,9 +167,7 @@ def decide(
                 f"{both} prompts of data.eval are in data.train as well: the held-out numbers "
                 "will be too good; take them out of one of the two"
             )
-    total = Tally()
-    for tally in gathered.tallies:
-        total.add(tally)
+    total = sum(gathered.tallies, Tally())
     facts = {
         "max_length": contract.max_length,
         "num_train": len(train),
