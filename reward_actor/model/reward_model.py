@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from reward_actor.model.heads import HEADS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-HEAD_NAMES = ("score", "classifier", "value_head", "v_head")
 
 
 def head_name(network: nn.Module) -> str:
     """The attribute under which a network keeps its reward head. Raises ValueError without one."""
-    for name in HEAD_NAMES:
+    for name in HEADS:
         if isinstance(getattr(network, name, None), nn.Module):
             return name
-    raise ValueError(
-        f"{type(network).__name__} has no reward head (looked for {', '.join(HEAD_NAMES)})"
-    )
+    raise ValueError(f"{type(network).__name__} has no reward head (looked for {', '.join(HEADS)})")
 
 
 class Float32Head(nn.Linear):

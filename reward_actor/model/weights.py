@@ -25,9 +25,9 @@ from transformers import (
 from reward_actor.contract import weight_files
 from reward_actor.model.directory import CheckpointError, code_reference, quantisation, tensors
 from reward_actor.model.head_weights import activation_of, head_of
-from reward_actor.model.heads import ACTIVATION_SETTING, HEADS, Head, is_embedding
+from reward_actor.model.heads import ACTIVATION_SETTING, Head, is_embedding
 from reward_actor.model.layouts import ADAPTER_WEIGHTS, VALUE_HEAD, Layout
-from reward_actor.model.reward_model import Float32Layers
+from reward_actor.model.reward_model import Float32Layers, head_name
 
 # Settings of config.json that mean something to other systems only.
 CUSTOM_SETTINGS = (
@@ -402,5 +402,4 @@ def plain_class(config: PretrainedConfig) -> Any:
 def plain_head(config: PretrainedConfig) -> str:
     """The head's name in the plain class, which is built without weights to tell."""
     with torch.device("meta"):
-        network = plain_class(config)(config)
-    return next(name for name in HEADS if isinstance(getattr(network, name, None), nn.Module))
+        return head_name(plain_class(config)(config))

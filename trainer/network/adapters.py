@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reward_actor.model.reward_model import HEAD_NAMES, head_name
+from reward_actor.model.heads import HEADS
+from reward_actor.model.reward_model import head_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def quantization(config: TrainConfig) -> dict[str, Any]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, config.model.dtype),
-            llm_int8_skip_modules=list(HEAD_NAMES),
+            llm_int8_skip_modules=list(HEADS),
         )
     }
 
@@ -142,7 +143,7 @@ def exported(weights: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Te
     merged = _merged(weights, config)
     attribute_weights = list(config.loss.attributes.values())
     if attribute_weights:
-        for name in HEAD_NAMES:
+        for name in HEADS:
             for key in (f"{name}.weight", f"{name}.bias"):
                 if key in merged:
                     rows = merged[key].float()

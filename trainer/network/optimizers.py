@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from reward_actor.model.reward_model import HEAD_NAMES
+from reward_actor.model.heads import HEADS
 from trainer.deepspeed_internals import muon_class
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _muon(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 shows an empty one
-        is_head = not {*name.split(".")}.isdisjoint(HEAD_NAMES)
+        is_head = not {*name.split(".")}.isdisjoint(HEADS)
         is_matrix = len(shape) == 2 and not is_head and id(parameter) not in tables
         parameter.use_muon = is_matrix  # type: ignore[attr-defined]  # where DeepSpeed looks
         if parameter.requires_grad:
