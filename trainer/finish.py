@@ -37,12 +37,6 @@ EXPORT_DIR = "export"
 RESULT_FILE = "result.json"
 
 
-def evaluate_heldout(trainer: Stepper) -> dict[str, Any]:
-    """The metrics of the held-out comparisons, exact, on every worker at once; see `measure`."""
-    heldout = trainer.data.heldout
-    return measure(heldout, trainer.score(heldout), trainer.config.loss.attributes)
-
-
 def finish(trainer: Stepper, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Measure, normalise, export: the result, on every worker. The engine is used up.
 

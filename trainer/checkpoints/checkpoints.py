@@ -28,6 +28,7 @@ from trainer.checkpoints.manifest import (
     Problem,
     SavedState,
     Survey,
+    check_not_lost,
     delete,
     fetched,
     new_folder,
@@ -37,6 +38,7 @@ from trainer.checkpoints.manifest import (
 )
 from trainer.checkpoints.storage import StorageError, checkpoint_storage
 from trainer.console import TrainingError, warn
+from trainer.log import LOG_FILE
 from trainer.network import zero
 from trainer.network.collectives import from_all, from_first, is_first, wait_until
 
@@ -61,7 +63,8 @@ class _Upload:
 class Checkpoints:
     """The checkpoints of a run. Every method is called by all workers at once.
 
-    best        the step of the best one that is stored; it is not deleted
+    states      those that are stored
+    best        the step of the best one that is stored; it is not deleted (see `prefer`)
     also_keep   steps whose checkpoints are not deleted either
     num_failed  how many could not be stored
     on_settled  called on every worker when one is in the storage, or could not be stored (None)
@@ -74,13 +77,14 @@ class Checkpoints:
         self._staging = _make_staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: _Upload | None = None
-        self._stored: list[SavedState] = []
+        self._preferred: int | None = None
+        self.states: list[SavedState] = []
         self.best: int | None = None
         self.also_keep: set[int] = set()
         self.num_failed = 0
         self.on_settled: Callable[[int, SavedState | None], None] = lambda *_: None
 
-    def save(self, step: int, is_best: bool = False) -> None:
+    def save(self, step: int) -> None:
         """Take a snapshot and store it: in the background if `checkpoint.asynchronous`, one at a
         time. A checkpoint that cannot be stored is told and counted, and nothing else."""
         self.wait()
@@ -91,9 +95,16 @@ class Checkpoints:
         outcome = self._thread.submit(
             self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
         )
-        self._in_flight = _Upload(folder, step, is_best, outcome)
+        self._in_flight = _Upload(folder, step, step == self._preferred, outcome)
         if not self._config.checkpoint.asynchronous:
             self.wait()
+
+    def prefer(self, step: int) -> None:
+        """Make the checkpoint of this step the best one: now, or as soon as it is saved and stored;
+        until then the best one before it is kept."""
+        self._preferred = step
+        if any(state.step == step for state in self.states):
+            self.best = step
 
     def poll(self) -> bool:
         """Settle a checkpoint whose storing has ended; whether none is on its way any more. Meant
@@ -130,7 +141,7 @@ class Checkpoints:
             if is_first():
                 self._try(partial(delete, self._storage, upload.folder))
         else:
-            self._stored.append(state)
+            self.states.append(state)
             if upload.is_best:
                 self.best = upload.step
             if is_first():
@@ -152,8 +163,8 @@ class Checkpoints:
 
         0 without a checkpoint. A damaged one is passed over for the one before it, loudly, and then
         deleted. With `step` only the one of that step will do: 0, loudly, without it. Raises
-        TrainingError if there are checkpoints and all are damaged, and OSError if the storage
-        cannot be read.
+        TrainingError if there are checkpoints and all are damaged, OSError if the storage cannot be
+        read, and ValueError if it is empty although the run must have stored some.
         """
         self.wait()
         found = self.stored()
@@ -193,7 +204,7 @@ class Checkpoints:
             )
         if chosen is not None:
             self.num_failed = max(self.num_failed, chosen.num_failed)
-            self._stored = [state for state in self._stored if state.folder not in damaged]
+            self.states = [state for state in self.states if state.folder not in damaged]
             for folder in damaged if is_first() else ():
                 self._try(partial(delete, self._storage, folder))
             return chosen.step
@@ -203,6 +214,9 @@ class Checkpoints:
             raise TrainingError(
                 f"every checkpoint in {self._storage.root} is damaged; delete it to start again"
             )
+        else:  # also after a restart that the command which began the run knows nothing of
+            log = Path(self._config.output_dir) / LOG_FILE
+            check_not_lost(self._storage, log, self._config.checkpoint.every_steps)
         return 0
 
     def _fetched(
@@ -225,7 +239,7 @@ class Checkpoints:
     def stored(self) -> Survey:
         """What is in the storage. What was left half-written is deleted."""
         found = from_first(tidy(self._storage) if is_first() else Survey([], {}, []))
-        self._stored = list(found.states)
+        self.states = list(found.states)
         return found
 
     def close(self) -> None:
@@ -262,11 +276,11 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         """All but the newest. One that cannot be deleted stays in the list, for the next time."""
-        newest = sorted(self._stored, key=lambda state: state.step, reverse=True)
+        newest = sorted(self.states, key=lambda state: state.step, reverse=True)
         for state in newest[self._config.checkpoint.num_to_keep :]:
             if state.step != self.best and state.step not in self.also_keep:
                 delete(self._storage, state.folder)
-                self._stored.remove(state)
+                self.states.remove(state)
 
     def _try(self, act: Callable[[], object]) -> None:
         """Cleaning up that a storage out of reach may put off."""

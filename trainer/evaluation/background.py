@@ -1,10 +1,10 @@
-"""Held-out evaluations beside the training, in a Ray task for each: `evaluation.asynchronous`.
+"""Held-out evaluations in the background, in a Ray task for each: `evaluation.asynchronous`.
 
 Ray Train starts the task when a checkpoint is reported to it, one at a time and in their order. The
 first worker of the training asks for the results and is the only one that writes them down, so a
 result counts from the step at which it is known: `evaluation.patience` stops the training at the
 next step after that, and `evaluation.keep_best` keeps the checkpoint until then. With more than
-`MAX_PENDING` under way the training waits, lest checkpoints pile up.
+`MAX_PENDING` under way the training waits, so that checkpoints do not pile up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -79,59 +79,52 @@ def checkpoint_scores(
     return engine.raw_scores(sequences)
 
 
-class Validations:
-    """The evaluations that are under way. Every method is called by all workers at once."""
+class BackgroundEvaluations:
+    """The evaluations that are under way; `checkpoints` keeps what they still need. Every method is
+    called by all workers at once.
+    """
 
-    def __init__(
-        self, checkpoints: Checkpoints, is_due: Callable[[int], bool], known: Iterable[int]
-    ) -> None:
-        """known: the steps of the evaluations that are done; others that are due and that a killed
-        run has left without a result are asked for again."""
-        self._wanted: set[int] = set()
+    def __init__(self, checkpoints: Checkpoints, missing: Sequence[SavedState]) -> None:
+        """missing: those that a killed run has left without a result, in order; they are requested
+        again where its workers had not done that."""
+        self._checkpoints = checkpoints
         self._pending: dict[str, int] = {}
-        done = set(known)
         checkpoints.on_settled = self._submit
-        left = [
-            state
-            for state in reversed(checkpoints.stored().states)
-            if is_due(state.step) and state.step not in done
-        ]
-        names = [PurePosixPath(one.checkpoint.path).name for one in _reported()] if left else []
-        asked = from_first(names)  # by the workers before a restart
-        for state in left:
-            if state.folder in asked:
+        names = [_folder_of(one) for one in _reported()] if missing else []
+        requested = from_first(names)  # by the workers before a restart
+        for state in missing:
+            self.want(state.step)
+            if state.folder in requested:
                 self._pending[state.folder] = state.step
             else:
-                self._wanted.add(state.step)
                 self._submit(state.step, state)
 
     def want(self, step: int) -> None:
         """Evaluate the checkpoint of this step as soon as it is stored."""
-        self._wanted.add(step)
+        self._checkpoints.also_keep.add(step)
 
-    @property
-    def steps(self) -> set[int]:
-        """Those whose checkpoints are still needed."""
-        return self._wanted | set(self._pending.values())
+    def wait(self, max_pending: int) -> list[tuple[int, dict[str, Any]]]:
+        """(step, metrics) of the evaluations that have ended, in order, once no more than
+        `max_pending` are under way."""
+        found = self._results()
+        while len(self._pending) > max_pending:  # never silent for long: collectives time out
+            time.sleep(_PAUSE_S)
+            found += self._results()
+        return found
 
-    def results(self) -> list[tuple[int, dict[str, Any]]]:
-        """(step, metrics) of the evaluations that have ended by now, in order."""
+    def _results(self) -> list[tuple[int, dict[str, Any]]]:
         if not self._pending:
             return []
-        ended = from_first(self._ended() if is_first() else [])
-        found = [(self._pending.pop(folder), result) for folder, result in ended]
-        return [(step, result) for step, result in found if result is not None]
-
-    def wait(self, at_most: int = 0) -> list[tuple[int, dict[str, Any]]]:
-        """The same when no more than `at_most` are under way."""
-        found = self.results()
-        while len(self._pending) > at_most:  # never silent for long: collectives would time out
-            time.sleep(_PAUSE_S)
-            found += self.results()
+        found = []
+        for folder, result in from_first(self._ended() if is_first() else []):
+            step = self._pending.pop(folder)
+            self._checkpoints.also_keep.discard(step)
+            if result is not None:
+                found.append((step, result))
         return found
 
     def _ended(self) -> list[tuple[str, dict[str, Any] | None]]:
-        by_name = {PurePosixPath(one.checkpoint.path).name: one for one in _reported()}
+        by_name = {_folder_of(one): one for one in _reported()}
         ended = []
         for folder, step in self._pending.items():
             one = by_name.get(folder)
@@ -145,10 +138,10 @@ class Validations:
         return ended
 
     def _submit(self, step: int, state: SavedState | None) -> None:
-        if step not in self._wanted:
+        if step not in self._checkpoints.also_keep:
             return
-        self._wanted.discard(step)
         if state is None:  # it could not be stored, and that was told
+            self._checkpoints.also_keep.discard(step)
             return
         self._pending[state.folder] = step
         storage = ray.train.get_context().get_storage()
@@ -171,3 +164,7 @@ _UNDECIDED = (ReportedCheckpointStatus.PENDING_VALIDATION, ReportedCheckpointSta
 
 def _reported() -> list[Any]:
     return list(ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 0.001))
+
+
+def _folder_of(reported: Any) -> str:
+    return PurePosixPath(reported.checkpoint.path).name
