@@ -6,7 +6,7 @@ import json
 import tempfile
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.export import export
 from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
+from trainer.checkpoints.run_identity import EXPORT_DIR, RESULT_FILE
 from trainer.evaluation.metrics import folded, measure
+from trainer.job import RunFacts
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
 from trainer.network import adapters, zero
 from trainer.network.base_config import base_config
@@ -33,15 +35,12 @@ if TYPE_CHECKING:
     from trainer.config.train import TrainConfig
     from trainer.step import Stepper
 
-EXPORT_DIR = "export"
-RESULT_FILE = "result.json"
 
+def finish(trainer: Stepper, contract: ScoringContract, facts: RunFacts) -> dict[str, Any]:
+    """Measure, normalise, export: what `result.json` says, on every worker. The engine is used up.
 
-def finish(trainer: Stepper, contract: ScoringContract, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure, normalise, export: the result, on every worker. The engine is used up.
-
-    Its metrics are of raw scores, as in the log and in `rayward eval`; the export's contract
-    normalises them.
+    Its metrics, `heldout_*`, are of raw scores, as in the log and in `rayward eval`; the export's
+    contract normalises them.
     """
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
     heldout, attributes = trainer.data.heldout, config.loss.attributes
@@ -51,13 +50,12 @@ def finish(trainer: Stepper, contract: ScoringContract, facts: Mapping[str, Any]
     contract = replace(contract, held_out=held_out(raw_scores, heldout.lengths))
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)
-    found = {f"heldout_{key}": value for key, value in metrics.items()}
-    result = {**facts, "counts": trainer.data.train.counts(), **found}
+    result = {**asdict(facts), **{f"heldout_{key}": value for key, value in metrics.items()}}
     weights = zero.whole_weights(trainer.engine)
     zero.release(trainer.engine)
     if dist.get_rank() == 0:
         with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
-            files = _files(Path(folder), trainer, contract, result, raw_scores)
+            files = _files(Path(folder), trainer, contract, facts, metrics, raw_scores)
             _export(config, contract, weights, files)
         replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
@@ -91,7 +89,8 @@ def _files(
     folder: Path,
     trainer: Stepper,
     contract: ScoringContract,
-    result: Mapping[str, Any],
+    facts: RunFacts,
+    metrics: Mapping[str, Any],
     raw_scores: NDArray[np.float32],
 ) -> dict[str, Path]:
     """The files about the model that go into its export: card, plots and report."""
@@ -103,7 +102,8 @@ def _files(
             folder,
             config=config,
             contract=contract,
-            facts=result,
+            facts=facts,
+            metrics=metrics,
             log=list(read_log(output_dir / LOG_FILE)),
             evaluations=list(read_log(output_dir / EVALUATIONS_FILE)),
             heldout=trainer.data.heldout,
@@ -112,7 +112,7 @@ def _files(
         )
     except Exception:  # a plot must not cost anyone a trained model
         traceback.print_exc()
-    card = model_card(config, contract, result, names)
+    card = model_card(config, contract, facts, metrics, names)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return {name: folder / name for name in ("README.md", *names)}
 

@@ -4,16 +4,45 @@ controller, which only pass it on, would otherwise load the whole trainer first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reward_actor.contract import ScoringContract
 from trainer.config.train import TrainConfig
-from trainer.data.split import TrainingData
+from trainer.data.split import Prepared, TrainingData
 
 if TYPE_CHECKING:
     import ray
 
 EVALUATION, REASON = "evaluation", "reason"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run besides its metrics: in `result.json` by these names."""
+
+    num_pairs: int
+    num_shared_prompts: int | None
+    """Prompts of data.eval that are in data.train as well, if that is known."""
+    num_steps: int
+    """Optimizer steps: those that are planned, in the end those of the exported weights."""
+    num_dropped: int
+    dropped: str
+    num_failed_checkpoints: int
+    counts: dict[str, int]
+    """Of the training comparisons, by kind: `Comparisons.counts`."""
+
+    @classmethod
+    def of(cls, data: Prepared, num_steps: int) -> RunFacts:
+        """What is known before the first step."""
+        return cls(
+            num_pairs=len(data.train),
+            num_shared_prompts=data.facts.num_shared_prompts,
+            num_steps=num_steps,
+            num_dropped=data.dropped.count,
+            dropped=str(data.dropped),
+            num_failed_checkpoints=0,
+            counts=data.train.counts(),
+        )
 
 
 @dataclass(frozen=True)
@@ -23,5 +52,4 @@ class Job:
     config: TrainConfig
     contract: ScoringContract
     data: ray.ObjectRef[TrainingData]
-    num_steps: int
-    facts: dict[str, Any]
+    facts: RunFacts

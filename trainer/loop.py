@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,23 @@ from trainer.step import Stepper
 
 
 def training_loop(job: Job) -> dict[str, Any]:
-    """Train, evaluate on the held-out pairs, export; the held-out metrics, on every worker."""
-    config = job.config
+    """Train, evaluate on the held-out pairs, export; the result, on every worker: see `finish`."""
+    config, num_steps = job.config, job.facts.num_steps
     _prepare_process(config.distributed.cpus_per_worker)
-    trainer = Stepper(zero.initialize(config, job.num_steps), config, ray.get(job.data))
+    trainer = Stepper(zero.initialize(config, num_steps), config, ray.get(job.data))
     if is_first():
         say(f"path: {trainer.forward.described}")
     checkpoints = Checkpoints(trainer.engine, config)
     step = checkpoints.restore()
     log = TrainingLog(Path(config.output_dir) / LOG_FILE, step) if is_first() else None
-    evaluations = Evaluations(trainer, checkpoints, job.num_steps, step)
-    while step < job.num_steps and not evaluations.is_exhausted:
+    evaluations = Evaluations(trainer, checkpoints, num_steps, step)
+    while step < num_steps and not evaluations.is_exhausted:
         metrics = trainer.step(step)
         step += 1
         is_wanted = evaluations.after(step)
         if log is not None:
             log.write(metrics)
-        is_last = step == job.num_steps or evaluations.is_exhausted
+        is_last = step == num_steps or evaluations.is_exhausted
         if is_wanted or is_last or step % config.checkpoint.every_steps == 0:
             checkpoints.save(step)
         checkpoints.poll()
@@ -55,8 +56,8 @@ def training_loop(job: Job) -> dict[str, Any]:
     checkpoints.close()
     if log is not None:
         log.close()
-    failed = {"num_failed_checkpoints": checkpoints.num_failed}
-    return finish(trainer, job.contract, {**job.facts, **failed, "num_steps": step})
+    done = replace(job.facts, num_steps=step, num_failed_checkpoints=checkpoints.num_failed)
+    return finish(trainer, job.contract, done)
 
 
 def _prepare_process(cpus: float) -> None:

@@ -33,7 +33,7 @@ from trainer import worker
 from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.split import Prepared
-from trainer.job import Job
+from trainer.job import Job, RunFacts
 from trainer.report import progress
 from trainer.report.tracking import Trackers
 
@@ -44,7 +44,7 @@ def launch(
     config: TrainConfig,
     contract: ScoringContract,
     prepared: Prepared,
-    facts: dict[str, Any],
+    num_steps: int,
     start: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def launch(
             f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        job = Job(config, contract, ray.put(prepared), int(facts["num_steps"]), facts)
+        job = Job(config, contract, ray.put(prepared), RunFacts.of(prepared, num_steps))
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
         with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
             return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say, quiet)
@@ -149,7 +149,7 @@ def _following(job: Job, start: int, trackers: Trackers) -> Iterator[None]:
     ended = threading.Event()
     follower = threading.Thread(
         target=progress.show,
-        args=(Path(job.config.output_dir), start, job.num_steps, lambda: not ended.is_set()),
+        args=(Path(job.config.output_dir), start, job.facts.num_steps, lambda: not ended.is_set()),
         kwargs={"also": trackers.log},
         daemon=True,
     )

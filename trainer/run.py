@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward_actor.contract import sha256_file, sha256_text
 from trainer import console
-from trainer.checkpoints.manifest import check_not_lost, tidy
-from trainer.checkpoints.run_identity import check_identity, identity
-from trainer.checkpoints.storage import StorageError, checkpoint_storage
+from trainer.checkpoints.manifest import stored_steps
+from trainer.checkpoints.run_identity import EXPORT_DIR, check_identity, finished, identity, locked
+from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.data import Source
 from trainer.config.train import SCRATCH_DIR, TrainConfig
 from trainer.data.micro_batches import steps_per_epoch
@@ -24,7 +20,6 @@ from trainer.data.prepare import prepare
 from trainer.data.sources import check_source, is_file_name
 from trainer.evaluation.metrics import check_metric
 from trainer.evaluation.selection import check_selection
-from trainer.log import LOG_FILE
 from trainer.report import hub
 from trainer.report.tracking import check_trackers
 
@@ -52,7 +47,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     config = resolve_paths(config)
     output_dir = Path(config.output_dir)
     prepared, contract = prepare(config)
-    check_selection(config, prepared.heldout)
+    check_selection(config.evaluation, config.loss.attributes, prepared.heldout)
     for line in prepared.report():
         say(line)
     for warning in prepared.warnings:
@@ -63,48 +58,25 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     from trainer.network.optimizers import check_optimizer  # with torch, that `prepare` has loaded
 
     check_optimizer(config.optimizer, num_steps)
-    facts = {
-        "num_pairs": len(prepared.train),
-        "num_shared_prompts": prepared.facts.get("num_shared_prompts"),
-        "num_steps": num_steps,
-        "num_dropped": prepared.dropped.count,
-        "dropped": str(prepared.dropped),
-    }
-    data = prepared.digest()
-    check_identity(config, identity(config, _model_digest(config), data))
-    with _locked(output_dir):
+    check_identity(config, identity(config, prepared.digest()))
+    with locked(output_dir):
         result = finished(output_dir)
         if result is None:
-            start = _stored_steps(config)
+            start = stored_steps(config)
             if start:
                 say(f"going on after step {start} of {num_steps}")
             from trainer.ray_train import launch  # Ray is not needed, nor imported, before this
 
-            result = launch(config, contract, prepared, facts, start, say)
+            result = launch(config, contract, prepared, num_steps, start, say)
         else:
             say("this run is finished already; nothing to do")
-    say(f"the reward model is in {output_dir / 'export'}")
+    export_dir = output_dir / EXPORT_DIR
+    say(f"the reward model is in {export_dir}")
     if config.report.push_to_hub:
-        say(f"it is at {hub.push(output_dir / 'export', config.report)}")
+        say(f"it is at {hub.push(export_dir, config.report)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
     seconds = round(time.perf_counter() - began, 1)
-    return TrainResult(
-        output_dir / "export", int(result["num_steps"]), len(prepared.train), metrics, seconds
-    )
-
-
-def _stored_steps(config: TrainConfig) -> int:
-    """The steps that the newest checkpoint has done. Raises ValueError if the storage cannot be
-    read, or has lost the checkpoints of a run that surely had some."""
-    storage = checkpoint_storage(config)
-    try:
-        found = tidy(storage)
-    except StorageError as error:
-        raise ValueError(f"the checkpoints in {storage.root} cannot be read: {error}") from error
-    if found.states or found.damaged:
-        return found.states[0].step if found.states else 0
-    check_not_lost(storage, Path(config.output_dir) / LOG_FILE, config.checkpoint.every_steps)
-    return 0
+    return TrainResult(export_dir, int(result["num_steps"]), len(prepared.train), metrics, seconds)
 
 
 def _check(config: TrainConfig) -> None:
@@ -192,39 +164,3 @@ def _resolve_model(path: str) -> str:
     if not any(model.glob("*.safetensors")):
         raise ValueError(f"model.path: {model.absolute()} holds no .safetensors weights")
     return str(model.absolute())
-
-
-def finished(output_dir: Path) -> dict[str, Any] | None:
-    """The result of a run whose export is there and whole, else None."""
-    from reward_actor.model.directory import CheckpointError
-    from reward_actor.model.manifest import check_manifest
-
-    path = output_dir / "result.json"
-    if not path.exists() or not (output_dir / "export" / "MANIFEST.json").exists():
-        return None
-    try:
-        check_manifest(output_dir / "export")
-    except CheckpointError:
-        return None  # it is written again from the last checkpoint
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
-
-
-@contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    """Held while a process trains into a directory. Raises ValueError if another one does."""
-    with (output_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir: {output_dir} is in use by another training") from None
-        yield
-
-
-def _model_digest(config: TrainConfig) -> str:
-    """Tells two base models apart without reading gigabytes: the configuration, names and sizes."""
-    directory = Path(config.model.directory)
-    if not directory.is_dir():
-        return config.model.directory
-    sizes = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
-    return sha256_text(f"{sha256_file(directory / 'config.json')} {sizes}")

@@ -167,13 +167,13 @@ def train_without_ray(
 ) -> dict[str, Any]:
     """The whole loop of a training on the ranks of this pool; Ray would only carry the data."""
     import trainer.loop as loop
-    from trainer.job import Job
+    from trainer.job import Job, RunFacts
 
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    facts = {"num_pairs": len(data.train), "num_dropped": 0, "dropped": "none"}
+    facts = RunFacts(len(data.train), 0, num_steps, 0, "none", 0, data.train.counts())
     found, loop.ray.get = loop.ray.get, lambda given: given
     try:
-        return loop.training_loop(Job(config, contract, data, num_steps, facts))  # type: ignore[arg-type]
+        return loop.training_loop(Job(config, contract, data, facts))  # type: ignore[arg-type]
     finally:
         loop.ray.get = found
 

@@ -16,19 +16,16 @@ from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.init_model import train_tokenizer
+from trainer.job import RunFacts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COUNTS = {"pairs": 8_168, "ties": 0, "rankings": 0, "single completions": 0, "margins": 0}
-FACTS = {
-    "num_pairs": 8_168,
-    "num_shared_prompts": 0,
-    "counts": COUNTS,
-    "num_steps": 200,
-    "num_dropped": 3,
-    "dropped": "3 too long",
-}
+FACTS = RunFacts(
+    num_pairs=8_168, num_shared_prompts=0, num_steps=200, num_dropped=3, dropped="3 too long",
+    num_failed_checkpoints=0, counts=COUNTS,
+)  # fmt: skip
 CONTRACT = ScoringContract(
     format="text", chat_template=None, turn_end="", add_special_tokens=False, append_eos=True,
     bos_token_id=None, eos_token_id=2, pad_token_id=0, max_length=512, vocab_size=400,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reports import CONTRACT, COUNTS, FACTS, config_of, plausible, tokenizer
 from trainer.config.data import Source
 from trainer.config.train import LossConfig, TrainConfig
 from trainer.evaluation.metrics import evaluate
+from trainer.job import RunFacts
 from trainer.report.card import model_card
 from trainer.report.describe import last_part
 
@@ -22,11 +24,10 @@ CONFIG = config_of(Path("outputs/polite"))
 def card_of(
     files: Sequence[str] = (),
     config: TrainConfig = CONFIG,
-    facts: dict[str, Any] = FACTS,
+    facts: RunFacts = FACTS,
     **found: Any,
 ) -> str:
-    facts = {**facts, **{f"heldout_{key}": value for key, value in found.items()}}
-    return model_card(config, CONTRACT, facts, files)
+    return model_card(config, CONTRACT, facts, found, files)
 
 
 def test_the_card_shows_what_is_known_and_links_the_report() -> None:
@@ -90,7 +91,8 @@ def test_the_card_says_what_the_model_was_trained_by(
     config = CONFIG.model_copy(deep=True)
     config.loss = LossConfig(label_smoothing=0.1, **given)
     config.adapter.rank = 8
-    card = card_of(config=config, facts={**FACTS, "counts": {**COUNTS, "pairs": 0, **counts}})
+    facts = replace(FACTS, counts={**COUNTS, "pairs": 0, **counts})
+    card = card_of(config=config, facts=facts)
     assert ModelCard(card).data.tags == ["reward-model", *tags, "rayward"]
     assert f"A reward model trained by {introduction}" in card
     assert "label smoothing 0.1" in card
@@ -110,7 +112,7 @@ def test_the_card_claims_no_unseen_prompts_where_that_is_not_so() -> None:
     config.data.eval = {"/home/someone/held.jsonl": Source.model_validate({})}
     config.evaluation.patience = 2
     for num_shared in (0, 12, None):
-        facts = {**FACTS, "num_shared_prompts": num_shared}
+        facts = replace(FACTS, num_shared_prompts=num_shared)
         card = card_of(config=config, facts=facts, **found)
         assert ("about prompts that were not trained on" in card) is (num_shared == 0)
         assert ("12 of their prompts were trained on as well" in card) is (num_shared == 12)

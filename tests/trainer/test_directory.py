@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from trainer_runs import overrides, settings, write_pairs
 
+from trainer.checkpoints.run_identity import locked
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
-from trainer.run import _locked, resolve_paths, train
+from trainer.run import resolve_paths, train
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def begun(base_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     """The directory of a run that has claimed it, and was then stopped by one that held it."""
     output_dir = tmp_path_factory.mktemp("begun") / "rm"
     output_dir.mkdir()
-    with _locked(output_dir), pytest.raises(ValueError, match="in use by another training"):
+    with locked(output_dir), pytest.raises(ValueError, match="in use by another training"):
         train(config_for(base_model, data, output_dir), say=lambda _: None)
     return output_dir
 
@@ -50,7 +51,7 @@ def test_another_run_in_the_same_directory_is_refused(
 
 
 def test_a_second_training_in_the_same_directory_is_refused(base_model, data, tmp_path: Path):
-    with _locked(tmp_path), pytest.raises(ValueError, match="in use by another training"):
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by another training"):
         train(config_for(base_model, data, tmp_path), say=lambda _: None)
 
 

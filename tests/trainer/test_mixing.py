@@ -68,8 +68,8 @@ def test_sources_are_mixed_and_split_by_prompt_over_all_of_them(base_model: Path
     assert used.tolist() == [round(per_source[0] / 2), 2 * per_source[1]]
     lines = data.report()
     assert any(line.startswith(f"  {second}: 40 pairs of 40 rows, {used[1]} in") for line in lines)
-    assert data.facts["sources"][first]["num_rows"] == 40
-    assert data.facts["total"]["shared_fraction"] > 0.2
+    assert data.facts.sources[first].num_rows == 40
+    assert data.facts.total.shared_fraction > 0.2
 
 
 def test_repeats_are_used_once_and_contradictions_are_told(base_model: Path, tmp_path: Path):
@@ -80,7 +80,7 @@ def test_repeats_are_used_once_and_contradictions_are_told(base_model: Path, tmp
     data = prepared(base_model, tmp_path / "out", file)
     assert len(data.train) + len(data.heldout) == 11
     assert str(data.dropped) == "0 too long, 0 with equal sides, 1 used already"
-    assert data.facts["num_contradictions"] == 1
+    assert data.facts.num_contradictions == 1
     assert "1 pairs are there both ways round, and kept" in data.report()
     every = prepared(base_model, tmp_path / "out", file, data__deduplicate=False)
     assert len(every.train) + len(every.heldout) == 12
@@ -94,7 +94,7 @@ def test_an_evaluation_set_is_held_out_whole(base_model: Path, tmp_path: Path):
     assert data.heldout.source_names == (evaluation,)
     assert data.report()[0].startswith("10 training pairs of 10 rows; dropped: 0 too long")
     assert [w for w in data.warnings if w.startswith("3 prompts of data.eval are in data.train")]
-    assert data.facts["num_shared_prompts"] == 3
+    assert data.facts.num_shared_prompts == 3
     with pytest.raises(ValueError, match=r"data.eval: the weight of .* is 2"):
         prepared(base_model, tmp_path / "out", train, data__eval=json.dumps({evaluation: 2}))
 
@@ -114,9 +114,9 @@ def test_what_is_left_out_of_an_evaluation_set_is_told(base_model: Path, tmp_pat
     assert dict(zip(data.heldout.subset_names, counts, strict=True)) == {
         "": 1, "hard": 1, "tools": 4,
     }  # fmt: skip
-    facts = data.facts["eval_sources"]
-    assert {name: of["num_comparisons"] for name, of in facts.items()} == {tools: 5, fruit: 1}
-    assert facts[tools]["num_duplicates"] == 2
+    facts = data.facts.eval_sources
+    assert {name: of.num_comparisons for name, of in facts.items()} == {tools: 5, fruit: 1}
+    assert facts[tools].num_duplicates == 2
     shown = "\n".join(data.report()[-2:])
     assert (
         f"evaluated on {tools}: 5 pairs of 8 rows; dropped: 0 too long, 1 with equal sides, 2 used "

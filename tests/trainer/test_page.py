@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 def written(directory: Path, config: TrainConfig, decode: Decode, **given: Any) -> str:
     """The page of a report of these things, and nothing else."""
-    parts = {"log": [], "evaluations": [], "heldout": None, "rewards": None, "facts": FACTS}
+    parts = {
+        "facts": FACTS, "metrics": {}, "log": [], "evaluations": [], "heldout": None,
+        "rewards": None,
+    }  # fmt: skip
     write_report(directory, config=config, contract=CONTRACT, decode=decode, **parts | given)
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -91,8 +95,8 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
     log = [step_line(step) for step in range(1, 201)]
     evaluations = [evaluation_line(step) for step in range(25, 201, 25)]
     names = write_report(
-        tmp_path, config=config, contract=CONTRACT, facts=FACTS, log=log, evaluations=evaluations,
-        heldout=held, rewards=rewards, decode=tokenizer.decode,
+        tmp_path, config=config, contract=CONTRACT, facts=FACTS, metrics={}, log=log,
+        evaluations=evaluations, heldout=held, rewards=rewards, decode=tokenizer.decode,
     )  # fmt: skip
     assert names == ["report.html", *(f"plots/{name}.png" for name in PLOTS)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "report.html"]
@@ -222,8 +226,10 @@ def test_the_report_says_how_the_held_out_pairs_were_used(
     config.data.eval = {"held.jsonl": Source.model_validate({})}
     config.evaluation.every_steps, config.evaluation.keep_best = 1, True
     held, rewards = plausible(tokenizer, 20)
-    facts = {**FACTS, "num_shared_prompts": num_shared, "heldout_rmse_kind": 0.25}
-    text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=rewards, facts=facts)
+    text = written(
+        tmp_path, config, tokenizer.decode, heldout=held, rewards=rewards,
+        facts=replace(FACTS, num_shared_prompts=num_shared), metrics={"rmse_kind": 0.25},
+    )  # fmt: skip
     check_is_alone(text)
     assert "The checkpoint was chosen on these pairs" in text
     assert "pairs taken as independent" in text
@@ -258,7 +264,7 @@ def test_hostile_samples_are_shown_and_do_nothing(tmp_path: Path, config: TrainC
     rewards = np.tile(np.float32([-1, 1]), len(held))
     text = written(
         tmp_path, config, lambda ids: "".join(texts.get(i, "?") for i in ids), heldout=held,
-        rewards=rewards, facts={**FACTS, "dropped": "<script>"},
+        rewards=rewards, facts=replace(FACTS, dropped="<script>"),
     )  # fmt: skip
     check_is_alone(text)
     assert len(text) < 3_000_000

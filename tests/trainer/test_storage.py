@@ -21,6 +21,7 @@ from trainer.checkpoints.manifest import (
     manifest_name,
     new_folder,
     saved_state,
+    stored_steps,
     survey,
     tidy,
     write_manifest,
@@ -30,7 +31,6 @@ from trainer.checkpoints.storage import Storage, checkpoint_storage
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
 from trainer.log import TrainingLog
-from trainer.run import _stored_steps
 
 
 def remote(directory: Path) -> Storage:
@@ -239,7 +239,7 @@ def test_a_storage_path_that_is_no_place_is_refused(tmp_path: Path, place: str):
 
 def test_a_storage_belongs_to_one_run_even_when_the_output_is_new(tmp_path: Path):
     config = config_for(tmp_path / "a" / "rm", checkpoint__storage_path=str(tmp_path / "nfs"))
-    mine = identity(config, "model", "data")
+    mine = identity(config, "data")
     check_identity(config, mine)
     check_identity(config, mine)
     again = config_for(tmp_path / "b" / "rm", checkpoint__storage_path=str(tmp_path / "nfs"))
@@ -253,7 +253,7 @@ def test_a_storage_belongs_to_one_run_even_when_the_output_is_new(tmp_path: Path
 
 def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path):
     config = config_for(tmp_path / "rm")
-    mine = identity(config, "model", "data")
+    mine = identity(config, "data")
     check_identity(config, {k: v for k, v in mine.items() if k != "model.template_args"})
     check_identity(config, mine)
     with pytest.raises(ValueError, match=r"model\.template_args was {}, is now {'brief': True}"):
@@ -264,19 +264,19 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     config = config_for(tmp_path / "rm", checkpoint__storage_path=str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"checkpoint.storage_path: .* cannot be used"):
-        check_identity(config, identity(config, "model", "data"))
+        check_identity(config, identity(config, "data"))
 
 
 def test_an_output_that_cannot_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     config = config_for(tmp_path / "file" / "rm")
     with pytest.raises(ValueError, match=r"output_dir: .* cannot be used"):
-        check_identity(config, identity(config, "model", "data"))
+        check_identity(config, identity(config, "data"))
 
 
 def test_a_damaged_note_about_the_run_is_no_empty_place(tmp_path: Path):
     config = config_for(tmp_path / "rm")
-    mine = identity(config, "model", "data")
+    mine = identity(config, "data")
     check_identity(config, mine)
     note = tmp_path / "rm" / IDENTITY_FILE
     note.write_text(note.read_text()[:-5])
@@ -296,9 +296,9 @@ def run_with(tmp_path: Path, steps: int) -> TrainConfig:
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path):
-    assert _stored_steps(run_with(tmp_path, 40)) == 0
+    assert stored_steps(run_with(tmp_path, 40)) == 0
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tmp_path: Path):
     with pytest.raises(ValueError, match=r"has 41 steps, but there is no checkpoint in .*mounted"):
-        _stored_steps(run_with(tmp_path, 41))
+        stored_steps(run_with(tmp_path, 41))

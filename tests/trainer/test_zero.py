@@ -17,7 +17,7 @@ from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.prepare import prepare
 from trainer.evaluation.metrics import EvalResult, evaluate
-from trainer.job import Job
+from trainer.job import Job, RunFacts
 from trainer.run import TrainResult, train
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
         config = load_config(None, overrides(settings(base_model, data, root / name, **changes)))
         (root / name).mkdir()
         prepared, contract = prepare(config)
-        facts = {"num_pairs": 39, "num_steps": NUM_STEPS, "num_dropped": 0, "dropped": "none"}
-        todo[name] = Job(config, contract, ray.put(prepared), NUM_STEPS, facts)
+        facts = RunFacts.of(prepared, NUM_STEPS)
+        todo[name] = Job(config, contract, ray.put(prepared), facts)
 
     def train_all(todo: list[Job]) -> None:
         for job in todo:

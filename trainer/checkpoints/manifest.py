@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from reward_actor.contract import sha256_text
-from trainer.checkpoints.storage import Storage, StorageError
-from trainer.log import read_log
+from trainer.checkpoints.storage import Storage, StorageError, checkpoint_storage
+from trainer.config.train import TrainConfig
+from trainer.log import LOG_FILE, read_log
 
 # DeepSpeed's files lie in a folder of this name inside that of the checkpoint.
 TAG = "state"
@@ -143,6 +144,20 @@ def check_not_lost(storage: Storage, log: Path, every_steps: int) -> None:
             f"{log} has {last} steps, but there is no checkpoint in {storage.root}: is that the "
             "place where they were stored, and is it mounted? Delete output_dir to start again"
         )
+
+
+def stored_steps(config: TrainConfig) -> int:
+    """The steps that the newest checkpoint of a run has done. Raises ValueError if the storage
+    cannot be read, or has lost the checkpoints of a run that surely had some."""
+    storage = checkpoint_storage(config)
+    try:
+        found = tidy(storage)
+    except StorageError as error:
+        raise ValueError(f"the checkpoints in {storage.root} cannot be read: {error}") from error
+    if found.states or found.damaged:
+        return found.states[0].step if found.states else 0
+    check_not_lost(storage, Path(config.output_dir) / LOG_FILE, config.checkpoint.every_steps)
+    return 0
 
 
 def manifest_name(rank: int) -> str:

@@ -1,14 +1,22 @@
-"""Whether a directory, and the storage of its checkpoints, hold this run or another one."""
+"""Whether a directory, and the storage of its checkpoints, hold this run or another one; whether it
+is in use, or finished."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from reward_actor.contract import sha256_file, sha256_text
 from trainer.checkpoints.storage import Storage, StorageError, checkpoint_storage
 from trainer.config.train import TrainConfig
 
 IDENTITY_FILE = "run.json"
+RESULT_FILE = "result.json"
+EXPORT_DIR = "export"
 
 # Settings that decide what is learned, or how the training state is cut up.
 _IDENTITY = ("model", "adapter", "loss", "optimizer", "training", "distributed")
@@ -16,8 +24,8 @@ _FREE = ("model.path", "distributed.num_workers", "distributed.min_workers", "di
          "distributed.cpus_per_worker", "distributed.max_failures")  # fmt: skip
 
 
-def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued; `model` and `data` are fingerprints."""
+def identity(config: TrainConfig, data: str) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued; `data` is a fingerprint."""
     settings = config.model_dump(mode="json")
     return {
         **{
@@ -26,9 +34,18 @@ def identity(config: TrainConfig, model: str, data: str) -> dict[str, Any]:
             for key, value in settings[section].items()
             if f"{section}.{key}" not in _FREE
         },
-        "the weights at model.path": model,
+        "the weights at model.path": _model_digest(config.model.directory),
         "the training pairs": data,
     }
+
+
+def _model_digest(name: str) -> str:
+    """Tells two base models apart without reading gigabytes: the configuration, names and sizes."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return name
+    sizes = sorted((p.name, p.stat().st_size) for p in directory.glob("*.safetensors"))
+    return sha256_text(f"{sha256_file(directory / 'config.json')} {sizes}")
 
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:
@@ -79,3 +96,30 @@ def _claim(
             f"{setting}: {place.root} holds another run: {'; '.join(shown)}. Put that back to go "
             "on with it, choose another --output-dir, or delete the directory."
         )
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Held while a process trains into a directory. Raises ValueError if another one does."""
+    with (output_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: {output_dir} is in use by another training") from None
+        yield
+
+
+def finished(output_dir: Path) -> dict[str, Any] | None:
+    """The result of a run whose export is there and whole, else None."""
+    from reward_actor.model.directory import CheckpointError
+    from reward_actor.model.manifest import check_manifest
+
+    path, export_dir = output_dir / RESULT_FILE, output_dir / EXPORT_DIR
+    if not path.exists() or not (export_dir / "MANIFEST.json").exists():
+        return None
+    try:
+        check_manifest(export_dir)
+    except CheckpointError:
+        return None  # it is written again from the last checkpoint
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result

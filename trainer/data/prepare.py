@@ -66,10 +66,12 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
         from trainer.data.stream import prepare_stream
 
         return prepare_stream(config, contract), contract
-    everything = [gather_rows(some, renderer, rules_of(config)) for some in loaded]
-    train, heldout, summary = decide(everything, config, contract)
+    attributes = config.loss.attributes
+    rules = rules_of(data, attributes)
+    everything = [gather_rows(some, renderer, rules) for some in loaded]
+    train, heldout, summary = decide(everything, data, attributes, contract)
     kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
-    return Prepared.of(*kept, summary, config), contract
+    return Prepared.of(*kept, summary, data, config.training.seed), contract
 
 
 def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:

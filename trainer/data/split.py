@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from reward_actor.contract import sha256_text
-from trainer.config.train import TrainConfig
+from trainer.config.data import DataConfig
 from trainer.data.comparisons import Comparisons, holds_ties
 from trainer.data.gather import Gathered, first_uses, num_contradictions
 from trainer.data.render import Dropped, Rules, Tally
@@ -22,14 +22,53 @@ if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
 
 
+@dataclass(kw_only=True)
+class SourceFacts(Tally):
+    """What is known of a source: the counts of its rows, and of its comparisons and the tokens of
+    their sequences."""
+
+    dropped: str
+    """The rows that were left out, for people."""
+    num_comparisons: int
+    num_sequences: int
+    num_tokens: int
+    length_5: int
+    """Percentiles of the sequences' lengths in tokens."""
+    length_50: int
+    length_95: int
+    length_max: int
+    shared_fraction: float
+    """The share of the tokens that are another one's prefix: after the first sequence of a
+    comparison, what all of it begins with need not be computed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the report says of the data."""
+
+    max_length: int
+    num_train: int
+    num_heldout: int
+    num_shared_prompts: int | None = None
+    """Prompts of data.eval that are in data.train as well; None in files of an older version."""
+    num_contradictions: int
+    total: SourceFacts
+    """Of all sources that are trained on, what is held out of them included."""
+    sources: dict[str, SourceFacts]
+    eval_sources: dict[str, SourceFacts]
+
+
 @dataclass(frozen=True)
 class Summary:
     """What is known about the data besides the data. Plain values: it is kept as JSON."""
 
     num_rows: int
-    dropped: dict[str, int]
-    facts: dict[str, Any]
+    """Read of the training sources."""
+    dropped: Dropped
+    """Of the training sources; `.count` and `str()`."""
+    facts: DataFacts
     warnings: list[str]
+    """What is probably a mistake, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +95,8 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Prepared(TrainingData):
+class Prepared(TrainingData, Summary):
     """The data of a training and how it came about."""
-
-    num_rows: int
-    """Read of the training sources."""
-    dropped: Dropped
-    """Of the training sources; `.count` and `str()`."""
-    facts: Mapping[str, Any]
-    """What the report says: {"max_length", "num_train", "num_heldout", "num_shared_prompts",
-    "num_contradictions", "total": {...}, "sources": {name: {...}}, "eval_sources": {...}}; see
-    `_measured`."""
-    warnings: list[str] = field(default_factory=list)
-    """What is probably a mistake, and what to do about it."""
 
     @classmethod
     def of(
@@ -76,20 +104,18 @@ class Prepared(TrainingData):
         train: Comparisons,
         heldout: Comparisons,
         summary: Summary,
-        config: TrainConfig,
+        data: DataConfig,
+        seed: int,
     ) -> Prepared:
         """Raises ValueError if the weights of the sources leave nothing to train on."""
-        sources = config.data.sources("train")
+        sources = data.sources("train")
         prepared = cls(
             train=train,
             heldout=heldout,
             weights=tuple(sources[name].weight for name in train.source_names),
-            seed=config.training.seed,
+            seed=seed,
             has_ties=holds_ties(train),
-            num_rows=summary.num_rows,
-            dropped=Dropped(**summary.dropped),
-            facts=summary.facts,
-            warnings=summary.warnings,
+            **vars(summary),
         )
         if not prepared.num_used:
             raise ValueError("data.train: the weights are so small that no pair is left to train")
@@ -106,57 +132,59 @@ class Prepared(TrainingData):
     def report(self) -> list[str]:
         """Lines for people, before the first step: how many pairs, what was left out, how long."""
         facts = self.facts
-        heldout = "" if facts["eval_sources"] else f", {len(self.heldout)} held out by prompt,"
+        heldout = "" if facts.eval_sources else f", {len(self.heldout)} held out by prompt,"
         lines = [
             f"{len(self.train)} training pairs{heldout} of {self.num_rows} rows; "
             f"dropped: {self.dropped}"
         ]
-        if facts["total"]["num_truncated"]:
-            lines.append(f"{facts['total']['num_truncated']} over-long pairs cut on the left")
-        if facts["num_contradictions"]:
-            lines.append(f"{facts['num_contradictions']} pairs are there both ways round, and kept")
-        if len(facts["sources"]) > 1:
-            used = np.bincount(self.train.sources[self.use(0)], minlength=len(facts["sources"]))
-            for (name, of), num in zip(facts["sources"].items(), used, strict=True):
+        if facts.total.num_truncated:
+            lines.append(f"{facts.total.num_truncated} over-long pairs cut on the left")
+        if facts.num_contradictions:
+            lines.append(f"{facts.num_contradictions} pairs are there both ways round, and kept")
+        if len(facts.sources) > 1:
+            used = np.bincount(self.train.sources[self.use(0)], minlength=len(facts.sources))
+            for (name, of), num in zip(facts.sources.items(), used, strict=True):
                 lines.append(
-                    f"  {name}: {of['num_comparisons']} pairs of {of['num_rows']} rows, {num} in "
-                    f"an epoch; dropped: {of['dropped']}; {_lengths(of)}"
+                    f"  {name}: {of.num_comparisons} pairs of {of.num_rows} rows, {num} in "
+                    f"an epoch; dropped: {of.dropped}; {_lengths(of)}"
                 )
-        lines.append(f"{_lengths(facts['total'])}, limit {facts['max_length']}")
-        for name, of in facts["eval_sources"].items():
-            cut = f", {of['num_truncated']} cut on the left," if of["num_truncated"] else ""
+        lines.append(f"{_lengths(facts.total)}, limit {facts.max_length}")
+        for name, of in facts.eval_sources.items():
+            cut = f", {of.num_truncated} cut on the left," if of.num_truncated else ""
             lines.append(
-                f"evaluated on {name}: {of['num_comparisons']} pairs{cut} of {of['num_rows']} "
-                f"rows; dropped: {of['dropped']}; {_lengths(of)}"
+                f"evaluated on {name}: {of.num_comparisons} pairs{cut} of {of.num_rows} "
+                f"rows; dropped: {of.dropped}; {_lengths(of)}"
             )
         return lines
 
 
-def rules_of(config: TrainConfig) -> Rules:
-    return Rules(tuple(config.loss.attributes), config.data.over_long, config.data.split_seed)
+def rules_of(data: DataConfig, attributes: Iterable[str]) -> Rules:
+    return Rules(tuple(attributes), data.over_long, data.split_seed)
 
 
 def decide(
-    everything: Sequence[Gathered], config: TrainConfig, contract: ScoringContract
+    everything: Sequence[Gathered],
+    data: DataConfig,
+    attributes: Iterable[str],
+    contract: ScoringContract,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Summary]:
     """Which comparisons are trained on, which are held out, and what there is to say about it.
 
     `everything` is the training sources, of which some are held out, or those and the ones for
-    evaluation, which all are. Raises ValueError if nothing would be left to train.
+    evaluation, which all are. Raises ValueError if nothing would be left to train, or to train one
+    of the `attributes` by.
     """
     gathered = everything[0]
     used = [
-        first_uses(some, by_subset=number == 1)
-        if config.data.deduplicate
-        else np.arange(len(some.marks))
+        first_uses(some, by_subset=number == 1) if data.deduplicate else np.arange(len(some.marks))
         for number, some in enumerate(everything)
     ]
-    _check_attributes(gathered, config)
+    _check_attributes(gathered, attributes)
     keys = gathered.marks["key"][used[0]]
     warnings = _warnings(everything, contract)
     if len(everything) == 1:
-        warnings += _doubtful_splits(gathered) if config.data.eval_fraction else []
-        is_heldout = split_by_prompt(keys, config.data.eval_fraction)
+        warnings += _doubtful_splits(gathered) if data.eval_fraction else []
+        is_heldout = split_by_prompt(keys, data.eval_fraction)
         train, heldout = used[0][~is_heldout], used[0][is_heldout]
         both = 0
     else:
@@ -168,17 +196,17 @@ def decide(
                 "will be too good; take them out of one of the two"
             )
     total = sum(gathered.tallies, Tally())
-    facts = {
-        "max_length": contract.max_length,
-        "num_train": len(train),
-        "num_heldout": len(heldout),
-        "num_shared_prompts": both,
-        "num_contradictions": num_contradictions(gathered.marks[used[0]]),
-        "total": _measured(gathered, used[0], total),
-        "sources": _measured_by_source(gathered, used[0]),
-        "eval_sources": _measured_by_source(everything[1], heldout) if everything[1:] else {},
-    }
-    dropped = {key: value for key, value in asdict(total).items() if key in vars(Dropped())}
+    facts = DataFacts(
+        max_length=contract.max_length,
+        num_train=len(train),
+        num_heldout=len(heldout),
+        num_shared_prompts=both,
+        num_contradictions=num_contradictions(gathered.marks[used[0]]),
+        total=_measured(gathered, used[0], total),
+        sources=_measured_by_source(gathered, used[0]),
+        eval_sources=_measured_by_source(everything[1], heldout) if everything[1:] else {},
+    )
+    dropped = Dropped(**{item.name: getattr(total, item.name) for item in fields(Dropped)})
     return train, heldout, Summary(total.num_rows, dropped, facts, warnings)
 
 
@@ -217,11 +245,9 @@ def epoch_use(
     return np.repeat(np.arange(len(sources), dtype=np.int64), times)
 
 
-def _check_attributes(gathered: Gathered, config: TrainConfig) -> None:
+def _check_attributes(gathered: Gathered, attributes: Iterable[str]) -> None:
     """Raise ValueError for a head without any target. A source may well have none for it."""
-    for name, targets in zip(
-        config.loss.attributes, gathered.comparisons.attributes.T, strict=True
-    ):
+    for name, targets in zip(attributes, gathered.comparisons.attributes.T, strict=True):
         if np.isnan(targets).all():
             sources = ", ".join(gathered.comparisons.source_names)
             raise ValueError(f"loss.attributes: no row of {sources} has the attribute {name!r}")
@@ -274,7 +300,7 @@ def _doubtful_splits(gathered: Gathered) -> list[str]:
     ]
 
 
-def _measured_by_source(gathered: Gathered, index: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+def _measured_by_source(gathered: Gathered, index: NDArray[np.int64]) -> dict[str, SourceFacts]:
     sources = gathered.comparisons.sources[index]
     return {
         name: _measured(gathered, index[sources == number], gathered.tallies[number])
@@ -282,12 +308,8 @@ def _measured_by_source(gathered: Gathered, index: NDArray[np.int64]) -> dict[st
     }
 
 
-def _measured(gathered: Gathered, index: NDArray[np.int64], tally: Tally) -> dict[str, Any]:
-    """Counts and the lengths of the sequences of these comparisons, in tokens.
-
-    `shared_fraction` is the share of their tokens that are another one's prefix: after the first
-    sequence of a comparison, what all of it begins with need not be computed again.
-    """
+def _measured(gathered: Gathered, index: NDArray[np.int64], tally: Tally) -> SourceFacts:
+    """Of these comparisons; `tally` is of the rows that they come from."""
     comparisons = gathered.comparisons
     num = np.diff(comparisons.starts)
     chosen = np.zeros(len(comparisons), dtype=bool)
@@ -295,22 +317,22 @@ def _measured(gathered: Gathered, index: NDArray[np.int64], tally: Tally) -> dic
     lengths = comparisons.lengths[np.repeat(chosen, num)]
     shared = gathered.marks["shared"][index].astype(np.int64) * (num[index] - 1)
     at = np.percentile(lengths, (5, 50, 95)).astype(int) if len(lengths) else (0, 0, 0)
-    return {
-        **asdict(tally),
-        "dropped": str(tally),
-        "num_comparisons": len(index),
-        "num_sequences": len(lengths),
-        "num_tokens": int(lengths.sum()),
-        "length_5": int(at[0]),
-        "length_50": int(at[1]),
-        "length_95": int(at[2]),
-        "length_max": int(lengths.max(initial=0)),
-        "shared_fraction": round(float(shared.sum() / max(1, lengths.sum())), 4),
-    }
+    return SourceFacts(
+        **vars(tally),
+        dropped=str(tally),
+        num_comparisons=len(index),
+        num_sequences=len(lengths),
+        num_tokens=int(lengths.sum()),
+        length_5=int(at[0]),
+        length_50=int(at[1]),
+        length_95=int(at[2]),
+        length_max=int(lengths.max(initial=0)),
+        shared_fraction=round(float(shared.sum() / max(1, lengths.sum())), 4),
+    )
 
 
-def _lengths(of: Mapping[str, Any]) -> str:
+def _lengths(of: SourceFacts) -> str:
     return (
-        f"tokens: 5 % {of['length_5']}, median {of['length_50']}, 95 % {of['length_95']}, longest "
-        f"{of['length_max']}, {of['shared_fraction']:.0%} of them shared prefixes"
+        f"tokens: 5 % {of.length_5}, median {of.length_50}, 95 % {of.length_95}, longest "
+        f"{of.length_max}, {of.shared_fraction:.0%} of them shared prefixes"
     )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import ray.data
+from pydantic import TypeAdapter
 
 from reward_actor.cluster import connect
 from reward_actor.contract import ScoringContract, sha256_text
@@ -98,9 +99,9 @@ def prepare_stream(
                 partial.rename(directory)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    summary = Summary(**json.loads((directory / _SUMMARY_FILE).read_text(encoding="utf-8")))
+    summary = TypeAdapter(Summary).validate_json((directory / _SUMMARY_FILE).read_bytes())
     train, heldout = (Comparisons.open(directory / name) for name in ("train", "heldout"))
-    return Prepared.of(train, heldout, summary, config)
+    return Prepared.of(train, heldout, summary, config.data, config.training.seed)
 
 
 def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
         "eval_fraction": data.eval_fraction,
         "max_pairs": data.max_pairs,
         "deduplicate": data.deduplicate,
-        "rules": asdict(rules_of(config)),
+        "rules": asdict(rules_of(data, config.loss.attributes)),
         "contract": contract.to_json(),
         "tokenizer": tokenizer_fingerprint(load_tokenizer(Path(config.model.directory)), contract),
     }
@@ -142,7 +143,7 @@ def _write(
             rendering = Rendering(
                 config.model.directory,
                 json.dumps(contract.to_json()),
-                rules_of(config),
+                rules_of(config.data, config.loss.attributes),
                 tuple(sources),
             )
             jobs, names = _tasks(sources, max_rows, split_bytes), list(sources)
@@ -152,7 +153,7 @@ def _write(
     finally:
         if not was_connected:
             ray.shutdown()
-    train, heldout, summary = decide(gathered, config, contract)
+    train, heldout, summary = decide(gathered, config.data, config.loss.attributes, contract)
     take(gathered[0].comparisons, train, directory / "train")
     take(gathered[-1].comparisons, heldout, directory / "heldout")
     shutil.rmtree(staged)

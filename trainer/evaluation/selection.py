@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 from trainer.evaluation.metrics import RMSE, better, is_defined
 
 if TYPE_CHECKING:
-    from trainer.config.train import EvaluationConfig, TrainConfig
+    from trainer.config.train import EvaluationConfig
     from trainer.data.comparisons import Comparisons
 
 
-def check_selection(config: TrainConfig, heldout: Comparisons) -> None:
+def check_selection(
+    config: EvaluationConfig, attributes: Iterable[str], heldout: Comparisons
+) -> None:
     """Raise ValueError if checkpoints are to be compared by what no held-out row can tell."""
-    evaluation = config.evaluation
-    if is_defined(evaluation.metric, heldout, config.loss.attributes):
+    if is_defined(config.metric, heldout, attributes):
         return
     for name in ("patience", "keep_best"):
-        if getattr(evaluation, name):
+        if getattr(config, name):
             raise ValueError(
-                f"evaluation.{name} compares checkpoints by the {evaluation.metric} of what is "
-                f"held out, but {_absent(evaluation.metric, heldout)}: raise data.eval_fraction, "
+                f"evaluation.{name} compares checkpoints by the {config.metric} of what is "
+                f"held out, but {_absent(config.metric, heldout)}: raise data.eval_fraction, "
                 f"name other rows in data.eval, or leave evaluation.{name} away"
             )
 

@@ -26,12 +26,13 @@ _BLOCK = 64
 _ADAPTER = "reward"
 
 
-def quantization(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that quantise a network's linear layers, but its head.
+def quantization(config: AdapterConfig, dtype: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that quantise a network's linear layers, but its head, and
+    compute in `dtype`.
 
     NormalFloat of 4 bits with quantised scales (Dettmers et al., QLoRA, arXiv:2305.14314).
     """
-    if config.adapter.quantize != "4bit":
+    if config.quantize != "4bit":
         return {}
     from transformers import BitsAndBytesConfig
 
@@ -40,7 +41,7 @@ def quantization(config: TrainConfig) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, config.model.dtype),
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
             llm_int8_skip_modules=list(HEADS),
         )
     }
@@ -140,7 +141,7 @@ def exported(weights: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Te
     Adapters are merged in float32 and several heads folded by their weights: the same reward, but
     for the rounding of the sums to `model.dtype`.
     """
-    merged = _merged(weights, config)
+    merged = _merged(weights, config.adapter, getattr(torch, config.model.dtype))
     attribute_weights = list(config.loss.attributes.values())
     if attribute_weights:
         for name in HEADS:
@@ -152,15 +153,16 @@ def exported(weights: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Te
     return merged
 
 
-def _merged(weights: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+def _merged(
+    weights: Mapping[str, Tensor], config: AdapterConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     merged = {}
-    dtype = getattr(torch, config.model.dtype)
     for name, weight in weights.items():
         layer, _, own = name.rpartition(".base_layer.")
         if layer and own == "weight":
             down = weights[f"{layer}.lora_A.{_ADAPTER}.weight"].float()
             up = weights[f"{layer}.lora_B.{_ADAPTER}.weight"].float()
-            scale = config.adapter.alpha / config.adapter.rank
+            scale = config.alpha / config.rank
             whole = weight.float() + scale * (up @ down)
             merged[f"{layer}.weight"] = whole.to(dtype)
         elif layer:

@@ -52,7 +52,7 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> TrainedModel:
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head of another number of outputs; others are told below
-        **adapters.quantization(config),
+        **adapters.quantization(config.adapter, config.model.dtype),
     )
     unset_hf_deepspeed_config()
     if sharded:
@@ -73,7 +73,8 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> TrainedModel:
             f"{head_name(network)}: try rayward convert, or remove those weights for a new head"
         )
     if absent & ours:
-        _start_head(head, config, network.config, sharded)
+        std = head_std(config.model.head_init, head.in_features, network.config)
+        _start_head(head, std, config.training.seed, sharded)
     if config.adapter.rank:
         adapters.insert(network, config.adapter, config.training.seed)
     _freeze(network, config.model.freeze)
@@ -113,14 +114,11 @@ def _last_layer(backbone: PreTrainedModel) -> dict[str, Any]:
     return vars(layers[-1]) if layers else {}
 
 
-def _start_head(
-    head: torch.nn.Linear, config: TrainConfig, network_config: PretrainedConfig, sharded: bool
-) -> None:
+def _start_head(head: torch.nn.Linear, std: float, seed: int, sharded: bool) -> None:
     """Draw the head's weights from the seed, the same under any sharding; its bias is zero."""
     import deepspeed
 
-    std = head_std(config.model.head_init, head.in_features, network_config)
-    generator = torch.Generator().manual_seed(config.training.seed)
+    generator = torch.Generator().manual_seed(seed)
     with deepspeed.zero.GatheredParameters(
         list(head.parameters()), modifier_rank=0, enabled=sharded
     ):

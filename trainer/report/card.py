@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from reward_actor.contract import ScoringContract
 from trainer.config.train import TrainConfig
 from trainer.evaluation.metrics import RMSE
+from trainer.job import RunFacts
 from trainer.report import describe
 from trainer.report.templates import TEMPLATES
 
@@ -34,34 +35,31 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def model_card(
     config: TrainConfig,
     contract: ScoringContract,
-    facts: Mapping[str, Any],
+    facts: RunFacts,
+    metrics: Mapping[str, Any],
     files: Sequence[str] = (),
 ) -> str:
-    """A model card; `facts` hold the counts and the `heldout_*` metrics, `files` are those of the
-    report beside it, as `write_report` names them.
+    """A model card; `metrics` are of the held-out comparisons (`measure`), `files` are those of the
+    report next to it, as `write_report` names them.
 
     It holds no path, and no link to what `trainer.report.hub` does not push.
     """
-    found = {
-        key.removeprefix("heldout_"): value
-        for key, value in facts.items()
-        if key.startswith("heldout_")
-    }
-    errors = {k.removeprefix(RMSE): value for k, value in found.items() if k.startswith(RMSE)}
-    what = "pairs" if "accuracy" in found else "completions"
-    *others, last = describe.losses(config, facts["counts"])
+    errors = {k.removeprefix(RMSE): value for k, value in metrics.items() if k.startswith(RMSE)}
+    what = "pairs" if "accuracy" in metrics else "completions"
+    notes = describe.heldout_notes(config, facts.num_shared_prompts, what)
+    *others, last = describe.losses(config.loss, facts.counts)
     return TEMPLATES.get_template("card.md").render(
-        metadata=_metadata(config, facts["counts"], found),
+        metadata=_metadata(config, facts.counts, metrics),
         trained_by=f"{', '.join(others)} and {last}" if others else last,
         config=config,
         contract=contract,
-        counts=facts["counts"],
+        counts=facts.counts,
         describe=describe,
         errors=errors,
         facts=facts,
         files=files,
-        found={"subsets": {}, **found},
-        notes=describe.heldout_notes(config, facts, what) if "accuracy" in found or errors else [],
+        found={"subsets": {}, **metrics},
+        notes=notes if "accuracy" in metrics or errors else [],
         plots=_PLOTS,
     )
 
@@ -88,7 +86,7 @@ def _metadata(config: TrainConfig, counts: Mapping[str, int], found: Mapping[str
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=["reward-model", *describe.losses(config, counts).values(), "rayward"],
+        tags=["reward-model", *describe.losses(config.loss, counts).values(), "rayward"],
         datasets=datasets or None,
         base_model=base if base and _is_hub_name(base) else None,
         model_name=describe.run_name(config) if metrics else None,

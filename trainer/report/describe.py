@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from trainer.config.train import TrainConfig
+from trainer.config.data import DataConfig
+from trainer.config.train import LossConfig, TrainConfig
 
 
 def public(config: TrainConfig) -> TrainConfig:
@@ -46,25 +47,25 @@ def base_name(config: TrainConfig) -> str:
     return "from scratch" if config.is_from_scratch else last_part(config.model.directory)
 
 
-def source_names(config: TrainConfig, which: Literal["train", "eval"]) -> str:
-    sources = config.data.sources(which)
+def source_names(data: DataConfig, which: Literal["train", "eval"]) -> str:
+    sources = data.sources(which)
     weights = _shortened({name: source.weight for name, source in sources.items()})
     return ", ".join(
         name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items()
     )
 
 
-def evaluation_set(config: TrainConfig) -> str:
-    if config.data.eval is not None:
-        return source_names(config, "eval")
-    share = config.data.eval_fraction
+def evaluation_set(data: DataConfig) -> str:
+    if data.eval is not None:
+        return source_names(data, "eval")
+    share = data.eval_fraction
     return f"{100 * share:.1f} % of the prompts, which were not trained on" if share else "none"
 
 
-def heldout_notes(config: TrainConfig, facts: Mapping[str, Any], what: str) -> list[str]:
-    """What has to be known to read the numbers of held-out `what` (pairs, or completions).
-    `num_shared_prompts` of `facts` are those of data.eval that are in data.train, too."""
-    notes, num_shared = [], facts.get("num_shared_prompts")
+def heldout_notes(config: TrainConfig, num_shared: int | None, what: str) -> list[str]:
+    """What has to be known to read the numbers of held-out `what` (pairs, or completions);
+    `num_shared` prompts of data.eval are in data.train, too."""
+    notes = []
     if config.data.eval is None or num_shared == 0:
         notes.append(f"The held-out {what} are about prompts that were not trained on.")
     elif num_shared:
@@ -76,26 +77,25 @@ def heldout_notes(config: TrainConfig, facts: Mapping[str, Any], what: str) -> l
     return notes
 
 
-def losses(config: TrainConfig, counts: Mapping[str, int]) -> dict[str, str]:
+def losses(loss: LossConfig, counts: Mapping[str, int]) -> dict[str, str]:
     """What it was trained by, in words, and the Hub's tag for each; `counts` are those of the
     training comparisons (`Comparisons.counts`)."""
     found = {}
     if counts["ties"]:  # then the model of ties is that of the decided pairs, too
-        ties = "Rao-Kupper" if config.loss.ties == "rao_kupper" else "Davidson"
+        ties = "Rao-Kupper" if loss.ties == "rao_kupper" else "Davidson"
         found[f"{ties} on pairs and ties"] = ties.lower()
     elif counts["pairs"]:
         found["Bradley-Terry on pairs"] = "bradley-terry"
     if counts["rankings"]:
         found["Plackett-Luce on rankings"] = "plackett-luce"
-    if config.loss.attributes:
+    if loss.attributes:
         found["regression of attributes"] = "attribute-regression"
     return found
 
 
-def loss_settings(config: TrainConfig, counts: Mapping[str, int]) -> str:
+def loss_settings(loss: LossConfig, counts: Mapping[str, int]) -> str:
     """The loss with what changes it."""
-    loss = config.loss
-    parts = list(losses(config, counts))
+    parts = list(losses(loss, counts))
     if counts["ties"]:
         parts.append(f"tie parameter {loss.tie_parameter:g}")
     if counts["margins"] and loss.use_margin:
@@ -123,6 +123,6 @@ def trained_on(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in kinds.items())
 
 
-def weighted_sum(config: TrainConfig) -> str:
+def weighted_sum(attributes: Mapping[str, float]) -> str:
     """The reward, of attributes: `0.6 helpfulness + 0.4 safety`."""
-    return " + ".join(f"{weight:g} {name}" for name, weight in config.loss.attributes.items())
+    return " + ".join(f"{weight:g} {name}" for name, weight in attributes.items())

@@ -17,6 +17,7 @@ from trainer.config.options import leaves
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparisons
 from trainer.evaluation.metrics import RMSE, evaluate, pair_indices
+from trainer.job import RunFacts
 from trainer.report import describe
 from trainer.report.hardest import hardest_pairs
 from trainer.report.plots import HeldOut, Lines, write_plots
@@ -35,7 +36,8 @@ def write_report(
     *,
     config: TrainConfig,
     contract: ScoringContract,
-    facts: Mapping[str, Any],
+    facts: RunFacts,
+    metrics: Mapping[str, Any],
     log: Lines,
     evaluations: Lines,
     heldout: Comparisons | None,
@@ -45,19 +47,17 @@ def write_report(
     """Write `directory/report.html` and `directory/plots/*.png`; returns their names in it. No
     path is shown.
 
-    `rewards` (S,) are the raw scores of `heldout`'s sequences; `decode` turns token ids to text.
+    `metrics` are of the held-out comparisons (`measure`), `rewards` (S,) the raw scores of
+    `heldout`'s sequences; `decode` turns token ids to text.
     """
     held, hard = None, []
     if heldout is not None and rewards is not None and len(pair_indices(heldout)[0]):
         held = _held_out(heldout, rewards)
         hard = hardest_pairs(heldout, rewards, decode)
     plots = write_plots(directory / PLOTS_DIR, log, evaluations, held)
-    errors = {
-        key.removeprefix(f"heldout_{RMSE}"): value
-        for key, value in facts.items()
-        if key.startswith(f"heldout_{RMSE}")
-    }
-    notes = describe.heldout_notes(config, facts, "pairs" if held else "completions")
+    errors = {k.removeprefix(RMSE): value for k, value in metrics.items() if k.startswith(RMSE)}
+    what = "pairs" if held else "completions"
+    notes = describe.heldout_notes(config, facts.num_shared_prompts, what)
     default = {key: str(field.default) for key, field in leaves() if not field.is_required()}
     settings = settings_of(describe.public(config))
     page = TEMPLATES.get_template(REPORT_FILE).render(
@@ -111,15 +111,13 @@ def _speed(log: Lines) -> dict[str, float | None] | None:
     }
 
 
-def _data(
-    config: TrainConfig, contract: ScoringContract, facts: Mapping[str, Any]
-) -> dict[str, str]:
+def _data(config: TrainConfig, contract: ScoringContract, facts: RunFacts) -> dict[str, str]:
     rows = {
-        "trained on": describe.source_names(config, "train"),
-        "evaluated on": describe.evaluation_set(config),
-        "comparisons": describe.trained_on(facts["counts"]),
-        "loss": describe.loss_settings(config, facts["counts"]),
-        "dropped": f"{facts['num_dropped']:,} ({facts['dropped']})",
+        "trained on": describe.source_names(config.data, "train"),
+        "evaluated on": describe.evaluation_set(config.data),
+        "comparisons": describe.trained_on(facts.counts),
+        "loss": describe.loss_settings(config.loss, facts.counts),
+        "dropped": f"{facts.num_dropped:,} ({facts.dropped})",
         "longest sequence": f"{contract.max_length:,} tokens at most",
     }
     if (contract.mean, contract.std) != (0.0, 1.0):
