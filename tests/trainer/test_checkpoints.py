@@ -11,7 +11,7 @@ from engines import settings as engine_settings
 from trainer_runs import overrides, settings, write_pairs
 
 from trainer.checkpoints.checkpoints import Checkpoints
-from trainer.checkpoints.manifest import manifest_name
+from trainer.checkpoints.manifest import manifest_name, saved_states
 from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.config_file import load_config
 from trainer.data.prepare import prepare
@@ -63,3 +63,35 @@ def test_an_old_checkpoint_that_cannot_be_read_costs_no_new_one(
     on_workers: OnWorkers, base_model, tmp_path: Path
 ):
     assert on_workers(1, store_beside_an_unreadable_one, base_model, tmp_path) == [(0, [4, 3])]
+
+
+def prefer_one_that_cannot_be_stored(model: Path, output_dir: Path) -> tuple[int | None, list[int]]:
+    """The best step, and whose checkpoints are there, after a better one found no room."""
+    config = engine_settings(model, output_dir=output_dir, checkpoint__num_to_keep=2)
+    built = trainer(config)
+    checkpoints = Checkpoints(built.engine, config)
+    checkpoints.prefer(2)
+    checkpoints.save(2)
+    checkpoints.prefer(4)  # while that of step 2 may be on its way
+    checkpoints.wait()
+    place = Path(checkpoint_storage(config).root)
+    place.rename(place.with_name("unplugged"))
+    place.write_text("in the way")
+    checkpoints.save(4)
+    checkpoints.wait()
+    place.unlink()
+    place.with_name("unplugged").rename(place)
+    for step in (5, 6, 7):
+        checkpoints.save(step)
+    checkpoints.close()
+    zero.release(built.engine)
+    assert checkpoints.num_failed == 1
+    return checkpoints.best, sorted(
+        state.step for state in saved_states(checkpoint_storage(config))
+    )
+
+
+def test_the_best_checkpoint_is_kept_until_a_better_one_is_stored(
+    on_workers: OnWorkers, base_model, tmp_path: Path
+):
+    assert on_workers(1, prefer_one_that_cannot_be_stored, base_model, tmp_path) == [(2, [2, 6, 7])]

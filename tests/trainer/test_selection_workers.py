@@ -71,6 +71,8 @@ def test_it_stops_early_and_exports_the_best_checkpoint(
     assert result["heldout_log_loss"] == pytest.approx(lines[0]["log_loss"], abs=1e-6)
     steps = {state.step for state in survey(Storage.at(str(stopped), "checkpoints")).states}
     assert steps == {2, 5, 6}, "the best one outlives the newest two"
+    again = on_workers(1, train_on_one, base_model, stopped, 20, kept, *sets)[0]
+    assert again == result, "the evaluations so far are known to a run that resumes"
     changes = {"optimizer__schedule": "constant"}
     on_workers(1, train_on_one, base_model, best, 2, changes, *sets)
     ours = load_file(stopped / "export" / "model.safetensors")
