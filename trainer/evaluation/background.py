@@ -38,9 +38,6 @@ from trainer.network.build import build_model
 from trainer.network.collectives import from_first, is_first
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from trainer.config.train import TrainConfig
     from trainer.data.split import TrainingData
 
@@ -51,21 +48,9 @@ MAX_PENDING = 4
 def evaluate_checkpoint(
     config: TrainConfig, state: SavedState, data: TrainingData
 ) -> dict[str, Any]:
-    """The metrics of the held-out comparisons by a stored checkpoint."""
+    """The metrics of the held-out comparisons by a stored checkpoint, with the weights that the
+    training computes with. Raises RuntimeError for a checkpoint that is damaged or gone."""
     torch.set_num_threads(max(1, int(config.distributed.cpus_per_worker)))
-    heldout = data.heldout
-    sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
-    return measure(heldout, checkpoint_scores(config, state, sequences), config.loss.attributes)
-
-
-def checkpoint_scores(
-    config: TrainConfig, state: SavedState, sequences: list[list[int]]
-) -> NDArray[np.float32]:
-    """(S, A) raw scores of every head of a stored checkpoint, with the weights that the training
-    computes with; A is 1 without attributes.
-
-    Raises RuntimeError for a checkpoint that is damaged or gone.
-    """
     # The network as it is trained, but whole in this process.
     trained = build_model(config, {"zero_optimization": {"stage": 0}})
     with fetched(checkpoint_storage(config), state) as (place, problem):
@@ -76,7 +61,9 @@ def checkpoint_scores(
         zero.load_trained(weights, trained)
     trained.to("cuda" if ray.get_gpu_ids() else "cpu").eval()
     engine = Engine(trained.model, max_batch_tokens=config.training.micro_batch_tokens)
-    return engine.raw_scores(sequences)
+    heldout = data.heldout
+    sequences = [heldout.sequence(i) for i in range(heldout.num_sequences)]
+    return measure(heldout, engine.raw_scores(sequences), config.loss.attributes)
 
 
 class BackgroundEvaluations:
