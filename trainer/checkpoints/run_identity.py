@@ -4,13 +4,13 @@ is in use, or finished."""
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from reward_actor.contract import sha256_file, sha256_text
+from reward_actor.json_files import json_object
 from trainer.checkpoints.storage import Storage, StorageError, checkpoint_storage
 from trainer.config.train import TrainConfig
 
@@ -121,5 +121,4 @@ def finished(output_dir: Path) -> dict[str, Any] | None:
         check_manifest(export_dir)
     except CheckpointError:
         return None  # it is written again from the last checkpoint
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
+    return json_object(path)
