@@ -33,8 +33,6 @@ RUNS_WHAT_IT_READS = {
 ALLOWED = {
     # DeepSpeed-Chat's weights, by torch's restricted unpickler, in `rayward convert` alone.
     ("reward_actor/convert.py", "torch.load"),
-    # What this run's own tasks wrote, within one Ray job.
-    ("trainer/data/stream.py", "pickle.loads"),
     # DeepSpeed's own training state, after its digests were checked.
     ("trainer/deepspeed_internals.py", "torch.load"),
 }

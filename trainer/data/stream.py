@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import pickle
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import ray
 import ray.data
 from pydantic import TypeAdapter
@@ -28,6 +26,7 @@ from reward_actor.cluster import connect
 from reward_actor.contract import ScoringContract, sha256_text
 from trainer.config.data import Source
 from trainer.config.train import TrainConfig
+from trainer.data.columns import RenderedPart, from_row, to_row
 from trainer.data.comparisons import Comparisons
 from trainer.data.gather import gather, take
 from trainer.data.parse import parse_line
@@ -37,6 +36,8 @@ from trainer.data.sources import SPLIT_BYTES, Split, fingerprint, is_blank, read
 from trainer.data.split import Prepared, Summary, decide, rules_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from reward_actor.render import Renderer
 
 DATA_DIR = "data"
@@ -52,17 +53,6 @@ class RenderTask:
     splits: list[Split]
     columns: Source
     max_rows: int | None
-
-
-@dataclass(frozen=True)
-class RenderedPart:
-    """What a task returns, again and again; rows are numbered from 1 in each part."""
-
-    source: int
-    num_lines: int
-    block: Block | None
-    failure: str = ""
-    """Why there is no block, and no further part: a file that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -178,23 +168,25 @@ def _rendered(jobs: Sequence[RenderTask], rendering: Rendering) -> Generator[Ren
     if not jobs:
         return
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"job": pickle.dumps(job)} for job in jobs]
-    data: Any = ray.data.from_items(items, override_num_blocks=len(items))
+    data: Any = ray.data.range(len(jobs), override_num_blocks=len(jobs))
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     data = data.map_batches(
-        _run_jobs, batch_size=1, batch_format="pyarrow", fn_kwargs={"rendering": rendering}
+        _run_job,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"jobs": jobs, "rendering": rendering},
     )
-    for batch in data.iter_batches(batch_size=1, batch_format="pyarrow"):
-        for part in batch["part"].to_pylist():
-            yield pickle.loads(part)  # our own tasks wrote it
+    num_attributes = len(rendering.rules.attributes)
+    for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in table.to_batches(max_chunksize=1):
+            yield from_row(row, rendering.names, num_attributes)
 
 
-def _run_jobs(table: pa.Table, rendering: Rendering) -> Iterator[pa.Table]:
-    for job in table["job"].to_pylist():
-        for part in _parts(pickle.loads(job), rendering):
-            column = pa.array([pickle.dumps(part)], type=pa.large_binary())
-            yield pa.table({"part": column})
+def _run_job(
+    number: pa.Table, jobs: Sequence[RenderTask], rendering: Rendering
+) -> Iterator[pa.Table]:
+    yield from map(to_row, _parts(jobs[number["id"][0].as_py()], rendering))
 
 
 def _parts(job: RenderTask, rendering: Rendering) -> Iterator[RenderedPart]:
@@ -205,7 +197,7 @@ def _parts(job: RenderTask, rendering: Rendering) -> Iterator[RenderedPart]:
         try:
             some = list(islice(lines, BLOCK_ROWS if left is None else min(left, BLOCK_ROWS)))
         except ValueError as error:
-            yield RenderedPart(job.source, 0, None, str(error))
+            yield RenderedPart(job.source, 0, _block([], job, renderer, rendering), str(error))
             return
         if not some:
             return
@@ -241,7 +233,7 @@ def _numbered(parts: Iterator[RenderedPart], num_sources: int) -> Iterator[tuple
     """Each part's block with its source, its rows numbered as in the whole source."""
     lines = [0] * num_sources
     for part in parts:
-        if part.block is None:
+        if part.failure:
             raise ValueError(part.failure)
         before, block = lines[part.source], part.block
         lines[part.source] += part.num_lines
