@@ -21,6 +21,7 @@ from typing import Any
 from reward_actor.model.directory import CheckpointError, Tensors, architecture_of, quantisation
 
 HEADS = ("score", "classifier", "value_head", "v_head", "regression_head", "reward_head")
+"""What the head is called, in files and as a module of a network."""
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 ACTIVATION_SETTING = "head_activation"
