@@ -31,10 +31,9 @@ def run(argv: Sequence[str] | None = None) -> int:
             from reward_actor.config_errors import did_you_mean
 
             name = unknown[0].partition("=")[0]
-            raise ValueError(
-                f"unknown argument {name}"
-                + did_you_mean(name, list(parsed.parser._option_string_actions))
-            )
+            # Nothing public of argparse (Python 3.11 to 3.14) lists a parser's options.
+            known = list(parsed.parser._option_string_actions)  # noqa: SLF001
+            raise ValueError(f"unknown argument {name}" + did_you_mean(name, known))
         return command(parsed)
     except (ValueError, OSError, RewardServiceError) as error:
         print(f"error: {error}", file=sys.stderr)

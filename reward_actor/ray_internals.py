@@ -1,7 +1,7 @@
 """Every private name of Ray that `reward_actor` and `serve` use, as of Ray 2.60.
 
 Each has a public function here that says what it is for; tests/reward_actor/test_ray_internals.py
-fails when a new Ray has moved one. Ray Train's are in `trainer.ray_train`, which subclasses them.
+fails when a new Ray has moved one. Ray Train's are in `trainer.ray_internals`.
 """
 
 from __future__ import annotations

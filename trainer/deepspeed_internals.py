@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,28 @@ def universal_loading(engine: DeepSpeedEngine, enabled: bool) -> Iterator[None]:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
+
+
+@contextlib.contextmanager
+def write_errors(engine: DeepSpeedEngine) -> Iterator[list[Exception]]:
+    """Errors of DeepSpeed's writer go into a list: a worker that cannot write would otherwise leave
+    `save_checkpoint` before the others, who would wait for it at the next barrier for ever."""
+    writer = engine.checkpoint_engine
+    errors: list[Exception] = []
+    write = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    writer.save = save
+    engine._copy_recovery_script = lambda _: None  # a file that nothing here reads
+    try:
+        yield errors
+    finally:
+        del writer.save, engine._copy_recovery_script
 
 
 def to_universal(source: Path, target: Path) -> None:
@@ -78,7 +100,23 @@ def whole_state(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
 
 
 def muon_class() -> Any:
-    """DeepSpeed's Muon, which ZeRO gives whole matrices."""
+    """DeepSpeed's Muon, which ZeRO gives whole matrices: those that `mark_for_muon` has marked."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam
+
+
+def mark_for_muon(parameter: nn.Parameter, is_matrix: bool) -> None:
+    parameter.use_muon = is_matrix  # type: ignore[attr-defined]
+
+
+def muon_overflows(engine: DeepSpeedEngine) -> bool:
+    """Whether a gradient is not finite, before the step: under Muon, ZeRO 3 would first add the
+    finite gradients of other matrices to their momentum. False for every other optimizer."""
+    return bool(getattr(engine.optimizer, "use_muon", False) and engine.optimizer.has_overflow())
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter that ZeRO 3 may have divided: its own is empty then."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -59,7 +59,7 @@ def init_model(
         raise ValueError(f"out_dir: {out_dir} holds a trained export; choose another directory")
 
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
     if tokenizer_from is None:
         tokenizer = train_tokenizer(corpus, vocab_size, max_position_embeddings)
@@ -85,7 +85,7 @@ def init_model(
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM._from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _save(model, out_dir)
     return out_dir
 

@@ -14,18 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 import ray.train
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import (
-    WorkerHealthCheckFailedError,
-    WorkerHealthCheckTimeoutError,
-)
-from ray.train.v2._internal.execution.failure_handling import (
-    DefaultFailurePolicy,
-    FailureDecision,
-)
-from ray.train.v2.api.config import LoggingConfig
 
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.contract import ScoringContract
@@ -34,10 +23,9 @@ from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.split import Prepared
 from trainer.job import Job, RunFacts
+from trainer.ray_internals import RayTrainer, causes, failures, is_lost_worker
 from trainer.report import progress
 from trainer.report.tracking import Trackers
-
-_ABORT_S = 10
 
 
 def launch(
@@ -108,7 +96,7 @@ def _fit(
     # Any: Ray's annotations are those of its older trainer.
     run_config: Any = ray.train.RunConfig
     scaling_config: Any = ray.train.ScalingConfig
-    trainer_class: Any = _Trainer
+    trainer_class: Any = RayTrainer
     trainer = trainer_class(
         worker.run_training_loop,
         train_loop_config=job,
@@ -123,7 +111,7 @@ def _fit(
             # write them.
             storage_path=ray_dir,
             failure_config=ray.train.FailureConfig(max_failures=config.distributed.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
         validation_config=_validation(job, bundle) if config.evaluation.asynchronous else None,
     )
@@ -168,60 +156,14 @@ def _validation(job: Job, bundle: dict[str, float]) -> ray.train.ValidationConfi
     )
 
 
-class _OnlyLostWorkers(DefaultFailurePolicy):
-    """Restarts after a worker was lost; what our own code has raised would be raised again."""
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if any(_causes(training_failed_error)):
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
-
-
-class _Trainer(TorchTrainer):
-    """Ray's trainer with its own idea of failures, and with Ctrl-C left to Python, which ends `fit`
-    with KeyboardInterrupt at once.
-
-    Ray's own handler waits for the workers and exits with status 0. `fit` must run on the main
-    thread: a thread that still waits for Ray when it is shut down makes Ray end the process.
-    """
-
-    is_private = False
-    _controller: Any = None
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        run_config: Any = self.run_config
-        arguments["failure_policy"] = _OnlyLostWorkers(run_config.failure_config)
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
-
-    def abort(self) -> None:
-        """End the workers of an interrupted `fit`; after `_ABORT_S`, without their consent."""
-        if self._controller is None:
-            return
-        # RayError: the controller has ended, as asked, or does not answer.
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
-        ray.kill(self._controller)
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        if not self.is_private:
-            return callbacks
-        # The actor that cleans up behind a dead controller asks Ray's dashboard, which a private
-        # cluster does not start, and complains every second. There is nothing to clean up.
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
-
-
 def _cause(error: Exception) -> Exception:
     """What our own code raised on a worker; a TrainingError for a lost worker or a storage that
     failed; for what nobody foresaw Ray's error, with its traceback."""
-    ours = next(_causes(error), None)
+    ours = next(causes(error), None)
     if ours is not None:
         return ours
-    for failure in _failures(error):
-        if isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
+    for failure in failures(error):
+        if is_lost_worker(failure):
             reason = "a worker was lost, and distributed.max_failures allows no more of that"
         elif isinstance(failure, OSError):
             reason = f"{type(failure).__name__}: {failure}"
@@ -229,15 +171,3 @@ def _cause(error: Exception) -> Exception:
             continue
         return TrainingError(f"{reason}. The same command goes on from the last checkpoint")
     return error
-
-
-def _causes(error: Exception) -> Iterator[Exception]:
-    return (one for one in _failures(error) if isinstance(one, ValueError | TrainingError))
-
-
-def _failures(error: Exception) -> Iterator[Exception]:
-    """What the workers raised, and what that came from."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        while failure is not None:
-            yield failure
-            failure = getattr(failure, "_base_exc", None) or failure.__cause__

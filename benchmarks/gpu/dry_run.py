@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# As of torch 2.13 there is no public name for any of these; tests/benchmarks/test_gpu.py uses them.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

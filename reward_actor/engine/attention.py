@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from reward_actor.engine.attention_plan import AttentionPlan, AttentionProduct
+from reward_actor.torch_internals import flash_for_cpu, flash_for_cpu_backward, recompile_limit
 
 NAME = "rayward_forest"
 """The name under which `transformers` knows the attention of a packed forest."""
@@ -139,22 +140,11 @@ def _cpu_flash(
     scale: float | None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(M, Hq, D), (N, Hkv, D), (N, Hkv, D) -> (M, Hq, D) and the log-sum-exps (M, Hq).
-
-    Called by name: `scaled_dot_product_attention` takes another way, of other rounding, for some
-    masks and head counts, and it does not give the log-sum-exp.
-    """
+    """(M, Hq, D), (N, Hkv, D), (N, Hkv, D) -> (M, Hq, D) and the log-sum-exps (M, Hq)."""
     if mask is not None:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-    output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _heads_first(query),
-        _heads_first(key),
-        _heads_first(value),
-        0.0,
-        is_causal,
-        attn_mask=mask,
-        scale=scale,
-    )
+    heads = map(_heads_first, (query, key, value))
+    output, log_sums = flash_for_cpu(*heads, is_causal=is_causal, mask=mask, scale=scale)
     return output[0].transpose(0, 1), log_sums[0].transpose(0, 1)
 
 
@@ -263,7 +253,7 @@ def _flex(on_cuda: bool) -> Callable[..., Tensor]:
 
     def call(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
         # At its limit the compiler would go on without the kernel, with all pairs in memory.
-        with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED):
+        with recompile_limit(_MAX_COMPILED):
             return compiled(query, key, value, **settings)
 
     return call
@@ -365,15 +355,12 @@ class _Cascade(torch.autograd.Function):
             given = gradient[rows]
             if rows is not part.queries:  # rows above the part's own: another part's matter
                 given[: -(part.queries.stop - part.queries.start)] = 0
-            to_query, to_key, to_value = (
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *(_heads_first(t) for t in (given, query[rows], key[part.keys])),
-                    *(_heads_first(t) for t in (value[part.keys], output[rows])),
-                    log_sum[rows].transpose(0, 1)[None],
-                    0.0,
-                    part.is_causal,
-                    scale=ctx.scale,
-                )
+            to_query, to_key, to_value = flash_for_cpu_backward(
+                *(_heads_first(t) for t in (given, query[rows], key[part.keys])),
+                *(_heads_first(t) for t in (value[part.keys], output[rows])),
+                log_sum=log_sum[rows].transpose(0, 1)[None],
+                is_causal=part.is_causal,
+                scale=ctx.scale,
             )
             of_query[rows] += to_query[0].transpose(0, 1)
             of_key[part.keys] += to_key[0].transpose(0, 1)

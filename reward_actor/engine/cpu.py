@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from reward_actor.engine.memory import free_host_memory
+from reward_actor.torch_internals import linear_pointwise, reorder_linear_weight
 
 _ROWS = 1024
 """Rows of the products that a packed layout is for; others are right, too."""
@@ -27,9 +28,6 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 _DTYPES = (torch.float32, torch.bfloat16)
 """Float16 needs more than AVX-512 has everywhere."""
-
-_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_packed_weight: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 # The copies go with their modules.
 _PACKED: WeakKeyDictionary[nn.Linear, Tensor] = WeakKeyDictionary()
@@ -46,7 +44,7 @@ def pack(projections: Iterable[nn.Linear]) -> None:
     size = sum(p.weight.numel() * p.weight.element_size() for p in usable)
     if size <= free_host_memory() * _SHARE_OF_FREE_MEMORY:
         for projection in usable:
-            _PACKED[projection] = _packed_weight(projection.weight.detach(), _ROWS)
+            _PACKED[projection] = reorder_linear_weight(projection.weight.detach(), _ROWS)
 
 
 def is_better(rows: Tensor, projection: nn.Linear) -> bool:
@@ -61,19 +59,19 @@ def is_better(rows: Tensor, projection: nn.Linear) -> bool:
 def product(rows: Tensor, projection: nn.Linear, then: Literal["none", "swish"] = "none") -> Tensor:
     """(n, I) -> (n, O): then(projection(rows))"""
     weight, bias = _weight(projection), projection.bias
-    return cast("Tensor", _product(rows, weight, bias, then, [], ""))
+    return cast("Tensor", linear_pointwise(rows, weight, bias, then, [], ""))
 
 
 def product_times(rows: Tensor, projection: nn.Linear, factor: Tensor) -> Tensor:
     """(n, I), (n, O) -> (n, O): projection(rows) * factor"""
     weight, bias = _weight(projection), projection.bias
-    return cast("Tensor", _product.binary(rows, factor, weight, bias, "mul"))
+    return cast("Tensor", linear_pointwise.binary(rows, factor, weight, bias, "mul"))
 
 
 def product_plus(rows: Tensor, projection: nn.Linear, term: Tensor) -> Tensor:
     """(n, I), (n, O) -> (n, O): projection(rows) + term"""
     weight, bias = _weight(projection), projection.bias
-    return cast("Tensor", _product.binary(rows, term, weight, bias, "add"))
+    return cast("Tensor", linear_pointwise.binary(rows, term, weight, bias, "add"))
 
 
 def _weight(projection: nn.Linear) -> Tensor:
@@ -83,4 +81,4 @@ def _weight(projection: nn.Linear) -> Tensor:
 @lru_cache
 def _is_here() -> bool:
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_avx512 and _product is not None and _packed_weight is not None
+    return has_avx512 and linear_pointwise is not None and reorder_linear_weight is not None

@@ -166,7 +166,7 @@ def last_layer_pooled(backbone: nn.Module, pooled: AttentionPlan) -> Iterator[bo
     """
     try:
         layer = cast("Any", backbone).layers[-1]
-        Decoder._check(layer)
+        Decoder._check(layer)  # noqa: SLF001
     except (AttributeError, TypeError, ValueError):
         yield False
         return

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reward_actor.torch_internals import has_avx512_bf16, takes_amx_tiles
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -226,7 +228,7 @@ def is_here() -> bool:
     # As vLLM chooses; another one would end the process at its first unknown instruction.
     name = "_C_AVX2"
     if capability == "AVX512":
-        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+        name = "_C" if has_avx512_bf16() else "_C_AVX512"
     try:
         torch.ops.load_library(Path(spec.origin).with_name(f"{name}.abi3.so"))
     except OSError:
@@ -238,10 +240,4 @@ def _instructions(width: int, dtype: torch.dtype) -> Literal["amx", "vec", "vec1
     """What the kernel calls the instructions that it shall use, as vLLM chooses them."""
     if width % 32:
         return "vec16"
-    return "amx" if dtype == torch.bfloat16 and _has_tiles() else "vec"
-
-
-@lru_cache
-def _has_tiles() -> bool:
-    """Whether there are AMX's tiles, and the system lets this process use them."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return "amx" if dtype == torch.bfloat16 and takes_amx_tiles() else "vec"

@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
 
 from reward_actor import ray_internals as internals
 from reward_actor.client.handle import DEFAULT_APP_NAME
+
+
+def test_loopback_stays_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants, services, worker
+
+    monkeypatch.setattr(worker, "_global_node", None)  # whose address would be given
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    internals.keep_loopback()
+    assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == internals.REACHABLE_VARIABLE
+
+
+@pytest.mark.process
+def test_a_token_that_is_there_is_taken_in_silence() -> None:
+    """In a process of its own: Ray keeps a token for the life of one."""
+    script = (
+        "import os; from reward_actor import ray_internals as internals; "
+        "internals.silence_authentication(); internals.look_for_token(); "
+        "print(os.environ['RAY_AUTH_MODE'])"
+    )
+    environment = {**os.environ, "RAY_AUTH_TOKEN": "0" * 32}
+    environment.pop("RAY_AUTH_MODE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "token"
+    assert "authentication" not in done.stderr
 
 
 def test_the_key_value_store_keeps_what_was_put_first(ray_cluster: None) -> None:
@@ -35,10 +67,15 @@ def test_every_replica_answers_a_broadcast(service: str) -> None:
     from ray.serve.handle import DeploymentHandle
 
     handle = DeploymentHandle("RewardModel", DEFAULT_APP_NAME)  # not the one that Serve keeps
+    other = DeploymentHandle("RewardModel", DEFAULT_APP_NAME)
 
     async def ask() -> list[str]:
         internals.route_in_this_loop(handle)
+        assert not handle._is_router_running_in_separate_loop()
         results = await internals.broadcast(handle, "describe")
         return [(await result.get_async()).replica for result in results]
 
     assert len(set(asyncio.run(ask()))) == 2
+    assert internals.route_in_own_loop(handle) is not handle, "its loop has ended"
+    assert internals.route_in_own_loop(other) is other
+    assert other._is_router_running_in_separate_loop()

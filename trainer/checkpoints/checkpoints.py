@@ -12,12 +12,12 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
@@ -38,6 +38,7 @@ from trainer.checkpoints.manifest import (
 )
 from trainer.checkpoints.storage import StorageError, checkpoint_storage
 from trainer.console import TrainingError, warn
+from trainer.deepspeed_internals import write_errors
 from trainer.log import LOG_FILE
 from trainer.network import zero
 from trainer.network.collectives import from_all, from_first, is_first, wait_until
@@ -90,7 +91,7 @@ class Checkpoints:
         self.wait()
         folder = from_first(new_folder(step, uuid.uuid4().hex[:8]))
         shutil.rmtree(self._staging / TAG, ignore_errors=True)
-        with _collected_errors(self._engine) as errors:
+        with write_errors(self._engine) as errors:
             zero.save(self._engine, self._staging, TAG)
         outcome = self._thread.submit(
             self._store, folder, step, dist.get_rank(), dist.get_world_size(), errors
@@ -292,28 +293,6 @@ class Checkpoints:
     def _warn(self, text: str) -> None:
         if is_first():
             warn(text)
-
-
-@contextlib.contextmanager
-def _collected_errors(engine: DeepSpeedEngine) -> Iterator[list[Exception]]:
-    """Errors of DeepSpeed's writer go into a list: a worker that cannot write would otherwise leave
-    `save_checkpoint` before the others, who would wait for it at the next barrier for ever."""
-    writer = engine.checkpoint_engine
-    errors: list[Exception] = []
-    write = writer.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            errors.append(error)
-
-    writer.save = save
-    engine._copy_recovery_script = lambda _: None  # a file that nothing here reads
-    try:
-        yield errors
-    finally:
-        del writer.save, engine._copy_recovery_script
 
 
 def _make_staging() -> Path:

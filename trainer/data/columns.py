@@ -62,14 +62,14 @@ def from_row(
     def count(name: str) -> int:
         return int(row[name][0].as_py())
 
-    arrays: dict[str, Any] = {name: values(name) for name in _ARRAYS}
-    arrays["attributes"] = arrays["attributes"].reshape(len(arrays["scores"]), num_attributes)
-    marks = np.empty(len(arrays["margins"]), dtype=MARK)
+    columns: dict[str, Any] = {name: values(name) for name in _ARRAYS}
+    columns["attributes"] = columns["attributes"].reshape(len(columns["scores"]), num_attributes)
+    columns["subset_names"] = tuple(texts("subset_names"))
+    marks = np.empty(len(columns["margins"]), dtype=MARK)
     for name in _MARKS:
         marks[name] = values(name)
-    names = {"source_names": source_names, "subset_names": tuple(texts("subset_names"))}
     block = Block(
-        Comparisons(**arrays, **names),
+        Comparisons(**columns, source_names=source_names),
         marks,
         Tally(**{item.name: count(item.name) for item in fields(Tally)}),
         list(zip(values("bad_lines").tolist(), texts("bad_reasons"), strict=True)),

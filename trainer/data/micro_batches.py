@@ -111,7 +111,7 @@ def distinct_tokens(comparisons: Comparisons, index: int) -> int:
         key=lambda ids: ids.astype(">u4").tobytes(),
     )
     total = sum(map(len, arrays))
-    return total - sum([common_prefix(a, b) for a, b in pairwise(arrays)])
+    return total - sum(common_prefix(a, b) for a, b in pairwise(arrays))
 
 
 def plan(

@@ -19,11 +19,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
 import ray.train
 import torch
-from ray.train import CheckpointConsistencyMode, CheckpointUploadMode, ValidationTaskConfig
-from ray.train.v2.api.reported_checkpoint import ReportedCheckpointStatus
+from ray.train import (
+    CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    ReportedCheckpointStatus,
+    ValidationTaskConfig,
+)
 
 from reward_actor.engine.engine import Engine
 from trainer.checkpoints.checkpoints import Checkpoints

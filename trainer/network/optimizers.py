@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reward_actor.model.heads import HEADS
-from trainer.deepspeed_internals import muon_class
+from trainer.deepspeed_internals import mark_for_muon, muon_class, whole_shape
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
@@ -96,10 +96,10 @@ def _muon(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     matrices: dict[int, list[nn.Parameter]] = defaultdict(list)
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 shows an empty one
+        shape = whole_shape(parameter)
         is_head = not {*name.split(".")}.isdisjoint(HEADS)
         is_matrix = len(shape) == 2 and not is_head and id(parameter) not in tables
-        parameter.use_muon = is_matrix  # type: ignore[attr-defined]  # where DeepSpeed looks
+        mark_for_muon(parameter, is_matrix)
         if parameter.requires_grad:
             (matrices[shape[1]] if is_matrix else others).append(parameter)
     groups: list[dict[str, Any]] = []

@@ -82,8 +82,7 @@ def step(engine: DeepSpeedEngine, index: int) -> float:
         if not math.isfinite(float(norm)):
             dist.barrier()  # a worker that knows the samples has raised, and is the one to be heard
         _check_norm(float(norm), index)
-    if getattr(engine.optimizer, "use_muon", False) and engine.optimizer.has_overflow():
-        # ZeRO 3 would first add the finite gradients of other matrices to their momentum.
+    if deepspeed_internals.muon_overflows(engine):
         _check_norm(math.inf, index)
     engine.step()
     if norm is None:
