@@ -20,7 +20,7 @@ from trainer.data.comparisons import Comparisons
 from trainer.data.load import load_comparisons, read_rows
 from trainer.data.prepare import prepare
 from trainer.data.render import hash_key
-from trainer.data.sources import check_source
+from trainer.data.sources import check_source, content_mark
 from trainer.data.split import split_by_prompt
 from trainer.run import resolve_paths
 
@@ -222,3 +222,10 @@ def test_without_a_base_one_is_made_from_the_data_once(tmp_path: Path):
     assert contract.format == "chat"
     assert first.train.digest() == again.train.digest()
     assert (base / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_hub_data_set_is_marked_by_its_contents() -> None:
+    import datasets
+
+    one, same, other = (datasets.Dataset.from_dict({"a": [i]}) for i in (1, 1, 2))
+    assert content_mark(one) == content_mark(same) != content_mark(other)
