@@ -111,10 +111,11 @@ def _general(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """`_cpu_flash` on any device, with gradients, without the log-sum-exps."""
+    queries, keys, values = _heads_first(query, key, value)
     output = nn.functional.scaled_dot_product_attention(
-        _heads_first(query),
-        _heads_first(key),
-        _heads_first(value),
+        queries,
+        keys,
+        values,
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
@@ -127,9 +128,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _heads_first(rows: Tensor) -> Tensor:
-    """(M, H, D) -> (1, H, M, D), without a copy."""
-    return rows.transpose(0, 1)[None]
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(M, H, D) -> (1, H, M, D) of each, without a copy."""
+    return [rows.transpose(0, 1)[None] for rows in tensors]
 
 
 def _cpu_flash(
@@ -143,7 +144,7 @@ def _cpu_flash(
     """(M, Hq, D), (N, Hkv, D), (N, Hkv, D) -> (M, Hq, D) and the log-sum-exps (M, Hq)."""
     if mask is not None:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-    heads = map(_heads_first, (query, key, value))
+    heads = _heads_first(query, key, value)
     output, log_sums = flash_for_cpu(*heads, is_causal=is_causal, mask=mask, scale=scale)
     return output[0].transpose(0, 1), log_sums[0].transpose(0, 1)
 
@@ -232,9 +233,7 @@ def flex_attention(
     """One call of FlexAttention (Dong et al., arXiv:2412.05496): no key is copied, and blocks that
     no query sees are left out."""
     output = _flex(query.is_cuda)(
-        _heads_first(query),
-        _heads_first(key),
-        _heads_first(value),
+        *_heads_first(query, key, value),
         block_mask=plan.block_mask(window),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -356,8 +355,8 @@ class _Cascade(torch.autograd.Function):
             if rows is not part.queries:  # rows above the part's own: another part's matter
                 given[: -(part.queries.stop - part.queries.start)] = 0
             to_query, to_key, to_value = flash_for_cpu_backward(
-                *(_heads_first(t) for t in (given, query[rows], key[part.keys])),
-                *(_heads_first(t) for t in (value[part.keys], output[rows])),
+                *_heads_first(given, query[rows], key[part.keys]),
+                *_heads_first(value[part.keys], output[rows]),
                 log_sum=log_sum[rows].transpose(0, 1)[None],
                 is_causal=part.is_causal,
                 scale=ctx.scale,

@@ -91,6 +91,8 @@ class AttentionPlan:
         self.query_rows: NDArray[np.int64] = (
             forest.ends[self._segments] - 1 if pooled else np.arange(forest.num_rows)
         )
+        lengths = (forest.ends - forest.starts)[self._segments]
+        self._num_queries = np.ones_like(lengths) if pooled else lengths
         self.longest_path = int(forest.position_ids.max()) + 1
         self._block_masks: dict[int | None, BlockMask] = {}
 
@@ -113,10 +115,7 @@ class AttentionPlan:
 
     @cached_property
     def paged(self) -> PagedAttention:
-        counts = self.forest.ends - self.forest.starts
-        if self.pooled:
-            counts = np.ones_like(counts)
-        return PagedAttention(self.pages, self._segments, counts[self._segments])
+        return PagedAttention(self.pages, self._segments, _cumulative(self._num_queries))
 
     def block_mask(self, window: int | None = None) -> BlockMask:
         """(M, N) what FlexAttention needs to know; window: as for `attend`.
@@ -184,13 +183,9 @@ class AttentionPlan:
         return [self._some_runs(first, end) for first, end in pairwise(borders)]
 
     def _some_runs(self, first: int, end: int) -> Runs:
-        forest, segments = self.forest, self._segments[first:end]
-        lengths = forest.ends - forest.starts
-        if self.pooled:
-            lengths = np.ones_like(lengths)
-        paths = [forest.path_rows(int(segment)) for segment in segments]
-        num_queries, num_keys = lengths[segments], np.array([len(path) for path in paths])
-        start = int(lengths[self._segments[:first]].sum())
+        paths = [self.forest.path_rows(int(segment)) for segment in self._segments[first:end]]
+        num_queries, num_keys = self._num_queries[first:end], np.array([len(p) for p in paths])
+        start = int(self._num_queries[:first].sum())
         return Runs(
             slice(start, start + int(num_queries.sum())),
             torch.from_numpy(np.concatenate(paths)).to(self.device),

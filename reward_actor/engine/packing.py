@@ -164,7 +164,7 @@ class _ForestBatch:
                 hidden = self._every_row(every)
             hidden = hidden if is_pooled else hidden[self._tensor(last.query_rows)]
         else:
-            hidden = self.decoder.pooled(every, last, *self._inputs())
+            hidden = self.decoder.hidden_states(*self._inputs(), every, last)
         # Equal sequences end in one row.
         return hidden[self._tensor(np.searchsorted(last.query_rows, self.forest.last_rows))]
 
@@ -182,7 +182,7 @@ class _ForestBatch:
     def _every_row(self, plan: AttentionPlan) -> Tensor:
         ids, positions = self._inputs()
         if self.decoder is not None:
-            return self.decoder.all_rows(plan, ids, positions)
+            return self.decoder.hidden_states(ids, positions, plan)
         with attention_is(self.model.backbone.config, NAME):
             hidden = self.model.hidden_states(ids[None], position_ids=positions[None], forest=plan)
         return hidden[0]

@@ -132,15 +132,13 @@ class Pages:
 class PagedAttention:
     """The kernel for some of a forest's segments; every layer writes over the last one's keys."""
 
-    def __init__(
-        self, pages: Pages, segments: NDArray[np.int64], num_queries: NDArray[np.int64]
-    ) -> None:
-        """segments: (R,) in order. num_queries: (R,) of each its last rows that are queries."""
+    def __init__(self, pages: Pages, segments: NDArray[np.int64], cu_queries: Tensor) -> None:
+        """segments: (R,) in order. cu_queries: (R + 1,) int32: where the queries of each begin, and
+        their end; they are its last rows."""
         self.pages = pages
         self._tables = pages.tables[torch.from_numpy(segments)]
         self._num_keys = pages.num_keys[torch.from_numpy(segments)]
-        cumulative = np.concatenate([[0], np.cumsum(num_queries)])
-        self._cu_queries = torch.from_numpy(cumulative.astype(np.int32))
+        self._cu_queries = cu_queries
         self._schedules: dict[Any, Tensor] = {}
 
     def __call__(

@@ -1,14 +1,23 @@
-"""oneDNN's products are the projections' own, packed or not."""
+"""What a CPU computes otherwise is what the layer's own modules compute."""
 
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
+from families import make_network
 from torch import nn
 
 from reward_actor.engine import cpu
+from reward_actor.model.reward_model import RewardModel
+
+FAMILIES = ("llama", "qwen3", "mistral", "gemma3")
+
+
+def layer_of(family: str) -> Any:
+    return RewardModel(make_network(family)).backbone.layers[0]
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +37,33 @@ def test_products_are_those_of_the_projection(bias: bool, packed: bool) -> None:
         assert cpu.is_better(rows, projection)
         expected = projection(rows)
         close = torch.testing.assert_close
-        close(cpu.product(rows, projection), expected)
-        close(cpu.product(rows, projection, then="swish"), nn.functional.silu(expected))
-        close(cpu.product_times(rows, projection, other), expected * other)
-        close(cpu.product_plus(rows, projection, other), expected + other)
+        close(cpu.linear(rows, projection), expected)
+        hidden = other.clone()
+        cpu.add_linear(hidden, rows, projection)
+        close(hidden, expected + other)
+
+
+@pytest.mark.parametrize("way", ["torch", "oneDNN", "packed"])
+def test_a_gated_feed_forward_is_the_modules(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_is_here", lambda: way != "torch")
+    mlp = layer_of("llama").mlp
+    if way == "packed":
+        cpu.pack([mlp.gate_proj, mlp.up_proj])
+    workspace = cpu.Workspace()
+    with torch.inference_mode():
+        for num_rows in (9, 9, 4):
+            rows = torch.randn(num_rows, mlp.gate_proj.in_features)
+            inner = cpu.gated(rows, mlp, workspace)
+            torch.testing.assert_close(mlp.down_proj(inner), mlp(rows))
 
 
 def test_packing_changes_no_bit_in_float32() -> None:
     torch.manual_seed(0)
     projection, rows = nn.Linear(256, 512, bias=False), torch.randn(300, 256)
     with torch.inference_mode():
-        plain = cpu.product(rows, projection)
+        plain = cpu.linear(rows, projection)
         cpu.pack([projection])
-        assert torch.equal(cpu.product(rows, projection), plain)
+        assert torch.equal(cpu.linear(rows, projection), plain)
 
 
 def test_it_is_left_alone_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +93,15 @@ def test_copies_go_with_their_modules() -> None:
     del projection
     gc.collect()
     assert len(cpu._PACKED) == before
+
+
+def test_torchs_norm_takes_the_place_of_one_that_is_the_same() -> None:
+    norms = {
+        family: cpu._is_rms_norm(type(layer_of(family).input_layernorm)) for family in FAMILIES
+    }
+    assert norms == {"llama": True, "qwen3": True, "mistral": True, "gemma3": False}
+    assert not cpu._is_rms_norm(torch.nn.LayerNorm)
+    norm = layer_of("llama").input_layernorm.bfloat16()
+    rows = torch.randn(5, norm.weight.shape[0]).bfloat16()
+    with torch.inference_mode():
+        torch.testing.assert_close(cpu.normed(norm, rows), norm(rows))
