@@ -185,6 +185,14 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture
+def tokenizer(base_model: Path) -> Any:
+    """The base model's, for one test to change."""
+    from reward_actor.model.tokenizer import load_tokenizer
+
+    return load_tokenizer(base_model)
+
+
 @pytest.fixture(scope="session")
 def renderers(base_model: Path) -> dict[str, Renderer]:
     """One for each format, of at most 64 tokens."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reward_actor import RewardScorer
 
 CORPUS = [
     "Name two fruits that grow on trees. An apple and a pear.",
@@ -46,3 +49,9 @@ def make_export(
     state_dict = network.state_dict()
     export(directory, network.config, network, state_dict, tokenizer, contract, {}, "cpu")
     return directory
+
+
+def from_pretrained(directory: Path, **options: Any) -> RewardScorer:
+    from reward_actor import RewardScorer
+
+    return RewardScorer.from_pretrained(directory, "cpu", **options)

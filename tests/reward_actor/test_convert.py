@@ -11,6 +11,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from exports import from_pretrained
 from families import SOME_FAMILIES, make_network
 from foreign import ROWS, Score, scores
 from safetensors.torch import load_file
@@ -34,15 +35,6 @@ FOREIGN: dict[str, Maker] = {
     "remote-llama-bias": lambda path: foreign.remote_code(path, "llama", 0.7),
     "remote-bloom-bias": lambda path: foreign.remote_code(path, "bloom", -1.3),
 }
-
-
-@pytest.fixture
-def tokenizer(base_model: Path) -> Any:
-    return load_tokenizer(base_model)
-
-
-def from_pretrained(directory: Path, **options: Any) -> RewardScorer:
-    return RewardScorer.from_pretrained(directory, "cpu", **options)
 
 
 def plain_scores(directory: Path, rows: list[list[int]] = ROWS) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from exports import from_pretrained
 from families import make_network
 from foreign import ROWS, Score, scores
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from reward_actor.contract import ContractError
 from reward_actor.convert import convert
 from reward_actor.model.directory import CheckpointError
 from reward_actor.model.layouts import recognise
-from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.vllm.scorer import check_supported
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no scoring_contract.json:UserWarning")
@@ -45,15 +45,6 @@ HEADS: dict[str, Maker] = {
     "Qwen2.5-Math-RM, WorldPM": lambda path, _: foreign.layered(path, "Qwen2ForRewardModel"),
     "INF-ORM": lambda path, _: foreign.layered(path, "INFORMForSequenceClassification", "llama"),
 }
-
-
-@pytest.fixture
-def tokenizer(base_model: Path) -> Any:
-    return load_tokenizer(base_model)
-
-
-def from_pretrained(directory: Path, **options: Any) -> RewardScorer:
-    return RewardScorer.from_pretrained(directory, "cpu", **options)
 
 
 @pytest.mark.parametrize("name", HEADS)

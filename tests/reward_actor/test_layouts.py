@@ -11,27 +11,17 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from exports import from_pretrained
 from families import SOME_FAMILIES, make_network
 from foreign import ROWS, scores
 from safetensors.torch import load_file, save_file
 
-from reward_actor import RewardScorer
 from reward_actor.contract import ContractError
 from reward_actor.model.directory import CheckpointError
 from reward_actor.model.layouts import recognise
 from reward_actor.model.load import load
-from reward_actor.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no scoring_contract.json:UserWarning")
-
-
-@pytest.fixture
-def tokenizer(base_model: Path) -> Any:
-    return load_tokenizer(base_model)
-
-
-def from_pretrained(directory: Path, **options: Any) -> RewardScorer:
-    return RewardScorer.from_pretrained(directory, "cpu", **options)
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
