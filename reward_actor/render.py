@@ -23,7 +23,7 @@ from reward_actor.groups import (
     Whole,
 )
 from reward_actor.spellings import SpellingError, Spellings
-from reward_actor.token_ids import checked, cut, with_end, with_eos, with_last
+from reward_actor.token_ids import checked, common_prefix, cut, with_end, with_eos, with_last
 from reward_actor.turns import lost, shape
 
 if TYPE_CHECKING:
@@ -167,7 +167,9 @@ class Renderer:
                 )
             except RenderError:  # a prompt that no policy could continue
                 prompt = []
-        return [0 if isinstance(ids, SampleError) else _num_shared(prompt, ids) for ids in rendered]
+        return [
+            0 if isinstance(ids, SampleError) else common_prefix(prompt, ids) for ids in rendered
+        ]
 
     def is_templated(self, text: str) -> bool:
         """Whether a text went through the chat template already: it begins as that begins."""
@@ -426,12 +428,6 @@ def _or_error(write: Callable[[Sample], str], sample: Sample) -> str | RenderErr
         return write(sample)
     except RenderError as error:
         return error
-
-
-def _num_shared(left: Sequence[object], right: Sequence[object]) -> int:
-    """The length of what both begin with."""
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _unicode(text: str) -> str:

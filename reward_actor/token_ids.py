@@ -1,9 +1,35 @@
-"""What token ids end with under a contract, and which of them can be scored."""
+"""Token ids: their common prefixes, what they end with under a contract, which can be scored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
+
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Rendered, SampleError, TruncatedIds, Whole
+
+Elements = TypeVar("Elements", list[int], bytes, str)
+
+
+def common_prefix(*sequences: Elements) -> int:
+    """The length of what all of these sequences (one at least) begin with."""
+    # What the first and the last in lexicographic order share, all do.
+    a, b = sequences if len(sequences) == 2 else (min(sequences), max(sequences))
+    # By halves: comparing slices is much faster than comparing their elements here.
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def in_order(sequences: Sequence[Elements]) -> tuple[list[int], list[int]]:
+    """The places of sequences in lexicographic order, and the length of what each of them, in that
+    order, shares with the one before it: the most that it shares with any earlier one. The first
+    shares 0."""
+    order: list[int] = sorted(range(len(sequences)), key=sequences.__getitem__)
+    return order, [0, *(common_prefix(sequences[a], sequences[b]) for a, b in pairwise(order))]
 
 
 def with_eos(ids: list[int], contract: ScoringContract) -> list[int]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reward_actor.token_ids import in_order
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -85,23 +87,14 @@ def plan_forests(sequences: Sequence[Sequence[int]], max_batch_tokens: int) -> l
     for index, array in enumerate(arrays):
         if not len(array):
             raise ValueError(f"sequence {index} is empty")
-    # Big-endian bytes compare as the ids do, and a prefix comes before what it begins.
-    order = sorted(range(len(arrays)), key=lambda i: arrays[i].astype(">u4").tobytes())
-    shared = [0] * len(order)
-    for place in range(1, len(order)):
-        shared[place] = common_prefix(arrays[order[place - 1]], arrays[order[place]])
+    # Four bytes an id, big-endian: they compare as the ids do, and much faster.
+    order, shared_bytes = in_order([array.astype(">u4").tobytes() for array in arrays])
+    shared = [num_bytes // 4 for num_bytes in shared_bytes]
     lengths = [len(arrays[i]) for i in order]
     return [
         _forest([arrays[i] for i in order[first:end]], shared[first:end], order[first:end])
         for first, end in _cuts(lengths, shared, max_batch_tokens)
     ]
-
-
-def common_prefix(a: Ints, b: Ints) -> int:
-    """The number of leading tokens that two sequences share."""
-    width = min(len(a), len(b))
-    differs = a[:width] != b[:width]
-    return int(differs.argmax()) if differs.any() else width
 
 
 def _cuts(lengths: list[int], shared: list[int], budget: int) -> list[tuple[int, int]]:

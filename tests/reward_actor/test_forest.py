@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reward_actor.engine.forest import common_prefix, plan_forests
+from reward_actor.engine.forest import plan_forests
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)  # few letters: many shared prefixes
 batches = st.lists(ids, min_size=1, max_size=12)
@@ -76,12 +74,6 @@ def test_a_chain_of_thousands_of_levels_needs_no_recursion() -> None:
     [forest] = plan_forests(sequences, 3000)
     assert forest.num_rows == 3000
     assert len(forest.path(2999)) == 3000
-
-
-@given(a=ids, b=ids)
-def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
-    expected = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False)))
-    assert common_prefix(np.array(a), np.array(b)) == expected
 
 
 def test_what_cannot_be_packed_is_named() -> None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reward_actor.engine.forest import common_prefix
+from reward_actor.token_ids import in_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -103,15 +102,9 @@ def padded_micro_batches(
 
 def distinct_tokens(comparisons: Comparisons, index: int) -> int:
     """Tokens of one comparison's sequences, those of shared prefixes counted once."""
-    first, end = comparisons.starts[index : index + 2]
-    bounds = comparisons.offsets[first : end + 1]
-    # Big-endian bytes sort as the ids do; then neighbours share the most.
-    arrays = sorted(
-        (comparisons.ids[a:b].astype(np.int64) for a, b in pairwise(bounds)),
-        key=lambda ids: ids.astype(">u4").tobytes(),
-    )
-    total = sum(map(len, arrays))
-    return total - sum(common_prefix(a, b) for a, b in pairwise(arrays))
+    sequences = comparisons.sequences(index)
+    _, shared = in_order(sequences)
+    return sum(map(len, sequences)) - sum(shared)
 
 
 def plan(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from reward_actor import conversation, dialogues
 from reward_actor.conversation import kind_of
 from reward_actor.groups import Completion, Message
-from trainer.data.rows import Row, Side, num_shared, prompt_key
+from reward_actor.token_ids import common_prefix
+from trainer.data.rows import Row, Side, prompt_key
 
 if TYPE_CHECKING:
     from trainer.config.data import Columns
@@ -152,9 +153,9 @@ def _ids(name: str, value: Any) -> list[int]:
     return value
 
 
-def _ids_key(prompt: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[str, bool]:
+def _ids_key(prompt: Sequence[int], ids: Sequence[list[int]]) -> tuple[str, bool]:
     """As `trainer.data.rows.prompt_key`."""
-    begin = prompt or ids[0][: num_shared(ids)] or ids[0]
+    begin = prompt or ids[0][: common_prefix(*ids)] or ids[0]
     return "token ids " + " ".join(map(str, begin)), bool(prompt)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from reward_actor.groups import SampleError
 from reward_actor.render import Renderer, RenderError, Sample
-from reward_actor.token_ids import checked
+from reward_actor.token_ids import checked, common_prefix
 from trainer.data.comparisons import Comparison, Comparisons
-from trainer.data.rows import Row, as_chat, num_shared
+from trainer.data.rows import Row, as_chat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -200,7 +200,7 @@ def truncate_left(
     """
     keep = int(bos_token_id is not None and all(ids[:1] == [bos_token_id] for ids in sequences))
     excess, left = max(map(len, sequences)) - max_length, min(map(len, sequences)) - keep - 1
-    cut = max(0, min(excess, num_shared(sequences) - keep, left))  # something is left of each
+    cut = max(0, min(excess, common_prefix(*sequences) - keep, left))  # something is left of each
     shorter = [ids[:keep] + ids[keep + cut :] for ids in sequences]
     return [
         ids if len(ids) <= max_length else ids[:keep] + ids[len(ids) - (max_length - keep) :]
@@ -226,7 +226,7 @@ def _mark(item: Comparison, split_seed: int) -> tuple[bytes, bytes, bytes, bool,
         _digest(content),
         _digest(either) if is_pair else b"",
         is_pair and tokens[0] > tokens[1],
-        num_shared(item.sequences),
+        common_prefix(*tokens) // 4,
     )
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 from typing import Any
 
-import numpy as np
-
 from reward_actor import dialogues
-from reward_actor.engine.forest import common_prefix
 from reward_actor.groups import Completion, Prompt
+from reward_actor.token_ids import common_prefix
 
 _SHOWN = 3
 # How whole dialogues are written as text (Anthropic's hh-rlhf).
@@ -112,14 +109,7 @@ def prompt_key(sides: Sequence[Side]) -> tuple[str, bool]:
         return turn[1].strip(), True
     if prompt:
         return prompt, True
-    return commonprefix([side.text for side in sides]) or text, False  # noqa: RUF071 (characters)
-
-
-def num_shared(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of these sequences begin with."""
-    lists = [list(ids) for ids in sequences]
-    first, last = min(lists), max(lists)  # whatever these two share, all do
-    return common_prefix(np.array(first, dtype=np.int64), np.array(last, dtype=np.int64))
+    return text[: common_prefix(*(side.text for side in sides))] or text, False
 
 
 def _question(side: Side) -> Any:

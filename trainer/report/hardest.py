@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reward_actor.token_ids import common_prefix
 from trainer.data.comparisons import Comparisons
 from trainer.evaluation.metrics import pair_indices
 
@@ -72,7 +72,7 @@ def hardest_pairs(
 
 def _num_shared(a: list[int], b: list[int], decode: Callable[[Sequence[int]], str]) -> int:
     """Tokens that both begin with, less those of a character that is cut in two."""
-    num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    num_shared = common_prefix(a, b)
     for back in range(min(4, num_shared)):  # UTF-8 has at most four bytes, and so tokens
         if not decode(a[: num_shared - back][-8:]).endswith("\N{REPLACEMENT CHARACTER}"):
             return num_shared - back
