@@ -29,7 +29,8 @@ def in_order(sequences: Sequence[Elements]) -> tuple[list[int], list[int]]:
     order, shares with the one before it: the most that it shares with any earlier one. The first
     shares 0."""
     order: list[int] = sorted(range(len(sequences)), key=sequences.__getitem__)
-    return order, [0, *(common_prefix(sequences[a], sequences[b]) for a, b in pairwise(order))]
+    shares = [common_prefix(sequences[a], sequences[b]) for a, b in pairwise(order)]
+    return order, [0] * bool(order) + shares
 
 
 def with_eos(ids: list[int], contract: ScoringContract) -> list[int]:

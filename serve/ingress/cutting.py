@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+
+from reward_actor.token_ids import common_prefix, in_order
 
 # Of its tokens a cut must share this much with another one to be sent before older ones.
 _MIN_SHARED = 0.25
@@ -18,31 +19,21 @@ _MIN_FILL = 0.5
 
 @dataclass(frozen=True)
 class Cut:
-    """Sequences that travel together, and the tokens that are computed for them."""
+    """Sequences that travel together, the tokens that are computed for them (at most), and how many
+    all of them begin with, as far as that was sought: 0 for several groups."""
 
     sequences: list[list[int]]
     num_tokens: int
+    num_shared: int = 0
+
+    @classmethod
+    def of(cls, group: list[list[int]]) -> Cut:
+        """A whole group, of one sequence at least."""
+        shared = common_prefix(*group) if len(group) > 1 else 0
+        return cls(group, shared + sum(len(sequence) - shared for sequence in group), shared)
 
 
-def shared_and_distinct_tokens(sequences: Sequence[list[int]]) -> tuple[int, int]:
-    """The tokens of what all sequences begin with, and with it those that are computed at most."""
-    if not sequences:
-        return 0, 0
-    shared = _common_prefix(min(sequences), max(sequences)) if len(sequences) > 1 else 0
-    return shared, shared + sum(len(sequence) - shared for sequence in sequences)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """Of the first and the last in lexicographic order: what all between begin with, too."""
-    # By halves: comparing slices is much faster than comparing their elements here.
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
-
-
-def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
+def cut(groups: Sequence[Cut], max_tokens: int) -> list[Cut]:
     """All sequences in order, cut into pieces of at most `max_tokens` computed tokens.
 
     A group is divided only if it is larger than that by itself, and a sequence never.
@@ -57,13 +48,12 @@ def cut(groups: Sequence[Sequence[list[int]]], max_tokens: int) -> list[Cut]:
     return cuts
 
 
-def _pieces(group: Sequence[list[int]], max_tokens: int) -> list[Cut]:
-    shared, num_tokens = shared_and_distinct_tokens(group)
-    if num_tokens <= max_tokens or len(group) < 2:
-        return [Cut(list(group), num_tokens)] if group else []
+def _pieces(group: Cut, max_tokens: int) -> list[Cut]:
+    if group.num_tokens <= max_tokens:
+        return [group]
     pieces: list[Cut] = []
-    for sequence in group:
-        own = len(sequence) - shared
+    for sequence in group.sequences:
+        own = len(sequence) - group.num_shared
         if pieces and pieces[-1].num_tokens + own <= max_tokens:
             last = pieces.pop()
             pieces.append(Cut([*last.sequences, sequence], last.num_tokens + own))
@@ -92,34 +82,34 @@ def fitting(cuts: Sequence[Cut], max_tokens: int) -> tuple[list[int], int]:
     return sorted(taken), num_tokens
 
 
-def _families(cuts: Sequence[Cut]) -> list[list[int]]:
-    """The places of those that begin alike, in lexicographic order; that of the oldest first."""
-    families: list[list[int]] = []
-    for place in sorted(range(len(cuts)), key=lambda place: cuts[place].sequences[0]):
-        if families and _begin_alike(cuts[families[-1][-1]], cuts[place]):
-            families[-1].append(place)
+Family = list[tuple[int, int]]
+"""The places of those that begin alike, in lexicographic order, each with the number of tokens that
+it shares with the one before it."""
+
+
+def _families(cuts: Sequence[Cut]) -> list[Family]:
+    """That of the oldest first."""
+    families: list[Family] = []
+    before = 0
+    for place, shared in zip(*in_order([cut.sequences[0] for cut in cuts]), strict=True):
+        length = len(cuts[place].sequences[0])
+        if families and shared >= _MIN_SHARED * max(before, length):
+            families[-1].append((place, shared))
         else:
-            families.append([place])
+            families.append([(place, shared)])
+        before = length
     return sorted(families, key=min)
 
 
-def _begin_alike(a: Cut, b: Cut) -> bool:
-    longer = max(len(a.sequences[0]), len(b.sequences[0]))
-    return _shared(a, b) >= _MIN_SHARED * longer
-
-
-def _shared(a: Cut, b: Cut) -> int:
-    return _common_prefix(a.sequences[0], b.sequences[0])
-
-
-def _around_oldest(cuts: Sequence[Cut], family: Sequence[int], room: int) -> tuple[list[int], int]:
+def _around_oldest(cuts: Sequence[Cut], family: Family, room: int) -> tuple[list[int], int]:
     """The oldest of a family with its neighbours on both sides, as far as they fit, and the tokens
     that are computed for them."""
-    middle = family.index(min(family))
-    some, num_tokens = [family[middle]], cuts[family[middle]].num_tokens
-    for side in (family[middle::-1], family[middle:]):
-        for before, place in pairwise(side):
-            added = cuts[place].num_tokens - _shared(cuts[before], cuts[place])
+    oldest = family.index(min(family))
+    some, num_tokens = [family[oldest][0]], cuts[family[oldest][0]].num_tokens
+    before = [(family[i - 1][0], family[i][1]) for i in range(oldest, 0, -1)]
+    for side in (before, family[oldest + 1 :]):
+        for place, shared in side:
+            added = cuts[place].num_tokens - shared
             if num_tokens + added > room:
                 break
             some.append(place)

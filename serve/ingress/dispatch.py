@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_actor.errors import RewardServiceError
-from serve.ingress.cutting import Cut, cut, fitting, shared_and_distinct_tokens
+from serve.ingress.cutting import Cut, cut, fitting
 from serve.ingress.tasks import detached
 from serve.wire import FlatSequences, ReplicaReply
 
@@ -125,7 +125,7 @@ class Dispatcher:
 
     async def score(
         self,
-        groups: Sequence[Sequence[list[int]]],
+        groups: Sequence[list[list[int]]],
         version: str,
         generation: int,
         token_scores: bool = False,
@@ -140,14 +140,15 @@ class Dispatcher:
         Raises RewardServiceError ("overloaded", "internal") and OtherVersion. When one part fails
         or the caller is cancelled, the others are dropped.
         """
-        total = sum(shared_and_distinct_tokens(group)[1] for group in groups)
+        whole = [Cut.of(group) for group in groups if group]
+        total = sum(group.num_tokens for group in whole)
         if not is_admitted:
             self.admit(total)
         share = max(_MIN_PART, -(-total // max(1, self.num_replicas)))
         loop = asyncio.get_running_loop()
         parts = [
             _Part(piece, version, generation, token_scores, loop.create_future())
-            for piece in cut(groups, min(share, self.message_tokens))
+            for piece in cut(whole, min(share, self.message_tokens))
         ]
         for part in parts:
             self._waiting.append(part)

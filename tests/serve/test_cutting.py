@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from id_groups import Groups, groups_of_ids
 
 from reward_actor.engine.forest import plan_forests
-from serve.ingress.cutting import cut, fitting, shared_and_distinct_tokens
+from serve.ingress.cutting import Cut, cut, fitting
 
 
 @given(groups_of_ids, st.integers(1, 60))
 def test_cutting_keeps_every_sequence_and_divides_no_group_that_fits(
     groups: Groups, budget: int
 ) -> None:
-    pieces = cut(groups, budget)
+    pieces = cut([Cut.of(group) for group in groups if group], budget)
     assert [s for piece in pieces for s in piece.sequences] == [s for g in groups for s in g]
     for piece in pieces:
         assert piece.num_tokens <= budget or len(piece.sequences) == 1
@@ -28,15 +28,16 @@ def test_cutting_keeps_every_sequence_and_divides_no_group_that_fits(
     ranges = [(place := place + len(p.sequences)) for p in pieces]
     for group in groups:
         inside = [end for end in ranges if first < end < first + len(group)]
-        assert not inside or shared_and_distinct_tokens(group)[1] > budget
+        assert not inside or Cut.of(group).num_tokens > budget
         first += len(group)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5))
 def test_what_all_share_is_counted_once(group: list[list[int]]) -> None:
-    shared, num_tokens = shared_and_distinct_tokens(group)
+    whole = Cut.of(group)
+    shared = whole.num_shared
     assert all(sequence[:shared] == group[0][:shared] for sequence in group)
-    assert num_tokens == shared + sum(len(sequence) - shared for sequence in group)
+    assert whole.num_tokens == shared + sum(len(sequence) - shared for sequence in group)
 
 
 singles = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -46,7 +47,7 @@ singles = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_siz
 def test_what_goes_together_fits_and_the_first_is_among_it(
     sequences: list[list[int]], budget: int
 ) -> None:
-    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
+    cuts = [Cut.of([sequence]) for sequence in sequences]
     places, num_tokens = fitting(cuts, budget)
     assert places[0] == 0
     assert places == sorted(set(places))
@@ -60,7 +61,7 @@ def test_what_goes_together_fits_and_the_first_is_among_it(
 def test_completions_of_one_prompt_that_come_one_by_one_go_together() -> None:
     prompts = [[prompt] * 30 for prompt in range(4)]
     sequences = [[*prompts[i % 4], 10 + i] for i in range(16)]
-    cuts = [piece for sequence in sequences for piece in cut([[sequence]], 10**9)]
+    cuts = [Cut.of([sequence]) for sequence in sequences]
     places, num_tokens = fitting(cuts, 2 * (30 + 4))
     assert places == [0, 1, 4, 5, 8, 9, 12, 13]
     assert num_tokens == 2 * (30 + 4)
