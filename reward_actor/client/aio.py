@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +23,7 @@ from reward_actor.client.endpoints import parse_urls
 from reward_actor.client.merging import PendingGroups, divide, share, take
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
+from reward_actor.scheduling import Waiting, drop_when_abandoned, halves, wait_for_all
 
 if TYPE_CHECKING:
     import httpx
@@ -67,7 +68,7 @@ class AsyncRewardClient:
         self.max_concurrency = max_concurrency
         self._make_sender = partial(Sender, self.urls, checked_token(token), verify)
         self._sender = self._make_sender()
-        self._waiting: deque[PendingGroups] = deque()
+        self._waiting: Waiting[PendingGroups] = Waiting(lambda part: part.num_samples)
         self._requests: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pump_is_due = False
@@ -113,18 +114,16 @@ class AsyncRewardClient:
             done: asyncio.Future[list[GroupScores]] = loop.create_future()
             parts.append(PendingGroups(some, first, token_rewards, deadline, done, turn_rewards))
             first += len(some)
-        self._waiting.extend(parts)
+        for part in parts:
+            self._waiting.add(part)
         self._pump_soon()
         try:
             async with asyncio.timeout(self.timeout_s):
-                return [scores for part in parts for scores in await part.done]
+                scores = await wait_for_all([part.done for part in parts])
         except TimeoutError:
             failure = next((part.failure for part in parts if part.failure), None)
             raise self._sender.too_late(failure) from None
-        finally:
-            for part in parts:
-                if not part.done.cancel() and not part.done.cancelled():
-                    part.done.exception()  # seen; asyncio would complain
+        return list(chain.from_iterable(scores))
 
     async def info(self) -> schema.Info:
         """What is served, and every limit."""
@@ -201,7 +200,7 @@ class AsyncRewardClient:
 
     def _pump(self) -> None:
         self._pump_is_due = False
-        samples = share(self._waiting, self._sender.endpoints.num_ready(time.monotonic()))
+        samples = share(self._waiting.size, self._sender.endpoints.num_ready(time.monotonic()))
         while self._waiting and len(self._requests) < self.max_concurrency:
             parts = take(self._waiting, samples)
             if not parts:
@@ -209,7 +208,7 @@ class AsyncRewardClient:
             request = asyncio.get_running_loop().create_task(self._deliver(parts))
             self._requests.add(request)
             request.add_done_callback(partial(self._done, parts))
-            self._drop_when_abandoned(parts, request)
+            drop_when_abandoned(parts, request)
 
     def _done(self, parts: Sequence[PendingGroups], request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
@@ -218,31 +217,15 @@ class AsyncRewardClient:
                 _fail(part, closed())
         self._pump_soon()
 
-    @staticmethod
-    def _drop_when_abandoned(parts: Sequence[PendingGroups], request: asyncio.Task[None]) -> None:
-        """Hang up when the last of the request's callers has."""
-        left = len(parts)
-
-        def one_less(done: asyncio.Future[list[GroupScores]]) -> None:
-            nonlocal left
-            left -= 1
-            if not left and done.cancelled():
-                request.cancel()
-
-        for part in parts:
-            part.done.add_done_callback(one_less)
-
     async def _deliver(self, parts: list[PendingGroups]) -> None:
         try:
             scores = iter(await self._scores(parts))
         except Exception as error:  # whatever it is belongs to the callers
-            waiting = [part for part in parts if not part.done.done()]
             if len(parts) > 1 and _may_be_one_part(error):
-                middle = (len(waiting) + 1) // 2
-                for half in filter(None, (waiting[:middle], waiting[middle:])):
+                for half in halves(parts):
                     await self._deliver(half)
                 return
-            for part in waiting:
+            for part in parts:
                 _fail(part, error)
             return
         for part in parts:

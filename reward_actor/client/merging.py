@@ -6,14 +6,14 @@ Legend: a part is what of one call travels together: groups, never a piece of on
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from reward_actor.client.bodies import is_ids, weight
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
+from reward_actor.scheduling import Waiting
 
 # Of one request: far below what a service accepts by default, and enough to fill its batches.
 MAX_SAMPLES = 1024
@@ -72,32 +72,26 @@ def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:
     return divided
 
 
-def share(waiting: Iterable[PendingGroups], num_endpoints: int) -> int:
-    """Samples of each request, so that every endpoint gets its share of what waits."""
-    num_waiting = sum(part.num_samples for part in waiting)
+def share(num_waiting: int, num_endpoints: int) -> int:
+    """Samples of each request, so that every endpoint gets its share of those that wait."""
     return min(MAX_SAMPLES, max(_MIN_SHARE, -(-num_waiting // max(1, num_endpoints))))
 
 
-def take(waiting: deque[PendingGroups], samples: int) -> list[PendingGroups]:
+def take(waiting: Waiting[PendingGroups], samples: int) -> list[PendingGroups]:
     """Remove the next request's parts: the oldest, and of those like it as many as fit.
 
-    samples: that fit; the oldest part always does. Parts whose callers have gone are dropped.
+    samples: that fit; the oldest part always does.
     """
     room = MAX_WEIGHT
     taken: list[PendingGroups] = []
-    others: list[PendingGroups] = []
-    while waiting:
-        part = waiting.popleft()
-        if part.done.done():
-            continue
+    for part in waiting:
         if taken and not part.is_like(taken[0]):
-            others.append(part)
             continue
         if taken and (part.num_samples > samples or part.weight > room):
-            waiting.appendleft(part)
             break
         taken.append(part)
         samples -= part.num_samples
         room -= part.weight
-    waiting.extendleft(reversed(others))
+    for part in taken:
+        waiting.remove(part)
     return taken

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_actor.errors import RewardServiceError
+from reward_actor.scheduling import Rate, Waiting, drop_when_abandoned, halves, wait_for_all
 from serve.ingress.cutting import Cut, cut, fitting
 from serve.ingress.tasks import detached
 from serve.wire import FlatSequences, ReplicaReply
@@ -39,8 +38,6 @@ _MESSAGES_PER_REPLICA = 2
 _PAUSE_S = 0.05
 # A replica that has not followed a swap by now will not: it is of another deployment.
 _FOLLOW_S = 5.0
-_FIRST_TOKENS_PER_S = 10_000.0
-_RATE_MEMORY = 0.8
 # Of so many messages' worth the oldest parts are looked at for those that begin like the first, so
 # that the others are passed over a few times at most.
 _MESSAGES_AHEAD = 4
@@ -68,7 +65,7 @@ class Dispatched:
     num_tokens: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     cut: Cut
     version: str
@@ -76,7 +73,6 @@ class _Part:
     token_scores: bool
     done: asyncio.Future[Dispatched]
     submitted: float = field(default_factory=time.monotonic)
-    is_waiting: bool = False
 
     def is_like(self, other: _Part) -> bool:
         return (self.version, self.token_scores) == (other.version, other.token_scores)
@@ -105,23 +101,20 @@ class Dispatcher:
         self._num_ingress = num_ingress
         self.num_replicas = 1
         self.max_batch_tokens = 2**31
-        self.replica_tokens_per_s = _FIRST_TOKENS_PER_S
         self.queued_tokens = 0  # on their way, too
-        self._waiting: deque[_Part] = deque()
-        self._waiting_tokens = 0
-        self._num_abandoned = 0  # of those that wait
+        self._waiting: Waiting[_Part] = Waiting(lambda part: part.cut.num_tokens, self._forget)
+        self._replica_rate = Rate()
         self._messages: set[asyncio.Task[None]] = set()
 
     @property
     def tokens_per_s(self) -> float:
         """This ingress's part of what all replicas do together, as last measured."""
-        return self.replica_tokens_per_s * max(1, self.num_replicas) / self._num_ingress
+        return self._replica_rate.tokens_per_s * max(1, self.num_replicas) / self._num_ingress
 
     @property
     def message_tokens(self) -> int:
         """As much as a replica scores at once, and in good time."""
-        timely = int(self.replica_tokens_per_s * self._target_batch_s)
-        return min(self.max_batch_tokens, max(2 * _MIN_PART, timely))
+        return min(self.max_batch_tokens, self._replica_rate.timely_tokens(self._target_batch_s))
 
     async def score(
         self,
@@ -151,17 +144,10 @@ class Dispatcher:
             for piece in cut(whole, min(share, self.message_tokens))
         ]
         for part in parts:
-            self._waiting.append(part)
-            self._count_waiting(part, True)
+            self._waiting.add(part)
             self.queued_tokens += part.cut.num_tokens
-            part.done.add_done_callback(partial(self._forget, part))
         self._pump()
-        try:
-            return [await part.done for part in parts]
-        finally:
-            for part in parts:
-                if not part.done.cancel() and not part.done.cancelled():
-                    part.done.exception()  # seen; asyncio would complain
+        return await wait_for_all([part.done for part in parts])
 
     def admit(self, num_tokens: int) -> None:
         """Raise RewardServiceError if this would wait too long; an empty queue takes everything."""
@@ -177,20 +163,8 @@ class Dispatcher:
             retry_after_s=wait,
         )
 
-    def _forget(self, part: _Part, _: asyncio.Future[Dispatched]) -> None:
+    def _forget(self, part: _Part) -> None:
         self.queued_tokens -= part.cut.num_tokens
-        if not part.is_waiting:
-            return
-        # Its caller has hung up. Such parts go when they come to the front, or when they are many.
-        self._count_waiting(part, False)
-        self._num_abandoned += 1
-        if self._num_abandoned > len(self._waiting) // 2:
-            self._waiting = deque(part for part in self._waiting if not part.done.done())
-            self._num_abandoned = 0
-
-    def _count_waiting(self, part: _Part, is_waiting: bool) -> None:
-        part.is_waiting = is_waiting
-        self._waiting_tokens += part.cut.num_tokens if is_waiting else -part.cut.num_tokens
 
     def _pump(self) -> None:
         """Send what waits, as far as the replicas have room for messages."""
@@ -201,50 +175,30 @@ class Dispatcher:
             task = detached(self._deliver(parts, num_tokens))
             self._messages.add(task)
             task.add_done_callback(self._delivered)
-            self._drop_when_abandoned(parts, task)
+            drop_when_abandoned(parts, task)
 
     def _take(self) -> tuple[list[_Part], int]:
         """The next message and its tokens: the oldest part, and as many alike as one may hold, but
         no more than one replica's share of what waits."""
-        share = -(-self._waiting_tokens // max(1, self.num_replicas))
+        share = -(-self._waiting.size // max(1, self.num_replicas))
         room = min(self.message_tokens, max(_MIN_PART, share))
-        oldest = self._pop(_MESSAGES_AHEAD * self.message_tokens)
+        oldest = self._oldest(_MESSAGES_AHEAD * self.message_tokens)
         alike = [part for part in oldest if part.is_like(oldest[0])]
         taken, num_tokens = fitting([part.cut for part in alike], room)
         parts = [alike[i] for i in taken]
-        gone = {id(part) for part in parts}
-        for part in reversed(oldest):
-            if id(part) not in gone:
-                self._waiting.appendleft(part)
-                self._count_waiting(part, True)
+        for part in parts:
+            self._waiting.remove(part)
         return parts, num_tokens
 
-    def _pop(self, max_tokens: int) -> list[_Part]:
-        """What has waited longest, of so many tokens at most, but for what nobody waits for."""
+    def _oldest(self, max_tokens: int) -> list[_Part]:
+        """What has waited longest, of so many tokens at most."""
         found: list[_Part] = []
-        while self._waiting and (not found or self._waiting[0].cut.num_tokens <= max_tokens):
-            part = self._waiting.popleft()
-            if part.is_waiting:
-                self._count_waiting(part, False)
-                found.append(part)
-                max_tokens -= part.cut.num_tokens
-            else:
-                self._num_abandoned -= 1
+        for part in self._waiting:
+            if found and part.cut.num_tokens > max_tokens:
+                break
+            found.append(part)
+            max_tokens -= part.cut.num_tokens
         return found
-
-    @staticmethod
-    def _drop_when_abandoned(parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
-        """Take the message back when the last of its callers has hung up."""
-        left = len(parts)
-
-        def one_less(done: asyncio.Future[Dispatched]) -> None:
-            nonlocal left
-            left -= 1
-            if not left and done.cancelled():
-                task.cancel()
-
-        for part in parts:
-            part.done.add_done_callback(one_less)
 
     def _delivered(self, task: asyncio.Task[None]) -> None:
         self._messages.discard(task)
@@ -255,15 +209,19 @@ class Dispatcher:
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
-            waiting = [part for part in parts if not part.done.done()]
             if isinstance(error, RewardServiceError) and len(parts) > 1:
-                await self._deliver_apart(waiting)
+                await asyncio.gather(
+                    *(
+                        self._deliver(half, sum(part.cut.num_tokens for part in half))
+                        for half in halves(parts)
+                    )
+                )
                 return
-            for part in waiting:
-                part.done.set_exception(error)
+            for part in parts:
+                if not part.done.done():
+                    part.done.set_exception(error)
             return
-        before = self.replica_tokens_per_s
-        self.replica_tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * reply.tokens_per_s
+        self._replica_rate.measure(reply.tokens_per_s)
         assert reply.raw_scores is not None, "a reply that is ok carries its scores"
         now = time.monotonic()
         share = num_tokens / sum(part.cut.num_tokens for part in parts)
@@ -278,18 +236,6 @@ class Dispatcher:
                 part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s, computed))
             start = end
 
-    async def _deliver_apart(self, parts: list[_Part]) -> None:
-        """One of them cannot be scored; the others can, without it. By halves, so that nobody waits
-        for more than a few messages."""
-        middle = (len(parts) + 1) // 2
-        await asyncio.gather(
-            *(
-                self._deliver(half, sum(part.cut.num_tokens for part in half))
-                for half in (parts[:middle], parts[middle:])
-                if half
-            )
-        )
-
     async def _reply(
         self, sequences: list[list[int]], num_tokens: int, like: _Part
     ) -> ReplicaReply:
@@ -297,7 +243,7 @@ class Dispatcher:
 
         Raises RewardServiceError and OtherVersion; its callers' deadlines end it otherwise.
         """
-        message = FlatSequences.of(sequences, like.version, num_tokens, self._waiting_tokens)
+        message = FlatSequences.of(sequences, like.version, num_tokens, self._waiting.size)
         started = time.monotonic()
         while True:
             try:

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from reward_actor.scheduling import Rate, Waiting, halves
+
 Sequences = Sequence[Any]
 """Token ids of n sequences, in whatever form the work takes them."""
-
-# The rate is unknown until something was scored; a first guess only shapes the first Retry-After.
-_FIRST_TOKENS_PER_S = 10_000.0
-_RATE_MEMORY = 0.8
-
-# Fewer tokens at once waste a device, however slow it is.
-_MIN_BUDGET = 2048
 
 
 class Work(Protocol):
@@ -59,14 +53,13 @@ class BatchResult:
     score_s: float
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     sequences: Sequences
     num_tokens: int
     work: Work
     done: asyncio.Future[BatchResult]
     submitted: float = field(default_factory=time.monotonic)
-    is_queued: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,14 +107,21 @@ class Batcher:
         self._max_queued_tokens = max_queued_tokens
         self._target_batch_s = target_batch_s
         self._on_batch = on_batch
-        self._jobs: deque[_Job] = deque()
+        self._jobs: Waiting[_Job] = Waiting(lambda job: job.num_tokens, lambda _: self._mark_full())
+        self._rate = Rate()
         self._arrived = asyncio.Event()  # something waits
         self._full = asyncio.Event()  # as much waits as one batch may hold
         self._device = ThreadPoolExecutor(1, "scorer", initializer=on_device)
         self._preparer = ThreadPoolExecutor(1, "preparer")
         self._loop_task: asyncio.Task[None] | None = None
-        self.queued_tokens = 0
-        self.tokens_per_s = _FIRST_TOKENS_PER_S
+
+    @property
+    def queued_tokens(self) -> int:
+        return self._jobs.size
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._rate.tokens_per_s
 
     async def submit(self, sequences: Sequences, num_tokens: int, work: Work) -> BatchResult:
         """Score the sequences of one job, in a batch with others of the same work.
@@ -136,11 +136,9 @@ class Batcher:
         if self._loop_task is None:
             self._loop_task = loop.create_task(self._run())
         job = _Job(sequences, num_tokens, work, loop.create_future())
-        self._jobs.append(job)
-        self._count(num_tokens)
-        job.done.add_done_callback(lambda _: self._forget(job))
+        self._jobs.add(job)
+        self._mark_full()
         self._arrived.set()
-        # When the caller is cancelled, so is the future, and `_take` skips the job.
         return await job.done
 
     async def _run(self) -> None:
@@ -164,23 +162,21 @@ class Batcher:
 
     def _budget(self) -> int:
         """Tokens of one batch: what fits, and takes no longer than it should."""
-        timely = max(_MIN_BUDGET, int(self.tokens_per_s * self._target_batch_s))
-        return min(self.max_batch_tokens, timely)
+        return min(self.max_batch_tokens, self._rate.timely_tokens(self._target_batch_s))
 
     def _take(self, *, is_ahead: bool = False) -> _Batch | None:
         """The next batch, oldest first: at least one job, as many alike as the budget holds."""
         jobs: list[_Job] = []
         room = self._budget()
-        while self._jobs:
-            first = self._jobs[0]
-            if jobs and (first.num_tokens > room or first.work != jobs[0].work):
+        for job in self._jobs:
+            if jobs and (job.num_tokens > room or job.work != jobs[0].work):
                 break
-            job = self._jobs.popleft()
-            self._forget(job)
-            if not job.done.done():
-                jobs.append(job)
-                room -= job.num_tokens
-        if not self._jobs:
+            jobs.append(job)
+            room -= job.num_tokens
+        for job in jobs:
+            self._jobs.remove(job)
+        self._mark_full()
+        if not self._jobs or not jobs:
             self._arrived.clear()
         if not jobs:
             return None
@@ -200,17 +196,18 @@ class Batcher:
             started = time.monotonic()
             results = await loop.run_in_executor(self._device, _scores, batch, prepared)
         except Exception as error:  # whatever the model raises belongs to the callers
-            waiting = [job for job in batch.jobs if not job.done.done()]
-            if len(batch.jobs) > 1:  # one of them cannot be scored; the others can, without it
-                for job in waiting:
-                    await self._score(_Batch([job], None))
-            elif waiting:
-                waiting[0].done.set_exception(error)
+            if len(batch.jobs) > 1:
+                for half in halves(batch.jobs):
+                    await self._score(_Batch(half, None))
+            elif not batch.jobs[0].done.done():
+                batch.jobs[0].done.set_exception(error)
             return
         seconds = time.monotonic() - started
         if self._on_batch is not None:
             self._on_batch(batch.num_tokens, seconds)
-        self._measure(batch.num_tokens * batch.work.share_computed, seconds)
+        if batch.work.share_computed:  # else all was known, and nothing learnt about the device
+            num_computed = batch.num_tokens * batch.work.share_computed
+            self._rate.measure(num_computed / max(seconds, 1e-6))
         start = 0
         for job in batch.jobs:
             end = start + len(job.sequences)
@@ -219,21 +216,9 @@ class Batcher:
                 job.done.set_result(BatchResult(results[start:end], waited, seconds))
             start = end
 
-    def _forget(self, job: _Job) -> None:
-        """Count the job no more: its batch begins, or its caller has hung up before that."""
-        if job.is_queued:
-            job.is_queued = False
-            self._count(-job.num_tokens)
-
-    def _count(self, num_tokens: int) -> None:
-        self.queued_tokens += num_tokens
+    def _mark_full(self) -> None:
+        """Whether as much waits as one batch may hold."""
         if self.queued_tokens >= self._budget():
             self._full.set()
         else:
             self._full.clear()
-
-    def _measure(self, num_tokens: float, seconds: float) -> None:
-        if num_tokens == 0:  # all known: nothing was learnt about the device
-            return
-        rate = num_tokens / max(seconds, 1e-6)
-        self.tokens_per_s = _RATE_MEMORY * self.tokens_per_s + (1 - _RATE_MEMORY) * rate

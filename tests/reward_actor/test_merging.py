@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import Group
 from reward_actor.client.merging import MAX_SAMPLES, MAX_WEIGHT, PendingGroups, divide, share, take
+from reward_actor.scheduling import Waiting
 
 sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=12)
 
@@ -47,11 +47,13 @@ def test_requests_hold_every_part_once_alike_and_within_the_bounds(
         for n, ids, token_rewards, turn_rewards in calls
     ]
     loop.close()
-    waiting = deque(parts)
+    waiting: Waiting[PendingGroups] = Waiting(lambda part: part.num_samples)
+    for part in parts:
+        waiting.add(part)
     sent = []
     while waiting:
-        oldest = waiting[0]
-        taken = take(waiting, share(waiting, num_endpoints))
+        oldest = next(iter(waiting))
+        taken = take(waiting, share(waiting.size, num_endpoints))
         assert taken[0] is oldest
         assert all(part.is_like(taken[0]) for part in taken)
         assert len({(part.token_rewards, part.turn_rewards) for part in taken}) == 1

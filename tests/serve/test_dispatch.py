@@ -274,10 +274,10 @@ def test_those_who_hang_up_behind_a_patient_caller_leave_nothing() -> None:
                 call.cancel()
             await settle()
         assert len(queue._waiting) <= 100
-        assert queue._waiting_tokens == 5000
+        assert queue._waiting.size == 5000
         replicas.open.set()
         assert [await call for call in patient] == [[0.0], [5000.0], [10000.0]]
-        assert queue._waiting_tokens == 0
+        assert queue._waiting.size == 0
 
     asyncio.run(run())
 
