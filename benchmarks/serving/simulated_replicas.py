@@ -68,14 +68,13 @@ class Sleep:
 
     def __init__(self, s_per_token: float) -> None:
         self._s_per_token = s_per_token
-        self.share_computed = 1.0
 
     def prepare(self, sequences: Sequence[Any]) -> list[int]:
         return [len(sequence) for sequence in sequences]
 
-    def run(self, lengths: list[int]) -> NDArray[np.float32]:
+    def run(self, lengths: list[int]) -> tuple[NDArray[np.float32], float]:
         time.sleep(sum(lengths) * self._s_per_token)
-        return np.zeros((len(lengths), 1), np.float32)
+        return np.zeros((len(lengths), 1), np.float32), 1.0
 
 
 class SimulatedReplica:

@@ -22,18 +22,14 @@ Sequences = Sequence[Any]
 
 
 class Work(Protocol):
-    """How the sequences of a batch are scored; jobs of equal work share batches.
-
-    share_computed: of the last run's sequences, those that were not known already (from a cache).
-    """
-
-    share_computed: float
+    """How the sequences of a batch are scored; jobs of equal work share batches."""
 
     def prepare(self, sequences: Sequences) -> Any:
         """What can be done before the device is free; on a thread of its own."""
 
-    def run(self, prepared: Any) -> Any:
-        """n results that can be sliced, in the order of the n sequences; on the device's thread."""
+    def run(self, prepared: Any) -> tuple[Any, float]:
+        """n results that can be sliced, in the order of the n sequences, and the share of them that
+        was not known already (from a cache); on the device's thread."""
 
 
 class QueueFull(Exception):
@@ -83,7 +79,7 @@ class _Batch:
         return sum(job.num_tokens for job in self.jobs)
 
 
-def _scores(batch: _Batch, prepared: Any) -> Any:
+def _scores(batch: _Batch, prepared: Any) -> tuple[Any, float]:
     if batch.prepared is None:
         prepared = batch.work.prepare(batch.sequences)
     return batch.work.run(prepared)
@@ -194,7 +190,9 @@ class Batcher:
             if all(job.done.done() for job in batch.jobs):  # all have hung up since
                 return
             started = time.monotonic()
-            results = await loop.run_in_executor(self._device, _scores, batch, prepared)
+            results, share_computed = await loop.run_in_executor(
+                self._device, _scores, batch, prepared
+            )
         except Exception as error:  # whatever the model raises belongs to the callers
             if len(batch.jobs) > 1:
                 for half in halves(batch.jobs):
@@ -205,9 +203,8 @@ class Batcher:
         seconds = time.monotonic() - started
         if self._on_batch is not None:
             self._on_batch(batch.num_tokens, seconds)
-        if batch.work.share_computed:  # else all was known, and nothing learnt about the device
-            num_computed = batch.num_tokens * batch.work.share_computed
-            self._rate.measure(num_computed / max(seconds, 1e-6))
+        if share_computed:  # else all was known, and nothing learnt about the device
+            self._rate.measure(batch.num_tokens * share_computed / max(seconds, 1e-6))
         start = 0
         for job in batch.jobs:
             end = start + len(job.sequences)

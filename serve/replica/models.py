@@ -48,37 +48,26 @@ class Scorer(Described, Protocol):
         """Give back what it holds; it scores no more."""
 
 
-class RawScores:
-    """Work of the batcher: (n, K) raw scores of sequences."""
+@dataclass(frozen=True)
+class Scoring:
+    """Work of the batcher: (n, K) raw scores of sequences, or n arrays (tokens, K), the raw scores
+    of their every token."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-        self.share_computed = 1.0
-
-    def prepare(self, sequences: Sequences) -> tuple[Sequences, Any]:
-        return sequences, self._scorer.plan(sequences)
-
-    def run(self, prepared: tuple[Sequences, Any]) -> Scores:
-        before = self._scorer.num_cache_misses
-        scores = self._scorer.raw_scores(*prepared)
-        after = self._scorer.num_cache_misses
-        if before is not None and after is not None:
-            self.share_computed = (after - before) / max(1, len(prepared[0]))
-        return scores
-
-
-class TokenScores:
-    """Work of the batcher: n arrays (tokens, K), the raw scores of every token."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-        self.share_computed = 1.0
+    scorer: Scorer
+    token_scores: bool = False
 
     def prepare(self, sequences: Sequences) -> tuple[Sequences, Any]:
-        return sequences, self._scorer.plan(sequences)
+        return sequences, self.scorer.plan(sequences)
 
-    def run(self, prepared: tuple[Sequences, Any]) -> list[Scores]:
-        return self._scorer.token_scores(*prepared)
+    def run(self, prepared: tuple[Sequences, Any]) -> tuple[Scores | list[Scores], float]:
+        if self.token_scores:
+            return self.scorer.token_scores(*prepared), 1.0
+        before = self.scorer.num_cache_misses
+        scores = self.scorer.raw_scores(*prepared)
+        after = self.scorer.num_cache_misses
+        if before is None or after is None:
+            return scores, 1.0
+        return scores, (after - before) / max(1, len(scores))
 
 
 Stamp = frozenset[tuple[str, int, int]]
@@ -101,8 +90,6 @@ class Loaded:
     directory: str
     stamp: Stamp
     scorer: Scorer
-    raw_scores: RawScores
-    token_scores: TokenScores
     tokenizer: str
     info: ModelInfo
 
@@ -116,8 +103,6 @@ class Loaded:
             directory,
             stamp,
             scorer,
-            RawScores(scorer),
-            TokenScores(scorer),
             identity(scorer.renderer.tokenizer),
             model_info(scorer),
         )

@@ -15,7 +15,7 @@ from reward_actor.errors import EngineDied
 from serve.config import ServeConfig
 from serve.monitoring import metrics
 from serve.replica.batcher import Batcher, QueueFull
-from serve.replica.models import Loaded, LoadedModels, Scorer
+from serve.replica.models import Loaded, LoadedModels, Scorer, Scoring
 from serve.wire import Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Replica:
         loaded = self._models.find(sequences.model_version)
         if loaded is None:
             return ReplicaReply("other_version", generation)
-        work = loaded.token_scores if token_scores else loaded.raw_scores
+        work = Scoring(loaded.scorer, token_scores)
         try:
             scored = await self._batcher.submit(sequences.rows(), sequences.num_tokens, work)
         except QueueFull as full:

@@ -29,9 +29,10 @@ class Sums:
         self.prepared.append(len(sequences))
         return sequences
 
-    def run(self, prepared: Sequences) -> np.ndarray:
+    def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
         self.batches.append(len(prepared))
-        return np.array([sum(row) for row in prepared], dtype=np.float32)
+        sums = np.array([sum(row) for row in prepared], dtype=np.float32)
+        return sums, self.share_computed
 
 
 class Gate(Sums):
@@ -41,7 +42,7 @@ class Gate(Sums):
         super().__init__()
         self.open = threading.Event()
 
-    def run(self, prepared: Sequences) -> np.ndarray:
+    def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
         results = super().run(prepared)
         assert self.open.wait(10)
         return results
@@ -179,7 +180,7 @@ def test_a_full_queue_refuses_and_says_when_there_is_room() -> None:
 
 def test_an_error_of_the_model_reaches_its_callers_and_the_queue_goes_on() -> None:
     class Fails(Sums):
-        def run(self, prepared: Sequences) -> np.ndarray:
+        def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
             if prepared[0][0] == 0:
                 raise MemoryError("the device is full")
             return super().run(prepared)
@@ -205,7 +206,7 @@ def test_an_error_of_the_model_reaches_its_callers_and_the_queue_goes_on() -> No
 
 def test_a_job_that_cannot_be_scored_fails_alone() -> None:
     class Picky(Gate):
-        def run(self, prepared: Sequences) -> np.ndarray:
+        def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
             results = super().run(prepared)
             if any(666 in row for row in prepared):
                 raise RuntimeError("too long")
@@ -231,7 +232,7 @@ def test_the_oldest_job_goes_first() -> None:
     order: list[int] = []
 
     class Ordered(Sums):
-        def run(self, prepared: Sequences) -> np.ndarray:
+        def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
             order.extend(row[0] for row in prepared)
             time.sleep(0.001)
             return super().run(prepared)
@@ -248,7 +249,7 @@ def test_the_oldest_job_goes_first() -> None:
 
 def test_a_slow_device_gets_batches_that_end_in_time() -> None:
     class Slow(Sums):
-        def run(self, prepared: Sequences) -> np.ndarray:
+        def run(self, prepared: Sequences) -> tuple[np.ndarray, float]:
             time.sleep(1e-5 * sum(map(len, prepared)))  # 100,000 tokens/s
             return super().run(prepared)
 

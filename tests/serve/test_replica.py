@@ -18,8 +18,8 @@ class Models:
     """Of one model."""
 
     generation = 3
-    raw_scores = token_scores = None
-    current = SimpleNamespace(scorer=SimpleNamespace(max_batch_tokens=100))
+    scorer = SimpleNamespace(max_batch_tokens=100)
+    current = SimpleNamespace(scorer=scorer)
 
     def find(self, _: str) -> Models:
         return self
