@@ -1,24 +1,23 @@
-"""What the queues of the client, the ingress and the replica have in common. No network in here.
-
-Legend: a part is what one caller waits for, until it is done.
-"""
+"""What the queues of the client, the ingress and the replica have in common: parts that wait."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 # The rate is unknown until something was scored; a first guess only shapes the first Retry-After.
 _FIRST_TOKENS_PER_S = 10_000.0
 _RATE_MEMORY = 0.8
-# Fewer tokens at once waste a device, however slow it is.
 _MIN_TIMELY_TOKENS = 2048
 
 
 class Part(Protocol):
+    """What one caller waits for, until it is done."""
+
     @property
     def done(self) -> asyncio.Future[Any]: ...
 
@@ -30,9 +29,7 @@ Result = TypeVar("Result")
 class Waiting(Generic[P]):
     """Parts in the order in which they came, each until it is taken or its caller hangs up."""
 
-    def __init__(
-        self, size: Callable[[P], int], on_done: Callable[[P], None] = lambda _: None
-    ) -> None:
+    def __init__(self, size: Callable[[P], int], on_done: Callable[[P], None]) -> None:
         """on_done: called for each part that was added once it is done, taken or not."""
         self._size_of = size
         self._on_done = on_done
@@ -59,9 +56,15 @@ class Waiting(Generic[P]):
         if self._parts.pop(part, False):
             self.size -= self._size_of(part)
 
-    def clear(self) -> None:
-        self._parts.clear()
-        self.size = 0
+    def oldest(self, size: int) -> list[P]:
+        """What has waited longest, of so much together at most, but the first in any case."""
+        found: list[P] = []
+        for part in self:
+            if found and self._size_of(part) > size:
+                break
+            found.append(part)
+            size -= self._size_of(part)
+        return found
 
 
 async def wait_for_all(futures: Sequence[asyncio.Future[Result]]) -> list[Result]:
@@ -96,11 +99,11 @@ def halves(parts: Sequence[P]) -> list[list[P]]:
     return [half for half in (waiting[:middle], waiting[middle:]) if half]
 
 
+@dataclass
 class Rate:
     """How fast a device is, as measured over the last batches."""
 
-    def __init__(self) -> None:
-        self.tokens_per_s = _FIRST_TOKENS_PER_S
+    tokens_per_s: float = _FIRST_TOKENS_PER_S
 
     def measure(self, tokens_per_s: float) -> None:
         self.tokens_per_s = _RATE_MEMORY * self.tokens_per_s + (1 - _RATE_MEMORY) * tokens_per_s

@@ -95,7 +95,7 @@ class SimulatedReplica:
             _GENERATION,
             raw_scores=scored.results,
             score_s=scored.score_s,
-            tokens_per_s=self._batcher.tokens_per_s,
+            tokens_per_s=self._batcher.rate.tokens_per_s,
         )
 
 

@@ -12,7 +12,6 @@ import copy
 import time
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,10 +19,10 @@ from reward_actor import schema
 from reward_actor.client import bodies
 from reward_actor.client.connection import Sender, Verify, checked_token
 from reward_actor.client.endpoints import parse_urls
-from reward_actor.client.merging import PendingGroups, divide, share, take
+from reward_actor.client.merging import PendingGroups, divide, queue, share, take
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
-from reward_actor.scheduling import Waiting, drop_when_abandoned, halves, wait_for_all
+from reward_actor.scheduling import drop_when_abandoned, halves, wait_for_all
 
 if TYPE_CHECKING:
     import httpx
@@ -68,7 +67,7 @@ class AsyncRewardClient:
         self.max_concurrency = max_concurrency
         self._make_sender = partial(Sender, self.urls, checked_token(token), verify)
         self._sender = self._make_sender()
-        self._waiting: Waiting[PendingGroups] = Waiting(lambda part: part.num_samples)
+        self._waiting = queue()
         self._requests: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pump_is_due = False
@@ -113,9 +112,8 @@ class AsyncRewardClient:
         for some in divide(groups):
             done: asyncio.Future[list[GroupScores]] = loop.create_future()
             parts.append(PendingGroups(some, first, token_rewards, deadline, done, turn_rewards))
+            self._waiting.add(parts[-1])
             first += len(some)
-        for part in parts:
-            self._waiting.add(part)
         self._pump_soon()
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -123,7 +121,7 @@ class AsyncRewardClient:
         except TimeoutError:
             failure = next((part.failure for part in parts if part.failure), None)
             raise self._sender.too_late(failure) from None
-        return list(chain.from_iterable(scores))
+        return [each for some in scores for each in some]
 
     async def info(self) -> schema.Info:
         """What is served, and every limit."""
@@ -155,7 +153,6 @@ class AsyncRewardClient:
             request.cancel()
         for part in self._waiting:
             _fail(part, closed())
-        self._waiting.clear()
         await asyncio.gather(*requests, return_exceptions=True)
         if self._loop in (None, asyncio.get_running_loop()):  # others took their connections along
             await self._sender.close()
@@ -186,7 +183,7 @@ class AsyncRewardClient:
                         "this AsyncRewardClient is in use in another event loop; make one for each"
                     )
                 self._sender = self._make_sender()
-                self._waiting.clear()
+                self._waiting = queue()
                 self._requests.clear()
                 self._pump_is_due = False
             self._loop = loop

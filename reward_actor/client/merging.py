@@ -58,6 +58,11 @@ class PendingGroups:
         return self.token_rewards, self.turn_rewards, self.is_ids
 
 
+def queue() -> Waiting[PendingGroups]:
+    """Its size is in samples."""
+    return Waiting(lambda part: part.num_samples, lambda _: None)
+
+
 def divide(groups: Sequence[Group | Whole]) -> list[list[Group | Whole]]:
     """The groups of one call, in order, in as few requests as the bounds allow."""
     divided: list[list[Group | Whole]] = []

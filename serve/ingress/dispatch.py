@@ -182,7 +182,7 @@ class Dispatcher:
         no more than one replica's share of what waits."""
         share = -(-self._waiting.size // max(1, self.num_replicas))
         room = min(self.message_tokens, max(_MIN_PART, share))
-        oldest = self._oldest(_MESSAGES_AHEAD * self.message_tokens)
+        oldest = self._waiting.oldest(_MESSAGES_AHEAD * self.message_tokens)
         alike = [part for part in oldest if part.is_like(oldest[0])]
         taken, num_tokens = fitting([part.cut for part in alike], room)
         parts = [alike[i] for i in taken]
@@ -190,32 +190,20 @@ class Dispatcher:
             self._waiting.remove(part)
         return parts, num_tokens
 
-    def _oldest(self, max_tokens: int) -> list[_Part]:
-        """What has waited longest, of so many tokens at most."""
-        found: list[_Part] = []
-        for part in self._waiting:
-            if found and part.cut.num_tokens > max_tokens:
-                break
-            found.append(part)
-            max_tokens -= part.cut.num_tokens
-        return found
-
     def _delivered(self, task: asyncio.Task[None]) -> None:
         self._messages.discard(task)
         self._pump()
 
-    async def _deliver(self, parts: list[_Part], num_tokens: int) -> None:
+    async def _deliver(self, parts: list[_Part], num_tokens: int | None = None) -> None:
+        """num_tokens: computed for all parts together; by default none share any."""
+        total = sum(part.cut.num_tokens for part in parts)
+        num_tokens = total if num_tokens is None else num_tokens
         sequences = [sequence for part in parts for sequence in part.cut.sequences]
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
             if isinstance(error, RewardServiceError) and len(parts) > 1:
-                await asyncio.gather(
-                    *(
-                        self._deliver(half, sum(part.cut.num_tokens for part in half))
-                        for half in halves(parts)
-                    )
-                )
+                await asyncio.gather(*map(self._deliver, halves(parts)))
                 return
             for part in parts:
                 if not part.done.done():
@@ -224,7 +212,6 @@ class Dispatcher:
         self._replica_rate.measure(reply.tokens_per_s)
         assert reply.raw_scores is not None, "a reply that is ok carries its scores"
         now = time.monotonic()
-        share = num_tokens / sum(part.cut.num_tokens for part in parts)
         start = 0
         for part in parts:
             end = start + len(part.cut.sequences)
@@ -232,7 +219,7 @@ class Dispatcher:
                 tokens = None if reply.token_scores is None else reply.token_scores[start:end]
                 queue_s = max(0.0, now - part.submitted - reply.score_s)
                 raw = reply.raw_scores[start:end]
-                computed = round(part.cut.num_tokens * share)
+                computed = round(part.cut.num_tokens * num_tokens / total)
                 part.done.set_result(Dispatched(raw, tokens, queue_s, reply.score_s, computed))
             start = end
 

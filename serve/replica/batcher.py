@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 from reward_actor.scheduling import Rate, Waiting, halves
@@ -104,7 +105,7 @@ class Batcher:
         self._target_batch_s = target_batch_s
         self._on_batch = on_batch
         self._jobs: Waiting[_Job] = Waiting(lambda job: job.num_tokens, lambda _: self._mark_full())
-        self._rate = Rate()
+        self.rate = Rate()
         self._arrived = asyncio.Event()  # something waits
         self._full = asyncio.Event()  # as much waits as one batch may hold
         self._device = ThreadPoolExecutor(1, "scorer", initializer=on_device)
@@ -115,10 +116,6 @@ class Batcher:
     def queued_tokens(self) -> int:
         return self._jobs.size
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self._rate.tokens_per_s
-
     async def submit(self, sequences: Sequences, num_tokens: int, work: Work) -> BatchResult:
         """Score the sequences of one job, in a batch with others of the same work.
 
@@ -127,7 +124,7 @@ class Batcher:
         Raises QueueFull, unless the queue is empty: a job above the bound must have a way in.
         """
         if self._jobs and self.queued_tokens + num_tokens > self._max_queued_tokens:
-            raise QueueFull(max(0.1, self.queued_tokens / self.tokens_per_s))
+            raise QueueFull(max(0.1, self.queued_tokens / self.rate.tokens_per_s))
         loop = asyncio.get_running_loop()
         if self._loop_task is None:
             self._loop_task = loop.create_task(self._run())
@@ -158,17 +155,12 @@ class Batcher:
 
     def _budget(self) -> int:
         """Tokens of one batch: what fits, and takes no longer than it should."""
-        return min(self.max_batch_tokens, self._rate.timely_tokens(self._target_batch_s))
+        return min(self.max_batch_tokens, self.rate.timely_tokens(self._target_batch_s))
 
     def _take(self, *, is_ahead: bool = False) -> _Batch | None:
         """The next batch, oldest first: at least one job, as many alike as the budget holds."""
-        jobs: list[_Job] = []
-        room = self._budget()
-        for job in self._jobs:
-            if jobs and (job.num_tokens > room or job.work != jobs[0].work):
-                break
-            jobs.append(job)
-            room -= job.num_tokens
+        oldest = self._jobs.oldest(self._budget())
+        jobs = list(takewhile(lambda job: job.work == oldest[0].work, oldest))
         for job in jobs:
             self._jobs.remove(job)
         self._mark_full()
@@ -204,7 +196,7 @@ class Batcher:
         if self._on_batch is not None:
             self._on_batch(batch.num_tokens, seconds)
         if share_computed:  # else all was known, and nothing learnt about the device
-            self._rate.measure(batch.num_tokens * share_computed / max(seconds, 1e-6))
+            self.rate.measure(batch.num_tokens * share_computed / max(seconds, 1e-6))
         start = 0
         for job in batch.jobs:
             end = start + len(job.sequences)

@@ -144,7 +144,7 @@ class Replica:
             raw_scores=np.stack([row[-1] for row in results]) if token_scores else results,
             token_scores=list(results) if token_scores else None,
             score_s=scored.score_s,
-            tokens_per_s=self._batcher.tokens_per_s,
+            tokens_per_s=self._batcher.rate.tokens_per_s,
         )
 
     async def describe(self) -> Description:
@@ -177,7 +177,7 @@ class Replica:
         waiting = [tokens for when, tokens in self._waiting.values() if now - when < _WAITING_S]
         return {
             "queued_tokens": float(self._batcher.queued_tokens + sum(waiting)),
-            "tokens_per_s": self._batcher.tokens_per_s,
+            "tokens_per_s": self._batcher.rate.tokens_per_s,
         }
 
     def _scored_batch(self, num_tokens: int, seconds: float) -> None:
@@ -218,7 +218,7 @@ class Replica:
                 logger.warning("no look for swaps this time: %s", type(error).__name__)
 
     def _tell(self) -> None:
-        queued, rate = self._batcher.queued_tokens, self._batcher.tokens_per_s
+        queued, rate = self._batcher.queued_tokens, self._batcher.rate.tokens_per_s
         self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._name)
         self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._name)
 

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_actor import Group
-from reward_actor.client.merging import MAX_SAMPLES, MAX_WEIGHT, PendingGroups, divide, share, take
-from reward_actor.scheduling import Waiting
+from reward_actor.client.merging import (
+    MAX_SAMPLES,
+    MAX_WEIGHT,
+    PendingGroups,
+    divide,
+    queue,
+    share,
+    take,
+)
 
 sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=12)
 
@@ -47,7 +54,7 @@ def test_requests_hold_every_part_once_alike_and_within_the_bounds(
         for n, ids, token_rewards, turn_rewards in calls
     ]
     loop.close()
-    waiting: Waiting[PendingGroups] = Waiting(lambda part: part.num_samples)
+    waiting = queue()
     for part in parts:
         waiting.add(part)
     sent = []

@@ -34,8 +34,8 @@ def test_what_waits_leaves_when_it_is_taken_or_its_caller_hangs_up() -> None:
         parts[0].done.set_result(0)
         await asyncio.sleep(0)
         assert (list(waiting), waiting.size, left) == (parts[2:], 12, [parts[1], parts[0]])
-        waiting.clear()
-        assert (list(waiting), waiting.size) == ([], 0)
+        assert waiting.oldest(12) == parts[2:]
+        assert waiting.oldest(11) == waiting.oldest(1) == parts[2:3], "the first in any case"
 
     asyncio.run(run())
 

@@ -272,10 +272,10 @@ def test_what_a_cache_knows_teaches_nothing_about_the_device() -> None:
 
     async def run() -> None:
         batcher = Batcher(max_batch_tokens=1000, max_queued_tokens=10**9)
-        before = batcher.tokens_per_s
+        before = batcher.rate.tokens_per_s
         await submit(batcher, [[1] * 1000], Known())
-        assert batcher.tokens_per_s == before
+        assert batcher.rate.tokens_per_s == before
         await submit(batcher, [[1] * 1000], Sums())
-        assert batcher.tokens_per_s != before
+        assert batcher.rate.tokens_per_s != before
 
     asyncio.run(run())
