@@ -33,7 +33,7 @@ class Waiting(Generic[P]):
         """on_done: called for each part that was added once it is done, taken or not."""
         self._size_of = size
         self._on_done = on_done
-        self._parts: OrderedDict[P, bool] = OrderedDict()
+        self._parts: OrderedDict[P, int] = OrderedDict()
         self.size = 0
 
     def __len__(self) -> int:
@@ -43,8 +43,8 @@ class Waiting(Generic[P]):
         return (part for part in self._parts if not part.done.done())
 
     def add(self, part: P) -> None:
-        self._parts[part] = True
-        self.size += self._size_of(part)
+        self._parts[part] = size = self._size_of(part)
+        self.size += size
         part.done.add_done_callback(partial(self._done, part))
 
     def _done(self, part: P, _: asyncio.Future[Any]) -> None:
@@ -53,8 +53,7 @@ class Waiting(Generic[P]):
 
     def remove(self, part: P) -> None:
         """Unless it has left already."""
-        if self._parts.pop(part, False):
-            self.size -= self._size_of(part)
+        self.size -= self._parts.pop(part, 0)
 
     def oldest(self, size: int) -> list[P]:
         """What has waited longest, of so much together at most, but the first in any case."""
