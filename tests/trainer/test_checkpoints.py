@@ -11,7 +11,7 @@ from engines import settings as engine_settings
 from trainer_runs import overrides, settings, write_pairs
 
 from trainer.checkpoints.checkpoints import Checkpoints
-from trainer.checkpoints.manifest import manifest_name, saved_states
+from trainer.checkpoints.manifest import manifest_name, survey
 from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.config_file import load_config
 from trainer.data.prepare import prepare
@@ -87,7 +87,7 @@ def prefer_one_that_cannot_be_stored(model: Path, output_dir: Path) -> tuple[int
     zero.release(built.engine)
     assert checkpoints.num_failed == 1
     return checkpoints.best, sorted(
-        state.step for state in saved_states(checkpoint_storage(config))
+        state.step for state in survey(checkpoint_storage(config)).states
     )
 
 
