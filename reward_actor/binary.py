@@ -19,8 +19,8 @@ and a reply
     8       uint32            n
     12      uint32            J, bytes of JSON
     16      J bytes           {"model", "model_version", "timings_ms",
-                               "errors": {"<index>": {"type", "message"}}}, and other fields of
-                              `GroupScores` where they say something: a list of n, all groups'
+                               "errors": {"<index>": {"type", "message"}}, "others": {...}}: other
+                              fields of `GroupScores` that say something, each a list of n
             float32[n]        rewards, NaN where there is an error
             float32[n]        raw scores, likewise
             uint32[n]         tokens that were scored, 0 likewise
@@ -110,12 +110,17 @@ def decode_request(body: bytes) -> tuple[list[Group], bool]:
 def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, Any]) -> bytes:
     """head: what JSON's reply holds alongside the model's name and the scores."""
     errors = {i: e for i, e in enumerate(e for group in scores for e in group.errors) if e}
-    described = {"model": model, **head, "errors": {str(i): vars(e) for i, e in errors.items()}}
     columns = {name: _joined(scores, name) for name in _FIELDS}
-    described |= {
+    others = {
         name: values
         for name, values in columns.items()
         if name not in _COLUMNS | _KNOWN_TO_SENDERS and values is not None and any(values)
+    }
+    described = {
+        "model": model,
+        **head,
+        "errors": {str(i): vars(error) for i, error in errors.items()},
+        **({"others": others} if others else {}),
     }
     text = json.dumps(described).encode("ascii")
     tokens, members = columns["token_rewards"], columns["members"]
@@ -146,7 +151,7 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
     flags, n, num_bytes = (int(x) for x in reader.take(_UINT, 3))
     if n != sum(sizes):
         raise ValueError(f"the reply has {n} rewards for {sum(sizes)} completions")
-    head, errors = _head(reader.take(np.dtype("u1"), num_bytes).tobytes())
+    head, errors, others = _head(reader.take(np.dtype("u1"), num_bytes).tobytes())
 
     def known(values: Iterable[Any]) -> list[Any]:
         return [None if i in errors else value for i, value in enumerate(values)]
@@ -164,8 +169,8 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
         columns["members"] = known(reader.take(_FLOAT, n * k).reshape(n, k).tolist())
         columns["spread"] = known(reader.take(_FLOAT, n).tolist())
     reader.end()
-    for name in _FIELDS & head.keys() - _COLUMNS:
-        columns[name] = head.pop(name)
+    for name in _FIELDS & others.keys() - _COLUMNS:
+        columns[name] = others[name]
         if not isinstance(columns[name], list) or len(columns[name]) != n:
             raise ValueError(f"the reply's JSON is damaged ({name})")
     scores, first = [], 0
@@ -188,15 +193,17 @@ def _floats(values: Sequence[float | None] | None) -> bytes:
     return np.array([np.nan if v is None else v for v in values or []], _FLOAT).tobytes()
 
 
-def _head(text: bytes) -> tuple[dict[str, Any], dict[int, SampleError]]:
-    """The JSON of a reply, and the errors in it by index. Raises ValueError."""
+def _head(text: bytes) -> tuple[dict[str, Any], dict[int, SampleError], dict[str, Any]]:
+    """The JSON of a reply; from it the errors by index, and other fields of the scores. Raises
+    ValueError."""
     try:
         head: dict[str, Any] = json.loads(text)
         errors = {int(i): SampleError(**error) for i, error in head.pop("errors").items()}
+        others = dict(head.pop("others", {}))
         head["model_version"]
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the reply's JSON is damaged ({type(error).__name__})") from None
-    return head, errors
+    return head, errors, others
 
 
 class _Reader:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from reward_actor.groups import Completion, Message
+from reward_actor.groups import Completion, Message, Prompt
 
 FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What chat templates read of a message."""
@@ -29,6 +29,11 @@ def messages(value: object, place: str) -> list[Message]:
     if not isinstance(value, list):
         raise ValueError(f"{place} is {kind_of(value)}, not a list of messages")
     return [_message(item, f"{place}.{number}") for number, item in enumerate(value)]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as messages: a text is the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def completion(value: object, place: str) -> Completion:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from reward_actor import conversation
-from reward_actor.groups import Completion, Message, Prompt
+from reward_actor.groups import Completion, Message
 
 NO_DIALOGUE = (
     "a text without a prompt is no dialogue; begin it with '\\n\\nHuman:', give its prompt, or use "
@@ -47,7 +47,10 @@ def answer(
         raise ValueError(f"{place} is {conversation.kind_of(value)}, not text or messages")
     context, completion = conversation.answered(value, place)
     if isinstance(prompt, str) and prompt:
-        prompt, completion = from_dialogue(prompt, completion) or (as_messages(prompt), completion)
+        prompt, completion = from_dialogue(prompt, completion) or (
+            conversation.as_messages(prompt),
+            completion,
+        )
     context = _joined(prompt, context, place) if prompt else context
     if not context:
         raise ValueError(f"{place} is a lone completion and the row has no prompt")
@@ -88,11 +91,6 @@ def from_dialogue(prompt: str, completion: Completion) -> tuple[list[Message], C
     if not isinstance(completion, str):
         return turns, {**completion, "content": (begun + completion["content"]).strip()}
     return turns, (begun + completion.removeprefix(prompt)).strip()
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    """A prompt as messages: a text is the user's."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _joined(prompt: list[Message], context: list[Message], place: str) -> list[Message]:

@@ -23,6 +23,7 @@ from reward_actor.contract import (
     weight_files,
 )
 from reward_actor.golden import golden_samples
+from reward_actor.json_files import json_object
 from reward_actor.model.heads import ACTIVATION_SETTING
 from reward_actor.model.manifest import write_manifest
 from reward_actor.scorer import RewardScorer
@@ -95,7 +96,7 @@ def _copy_weights(source: Path, destination: Path) -> None:
 
 
 def _name_class(config_file: Path) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = json_object(config_file)
     names = [_VLLM_NAMES.get(name, name) for name in config["architectures"]]
     if ACTIVATION_SETTING in config:
         # Not a class of `transformers`, and of vLLM for Qwen2 only: its classifiers hold one layer,

@@ -114,7 +114,7 @@ def group_of(row: Row, place: str, format: Literal["chat", "text"] = "text") -> 
     ]
     asked = [prompt for prompt, _ in answers]
     if not all(isinstance(prompt, str) for prompt in asked):
-        asked = [dialogues.as_messages(prompt) for prompt in asked]
+        asked = [conversation.as_messages(prompt) for prompt in asked]
     if any(prompt != asked[0] for prompt in asked):
         raise ValueError(
             f"{place}: its completions answer different prompts; give each a row of its own, with "

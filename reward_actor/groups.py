@@ -7,7 +7,7 @@ has K members.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,10 +134,9 @@ class GroupScores:
     Of an ensemble, rewards and raw scores are its members' combined by the rule; `members[i]` are
     the members' own rewards in the order in which `/info` names them, and `spread[i]` is the
     standard deviation of those.
-
-    This is the one list of these fields: JSON, binary bodies, files and clients are made from it.
     """
 
+    # The one list of these fields: JSON, binary bodies, files and clients are made from it.
     rewards: list[float | None]
     raw_scores: list[float | None]
     num_tokens: list[int]
@@ -153,7 +152,8 @@ class GroupScores:
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name, as JSON has it; the lists are these, not copies."""
-        return vars(self) | {"errors": [e if e is None else vars(e) for e in self.errors]}
+        errors = [None if error is None else asdict(error) for error in self.errors]
+        return vars(self) | {"errors": errors}
 
 
 class TruncatedIds(list[int]):

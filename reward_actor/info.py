@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Described(Protocol):
-    """What is told of a scorer; `RewardScorer` is one, `VllmScorer` another."""
+    """What `model_info` reads of a scorer; `RewardScorer` is one, `VllmScorer` another."""
 
     contract: ScoringContract
     readout: Readout

@@ -1,10 +1,11 @@
-"""Files of JSON: an object, an object a line; and files that are replaced whole or not at all."""
+"""Reading files of JSON, and replacing any file whole or not at all."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,21 +32,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises ValueError, with the place, for a damaged file or a line that is not JSON.
     """
-    number = 0
+    number = num_values = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _value(line, path, number)
+                    yield f"{path}:{number}", _value(line, path, number, is_first=not num_values)
+                    num_values += 1
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
-def _value(line: bytes, path: Path, number: int) -> Any:
+def _value(line: bytes, path: Path, number: int, *, is_first: bool) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))  # a mark that some tools write first
     except (ValueError, RecursionError) as error:
-        if number == 1 and begins_an_array(line):
+        if is_first and begins_an_array(line):
             raise ValueError(f"{path} {IS_AN_ARRAY}") from error
         raise ValueError(f"{path}:{number}: not JSON ({error})") from error
 
@@ -60,9 +62,13 @@ def begins_an_array(line: bytes) -> bool:
 def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once it is whole and on the disk; no reader and no
     crash sees half of it. `mode`: its permissions, less the umask."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, mode)
+
     try:
-        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(partial, "wb", opener=create) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from reward_actor import conversation, dialogues
+from reward_actor import conversation
 from reward_actor.contract import ScoringContract, check_arg_names, sha256_text
 from reward_actor.groups import (
     Completion,
@@ -243,7 +243,7 @@ class Renderer:
                     raise RenderError(f"{name} need a chat contract; this one is 'text'")
             return sample
         try:
-            prompt = conversation.messages(dialogues.as_messages(sample.prompt), "prompt")
+            prompt = conversation.messages(conversation.as_messages(sample.prompt), "prompt")
             tools = conversation.tools(sample.tools, "tools")
             arguments = conversation.template_args(sample.template_args, "chat_template_kwargs")
             check_arg_names(arguments)

@@ -59,10 +59,10 @@ class Waiting(Generic[P]):
         """What has waited longest, of so much together at most, but the first in any case."""
         found: list[P] = []
         for part in self:
-            if found and self._size_of(part) > size:
+            if found and self._parts[part] > size:
                 break
             found.append(part)
-            size -= self._size_of(part)
+            size -= self._parts[part]
         return found
 
 

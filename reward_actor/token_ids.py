@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from reward_actor.contract import ScoringContract
 from reward_actor.groups import Rendered, SampleError, TruncatedIds, Whole
 
-Elements = TypeVar("Elements", list[int], bytes, str)
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+AnySequence = TypeVar("AnySequence", list[int], bytes, str)
 
 
-def common_prefix(*sequences: Elements) -> int:
+def to_bytes(ids: ArrayLike) -> bytes:
+    """Four bytes an id, which compare as the ids do, and much faster."""
+    return np.asarray(ids, dtype=">u4").tobytes()
+
+
+def common_prefix(*sequences: AnySequence) -> int:
     """The length of what all of these sequences (one at least) begin with."""
     # What the first and the last in lexicographic order share, all do.
     a, b = sequences if len(sequences) == 2 else (min(sequences), max(sequences))
@@ -24,7 +34,7 @@ def common_prefix(*sequences: Elements) -> int:
     return low
 
 
-def in_order(sequences: Sequence[Elements]) -> tuple[list[int], list[int]]:
+def in_order(sequences: Sequence[AnySequence]) -> tuple[list[int], list[int]]:
     """The places of sequences in lexicographic order, and the length of what each of them, in that
     order, shares with the one before it: the most that it shares with any earlier one. The first
     shares 0."""

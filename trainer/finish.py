@@ -19,7 +19,7 @@ from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.export import export
 from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
-from trainer.checkpoints.run_identity import EXPORT_DIR, RESULT_FILE
+from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
 from trainer.evaluation.metrics import folded, measure
 from trainer.job import RunFacts
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log

@@ -167,9 +167,12 @@ def texts_from_file(path: Path | str) -> Iterator[str]:
 
 def _texts(path: Path) -> Iterator[str]:
     text = None
-    for row in _lines(path) if path.suffix == ".txt" else (row for _, row in json_lines(path)):
-        for text in texts_of(row):
-            yield text
+    try:
+        for row in _lines(path) if path.suffix == ".txt" else (row for _, row in json_lines(path)):
+            for text in texts_of(row):
+                yield text
+    except ValueError as error:
+        raise ValueError(f"corpus: {error}") from error
     if text is None:
         raise ValueError(f"corpus: {path} holds no text; give a file with some")
 
@@ -180,7 +183,7 @@ def _lines(path: Path) -> Iterator[str]:
             for line in file:
                 yield line.rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"corpus: {path} cannot be read as UTF-8 text: {error}") from error
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from trainer import console
 from trainer.checkpoints.manifest import stored_steps
-from trainer.checkpoints.run_identity import EXPORT_DIR, check_identity, finished, identity, locked
+from trainer.checkpoints.run_directory import EXPORT_DIR, finished, locked
+from trainer.checkpoints.run_identity import check_identity, identity
 from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.data import Source
 from trainer.config.train import SCRATCH_DIR, TrainConfig

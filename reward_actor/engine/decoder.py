@@ -72,20 +72,20 @@ class Decoder:
         self,
         token_ids: Tensor,
         position_ids: Tensor,
-        forest: AttentionPlan,
+        every: AttentionPlan,
         pooled: AttentionPlan | None = None,
     ) -> Tensor:
-        """(N,) ids and positions -> the final hidden states (N, H) of all rows, or (M, H) of those
-        that `pooled` queries."""
+        """(N,) ids and positions -> the final hidden states: (N, H) of all rows, with
+        the plan of `every` row alone, or (M, H) of those that `pooled` queries."""
         layers = self.backbone.layers
         hidden = self.backbone.embed_tokens(token_ids)
         rotary = self.backbone.rotary_emb(hidden[None], position_ids[None])
         cos, sin = (turn[0, :, None] for turn in rotary)
         query, key, value = _empty_heads(layers[0].self_attn, hidden)
         workspace = cpu.Workspace()
-        plans = [forest] * (len(layers) - 1) + [pooled or forest]
+        plans = [every] * (len(layers) - 1) + [pooled or every]
         for layer, plan in zip(layers, plans, strict=True):
-            if plan is forest:
+            if plan is every:
                 for block in _blocks(hidden):
                     query[block], key[block], value[block] = self._queries_keys_values(
                         layer, hidden[block], cos[block], sin[block]

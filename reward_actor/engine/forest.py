@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reward_actor.token_ids import in_order
+from reward_actor.token_ids import in_order, to_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,8 +87,7 @@ def plan_forests(sequences: Sequence[Sequence[int]], max_batch_tokens: int) -> l
     for index, array in enumerate(arrays):
         if not len(array):
             raise ValueError(f"sequence {index} is empty")
-    # Four bytes an id, big-endian: they compare as the ids do, and much faster.
-    order, shared_bytes = in_order([array.astype(">u4").tobytes() for array in arrays])
+    order, shared_bytes = in_order(list(map(to_bytes, arrays)))
     shared = [num_bytes // 4 for num_bytes in shared_bytes]
     lengths = [len(arrays[i]) for i in order]
     return [

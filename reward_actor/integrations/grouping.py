@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeVar, cast
 
 from reward_actor import conversation
-from reward_actor.dialogues import as_messages
+from reward_actor.conversation import as_messages
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Completion, Group, GroupScores, Message, Prompt, SampleError
 

@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
-from reward_actor.dialogues import as_messages
+from reward_actor.conversation import as_messages
 from reward_actor.groups import Message, Prompt
 from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 
+_BY_ADDRESS = (
+    "this comes from a web page of another site; a service without tokens takes requests of its "
+    "own pages only, by address (start it with --token-file to open it to others)"
+)
+_BY_ANY_NAME = (
+    "this comes from a web page of another site; a service without tokens takes requests of its "
+    "own pages only (start it with --token-file to open it to others; a proxy before it must pass "
+    "Host on)"
+)
+
+
 def refusal_of_pages(
     headers: Sequence[tuple[bytes, bytes]], *, by_any_name: bool
 ) -> Response | None:
@@ -25,15 +36,7 @@ def refusal_of_pages(
     """
     if not comes_from_elsewhere(headers, by_any_name=by_any_name):
         return None
-    hint = "start it with --token-file to open it to others"
-    own = f", by address ({hint})"
-    if by_any_name:
-        own = f" ({hint}; a proxy before it must pass Host on)"
-    return error_response(
-        "forbidden",
-        "this comes from a web page of another site; a service without tokens takes requests of "
-        f"its own pages only{own}",
-    )
+    return error_response("forbidden", _BY_ANY_NAME if by_any_name else _BY_ADDRESS)
 
 
 def comes_from_elsewhere(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.exceptions import HTTPException
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Whole
 from serve.errors import answer_error
-from serve.http.auth import ScoreRoute
+from serve.http.auth import PublicRoute, ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.ingress.service import RewardService
 from serve.protocols import kserve_tensors as tensors
@@ -37,7 +38,7 @@ _INPUTS = {"sentences": "BYTES", "tokens": "INT64", "sequence_lengths": "INT64"}
 _BINARY = {"schema": {"type": "string", "format": "binary", "description": tensors.__doc__}}
 
 
-class InKserveWords(ScoreRoute):
+class _InKserveWords(APIRoute):
     """Answers errors with a string where the other routes have an object: clients print it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -57,12 +58,16 @@ class InKserveWords(ScoreRoute):
         return handle_errors
 
 
-class PublicInKserveWords(InKserveWords):
-    rule = "public"
+class _Score(_InKserveWords, ScoreRoute):
+    pass
 
 
-router = APIRouter(tags=["KServe v2"], route_class=InKserveWords)
-public = APIRouter(tags=["KServe v2"], route_class=PublicInKserveWords)
+class _Public(_InKserveWords, PublicRoute):
+    pass
+
+
+router = APIRouter(tags=["KServe v2"], route_class=_Score)
+public = APIRouter(tags=["KServe v2"], route_class=_Public)
 
 
 def _encodable(text: str) -> str:

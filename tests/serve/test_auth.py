@@ -46,18 +46,41 @@ def test_every_route_has_a_rule_and_its_guard() -> None:
         assert route.app.rule is not None, f"{route.path} has no class of serve.http.auth"
 
 
-def paths_of(rule: str) -> set[str]:
-    return {route.path for route in application().routes if route.app.rule == rule}
-
-
-def test_only_these_are_public() -> None:
+def test_these_are_the_rules() -> None:
+    """A new route says here who may use it."""
+    paths: dict[str, set[str]] = {}
+    for route in application().routes:
+        paths.setdefault(route.app.rule, set()).add(route.path)
     health = {"/health", "/ready", "/v2/health/live", "/v2/health/ready"}
     pages = {"/docs", "/openapi.json", "/playground"} | {f"/playground/{name}" for name in FILES}
-    assert paths_of("public") == health | pages
+    assert paths == {
+        "public": health | pages,
+        "score": {
+            "/info",
+            "/v1/models",
+            "/v1/monitor",
+            "/v1/score",
+            "/v1/score/evaluation",
+            "/v1/embeddings",
+            "/v2/models/{name}",
+            "/v2/models/{name}/config",
+            "/v2/models/{name}/infer",
+            "/v2/models/{name}/ready",
+            "/classify",
+            "/get_reward",
+            "/pooling",
+            "/predict",
+            "/reward/slime",
+        },
+        "admin": {"/v1/admin/models"},
+    }
 
 
-def test_only_these_ask_for_the_operators_token() -> None:
-    assert paths_of("admin") == {"/v1/admin/models"}
+@pytest.mark.parametrize(
+    "path", ["/playground/../v1/score", "/playground/secrets", "/metrics", "/v1/score/"]
+)
+def test_other_paths_lead_nowhere(path: str) -> None:
+    assert ask(application(), "GET", path).status_code == 404
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from trainer_runs import overrides, settings, write_pairs
 
-from trainer.checkpoints.run_identity import locked
+from trainer.checkpoints.run_directory import locked
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
 from trainer.run import resolve_paths, train

@@ -144,7 +144,7 @@ def test_a_corpus_that_cannot_be_used_is_named(
 ) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    with pytest.raises(ValueError, match=f"corpus: .*{name}.*{message}"):
         list(texts_from_file(tmp_path / name))
 
 

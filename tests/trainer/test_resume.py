@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from trainer_runs import log_of, overrides, settings, write_pairs
 
 from trainer.checkpoints.manifest import SavedState, survey
-from trainer.checkpoints.run_identity import finished
+from trainer.checkpoints.run_directory import finished
 from trainer.checkpoints.storage import checkpoint_storage
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig

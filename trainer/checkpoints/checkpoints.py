@@ -101,8 +101,8 @@ class Checkpoints:
             self.wait()
 
     def prefer(self, step: int) -> None:
-        """Make the checkpoint of this step the best one: now, or as soon as it is saved and stored;
-        until then the best one before it is kept."""
+        """Make the checkpoint of this step the best one: now if it is stored, else once it is, if
+        it is saved after this; until then the best one before it is kept."""
         self._preferred = step
         if any(state.step == step for state in self.states):
             self.best = step
@@ -145,8 +145,7 @@ class Checkpoints:
             self.states.append(state)
             if upload.is_best:
                 self.best = upload.step
-            if is_first():
-                self._try(self._delete_old)
+            self._delete_old()
         self.on_settled(upload.step, state)
 
     def _look_at(self, folder: str) -> tuple[SavedState | None, str]:
@@ -246,8 +245,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the last checkpoint, delete those that need not be kept, and clean up."""
         self.wait()
-        if is_first():
-            self._try(self._delete_old)
+        self._delete_old()
         self._thread.shutdown()
         shutil.rmtree(self._staging)
 
@@ -278,17 +276,21 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """All but the newest. One that cannot be deleted stays in the list, for the next time."""
         newest = sorted(self.states, key=lambda state: state.step, reverse=True)
-        for state in newest[self._config.checkpoint.num_to_keep :]:
+        for state in newest[self._config.checkpoint.num_to_keep :] if is_first() else ():
             if state.step != self.best and state.step not in self.also_keep:
-                delete(self._storage, state.folder)
+                if not self._try(partial(delete, self._storage, state.folder)):
+                    break
                 self.states.remove(state)
+        self.states = from_first(self.states)
 
-    def _try(self, act: Callable[[], object]) -> None:
-        """Cleaning up that a storage out of reach may put off."""
+    def _try(self, act: Callable[[], object]) -> bool:
+        """Cleaning up that a storage out of reach may put off; whether it is done."""
         try:
             act()
         except StorageError as error:
             self._warn(f"{self._storage.root} cannot be tidied up: {error}")
+            return False
+        return True
 
     def _warn(self, text: str) -> None:
         if is_first():

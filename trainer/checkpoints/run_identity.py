@@ -1,22 +1,16 @@
-"""Whether a directory, and the storage of its checkpoints, hold this run or another one; whether it
-is in use, or finished."""
+"""Whether a directory, and the storage of its checkpoints, hold this run or another one."""
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reward_actor.contract import sha256_file, sha256_text
-from reward_actor.json_files import json_object
 from trainer.checkpoints.storage import Storage, StorageError, checkpoint_storage
 from trainer.config.train import TrainConfig
 
 IDENTITY_FILE = "run.json"
-RESULT_FILE = "result.json"
-EXPORT_DIR = "export"
 
 # Settings that decide what is learned, or how the training state is cut up.
 _IDENTITY = ("model", "adapter", "loss", "optimizer", "training", "distributed")
@@ -96,29 +90,3 @@ def _claim(
             f"{setting}: {place.root} holds another run: {'; '.join(shown)}. Put that back to go "
             "on with it, choose another --output-dir, or delete the directory."
         )
-
-
-@contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Held while a process trains into a directory. Raises ValueError if another one does."""
-    with (output_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir: {output_dir} is in use by another training") from None
-        yield
-
-
-def finished(output_dir: Path) -> dict[str, Any] | None:
-    """The result of a run whose export is there and whole, else None."""
-    from reward_actor.model.directory import CheckpointError
-    from reward_actor.model.manifest import check_manifest
-
-    path, export_dir = output_dir / RESULT_FILE, output_dir / EXPORT_DIR
-    if not path.exists() or not (export_dir / "MANIFEST.json").exists():
-        return None
-    try:
-        check_manifest(export_dir)
-    except CheckpointError:
-        return None  # it is written again from the last checkpoint
-    return json_object(path)

@@ -164,10 +164,10 @@ def first_uses(gathered: Gathered, *, by_subset: bool = False) -> NDArray[np.int
     repeated = np.ones(len(gathered.marks), dtype=bool)
     repeated[first] = False
     sources = gathered.comparisons.sources[repeated]
-    for tally, num in zip(
-        gathered.tallies, np.bincount(sources, minlength=len(gathered.tallies)), strict=True
-    ):
-        tally.num_duplicates += int(num)
+    more = np.bincount(sources, minlength=len(gathered.tallies)).tolist()
+    gathered.tallies[:] = [
+        tally + Tally(num_duplicates=num) for tally, num in zip(gathered.tallies, more, strict=True)
+    ]
     return first
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reward_actor.token_ids import in_order
+from reward_actor.token_ids import in_order, to_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,9 +103,11 @@ def padded_micro_batches(
 
 def distinct_tokens(comparisons: Comparisons, index: int) -> int:
     """Tokens of one comparison's sequences, those of shared prefixes counted once."""
-    sequences = comparisons.sequences(index)
-    _, shared = in_order(sequences)
-    return sum(map(len, sequences)) - sum(shared)
+    first, end = comparisons.starts[index : index + 2]
+    bounds = pairwise(comparisons.offsets[first : end + 1])
+    sequences = [to_bytes(comparisons.ids[a:b]) for a, b in bounds]
+    _, shared_bytes = in_order(sequences)
+    return (sum(map(len, sequences)) - sum(num // 4 * 4 for num in shared_bytes)) // 4
 
 
 def plan(

@@ -6,6 +6,7 @@ Shapes: C comparisons of a block.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from hashlib import blake2b, sha256
@@ -42,7 +43,7 @@ class Rules:
     split_seed: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dropped:
     """Comparisons that were left out: told, never silent."""
 
@@ -64,7 +65,7 @@ class Dropped:
         return self.num_too_long + self.num_identical + self.num_unlabelled + self.num_duplicates
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally(Dropped):
     """And what else is counted of the rows of one source."""
 
@@ -102,26 +103,26 @@ def render_block(
     rows: Sequence[Row], renderer: Renderer, rules: Rules, source: int, names: Sequence[str]
 ) -> Block:
     """The rows' comparisons without those of equal sides and the over-long ones, counted."""
-    tally, bad = Tally(num_rows=len(rows)), []
+    counts, bad = Counter(num_rows=len(rows)), []
     kept: list[Comparison] = []
     for row, rendered in _render(rows, renderer):
-        tally.num_prompts_differ += row.prompts_differ
+        counts["num_prompts_differ"] += row.prompts_differ
         attributes = _targets(row, rules.attributes)
-        tally.num_without_prompt += not row.has_prompt
+        counts["num_without_prompt"] += not row.has_prompt
         try:
-            sequences = _fitted(rendered, renderer, rules.over_long, tally)
+            sequences = _fitted(rendered, renderer, rules.over_long, counts)
         except RenderError as error:
             bad.append((row.number, str(error)))
             continue
         if sequences is None:
-            tally.num_too_long += 1
+            counts["num_too_long"] += 1
         elif len(sequences) == 1 and not attributes:
-            tally.num_unlabelled += 1
+            counts["num_unlabelled"] += 1
         elif len(sequences) > 1 and all(ids == sequences[0] for ids in sequences):
-            tally.num_identical += 1
+            counts["num_identical"] += 1
         else:
             bos = renderer.contract.bos_token_id
-            tally.num_double_bos += bos is not None and any(
+            counts["num_double_bos"] += bos is not None and any(
                 ids[:2] == [bos, bos] for ids in sequences
             )
             kept.append(
@@ -137,7 +138,7 @@ def render_block(
                 )
             )
     marks = np.array([_mark(item, rules.split_seed) for item in kept], dtype=MARK)
-    return Block(Comparisons.of(kept, names, len(rules.attributes)), marks, tally, bad)
+    return Block(Comparisons.of(kept, names, len(rules.attributes)), marks, Tally(**counts), bad)
 
 
 def _render(
@@ -169,7 +170,10 @@ def _read(row: Row, renderer: Renderer) -> Row | RenderError:
 
 
 def _fitted(
-    rendered: Sequence[list[int] | RenderError], renderer: Renderer, over_long: str, tally: Tally
+    rendered: Sequence[list[int] | RenderError],
+    renderer: Renderer,
+    over_long: str,
+    counts: Counter[str],
 ) -> list[list[int]] | None:
     """Sequences that the contract allows, or None if one is too long. Raises RenderError."""
     for ids in rendered:
@@ -179,7 +183,7 @@ def _fitted(
     limit = renderer.contract.max_length
     is_long = max(map(len, sequences)) > limit
     if is_long and over_long == "truncate_left":
-        tally.num_truncated += 1
+        counts["num_truncated"] += 1
         sequences = truncate_left(sequences, limit, renderer.contract.bos_token_id)
     for ids in sequences:
         found = checked(ids, renderer.contract)

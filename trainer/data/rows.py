@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reward_actor import dialogues
+from reward_actor import conversation, dialogues
 from reward_actor.groups import Completion, Prompt
 from reward_actor.token_ids import common_prefix
 
@@ -116,7 +116,7 @@ def _question(side: Side) -> Any:
     if side.prompt == "":
         turn = _FIRST_TURN.match(side.text)
         return turn[1].strip() if turn else ""
-    return dialogues.as_messages(side.prompt)
+    return conversation.as_messages(side.prompt)
 
 
 class BadRows:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reward_actor.contract import ScoringContract
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceFacts(Tally):
     """What is known of a source: the counts of its rows, and of its comparisons and the tokens of
     their sequences."""

@@ -30,7 +30,7 @@ from trainer.data.columns import RenderedPart, from_row, to_row
 from trainer.data.comparisons import Comparisons
 from trainer.data.gather import gather, take
 from trainer.data.parse import parse_line
-from trainer.data.render import BLOCK_ROWS, Block, Rules, render_block
+from trainer.data.render import BLOCK_ROWS, Block, Rules, Tally, render_block
 from trainer.data.rows import Row
 from trainer.data.sources import SPLIT_BYTES, Split, fingerprint, is_blank, read_split, splits
 from trainer.data.split import Prepared, Summary, decide, rules_of
@@ -56,7 +56,7 @@ class RenderTask:
 
 
 @dataclass(frozen=True)
-class Rendering:
+class RenderSettings:
     """What every task needs: a model's directory or name, the contract as JSON, the rules."""
 
     model: str
@@ -130,7 +130,7 @@ def _write(
         for which in ("train", "eval") if config.data.eval else ("train",):
             sources = config.data.sources(which)  # type: ignore[arg-type]
             max_rows = config.data.max_pairs if which == "train" else None
-            rendering = Rendering(
+            rendering = RenderSettings(
                 config.model.directory,
                 json.dumps(contract.to_json()),
                 rules_of(config.data, config.loss.attributes),
@@ -163,7 +163,7 @@ def _tasks(
     return jobs
 
 
-def _rendered(jobs: Sequence[RenderTask], rendering: Rendering) -> Generator[RenderedPart]:
+def _rendered(jobs: Sequence[RenderTask], rendering: RenderSettings) -> Generator[RenderedPart]:
     """The parts of all jobs in their order, computed on the cluster as they are asked for."""
     if not jobs:
         return
@@ -184,12 +184,12 @@ def _rendered(jobs: Sequence[RenderTask], rendering: Rendering) -> Generator[Ren
 
 
 def _run_job(
-    number: pa.Table, jobs: Sequence[RenderTask], rendering: Rendering
+    row: pa.Table, jobs: Sequence[RenderTask], rendering: RenderSettings
 ) -> Iterator[pa.Table]:
-    yield from map(to_row, _parts(jobs[number["id"][0].as_py()], rendering))
+    yield from map(to_row, _parts(jobs[row["id"][0].as_py()], rendering))
 
 
-def _parts(job: RenderTask, rendering: Rendering) -> Iterator[RenderedPart]:
+def _parts(job: RenderTask, rendering: RenderSettings) -> Iterator[RenderedPart]:
     renderer = _renderer(rendering.model, rendering.contract)
     lines = (raw for split in job.splits for raw in read_split(split))
     left = job.max_rows
@@ -206,7 +206,9 @@ def _parts(job: RenderTask, rendering: Rendering) -> Iterator[RenderedPart]:
         yield RenderedPart(job.source, len(some), block)
 
 
-def _block(lines: list[Any], job: RenderTask, renderer: Renderer, rendering: Rendering) -> Block:
+def _block(
+    lines: list[Any], job: RenderTask, renderer: Renderer, rendering: RenderSettings
+) -> Block:
     rows: list[Row] = []
     bad: list[tuple[int, str]] = []
     for number, raw in enumerate(lines, start=1):
@@ -216,8 +218,8 @@ def _block(lines: list[Any], job: RenderTask, renderer: Renderer, rendering: Ren
         except ValueError as error:
             bad.append((number, str(error)))
     block = render_block(rows, renderer, rendering.rules, job.source, rendering.names)
-    block.tally.num_rows += len(bad)
-    return replace(block, bad=sorted([*bad, *block.bad]))
+    tally = block.tally + Tally(num_rows=len(bad))
+    return replace(block, tally=tally, bad=sorted([*bad, *block.bad]))
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult as HubResult
+from huggingface_hub import ModelCardData
 
 from reward_actor.contract import ScoringContract
 from trainer.config.train import TrainConfig
@@ -70,7 +71,7 @@ def _metadata(config: TrainConfig, counts: Mapping[str, int], found: Mapping[str
     names = filter(_is_hub_name, config.data.sources("train"))
     datasets = sorted({name.partition(":")[0] for name in names})
     metrics = [
-        EvalResult(
+        HubResult(
             task_type="text-classification",
             task_name="Pairwise preference",
             dataset_type=datasets[0] if datasets else "preferences",
