@@ -69,8 +69,9 @@ test: setup browser
 	first=$$?; [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
 	$(BIN)/python -m pytest -m "alone and not long" $(TESTS) || [ $$? = 5 -a $$first = 0 ]
 
+# What `make test` leaves out, and every property with ten times the examples.
 test-long: setup browser
-	@$(BIN)/python -m pytest --hypothesis-profile=long $(TESTS)
+	@$(BIN)/python -m pytest --hypothesis-profile=long -m "long or hypothesis" $(TESTS)
 
 # The GPU's code without a GPU, and what memory it would take. Installs several GB.
 check-cuda: $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH))

@@ -20,7 +20,6 @@ from transformers import AutoConfig, PreTrainedModel
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
 from reward_actor.export import export
 from reward_actor.model.directory import CheckpointError, read_config
-from reward_actor.model.ends import Inferred
 from reward_actor.model.heads import ACTIVATION_SETTING, Head
 from reward_actor.model.inferred import contract_for, infer_contract
 from reward_actor.model.layouts import (
@@ -102,22 +101,27 @@ def convert(
         layout.require_trust(trust_remote_code)
         check_manifest(source)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
-        contract, inferred = _contract(
-            layout, tokenizer, format, ends_with, append_eos, template_args
-        )
-        for line in inferred.lines() if inferred else ():
-            tell(line)
-        if inferred and inferred.doubt:
-            warnings.warn(f"not settled by {source}: {inferred.doubt}", stacklevel=2)
+        contract = _contract(layout, tokenizer, format, ends_with, append_eos, template_args, tell)
         stored = getattr(torch, layout.dtype if dtype == "auto" else dtype)
         network = load_network(layout, stored, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         contract = replace(contract, dtype=dtype)
     if heads is not None:
-        names, weights_of_heads = _named(heads)
-        contract = replace(contract, heads=names, head_weights=weights_of_heads, held_out=None)
+        names, weights = _named(heads)
+        contract = replace(contract, heads=names, head_weights=weights, held_out=None)
     _check_outputs(network, contract, source)
     network, contract = _without_bias(_plain(network, source), contract)
+    return _write(network, tokenizer, contract, destination, device)
+
+
+def _write(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    contract: ScoringContract,
+    destination: Path,
+    device: str,
+) -> ScoringContract:
+    """Export, prove and put in its place; the contract with its golden rewards."""
     staging = destination.with_name(destination.name + ".converted")
     try:
         weights = network.state_dict()
@@ -186,7 +190,9 @@ def _contract(
     ends_with: str | None,
     append_eos: bool | None,
     template_args: Mapping[str, Any] | None,
-) -> tuple[ScoringContract, Inferred | None]:
+    tell: Callable[[str], object],
+) -> ScoringContract:
+    """The source's own contract, or an inferred one."""
     if (layout.directory / CONTRACT_FILE).exists():
         contract = load_contract(layout.directory)
         if format not in (None, contract.format):
@@ -204,7 +210,7 @@ def _contract(
                 f"{layout.directory / CONTRACT_FILE} says what its template is told; remove "
                 "--template-args"
             )
-        return contract, None
+        return contract
     inferred = infer_contract(
         layout,
         tokenizer,
@@ -213,7 +219,11 @@ def _contract(
         append_eos=append_eos,
         template_args=template_args,
     )
-    return inferred.contract, inferred
+    for line in inferred.lines():
+        tell(line)
+    if inferred.doubt:
+        warnings.warn(f"not settled by {layout.directory}: {inferred.doubt}", stacklevel=3)
+    return inferred.contract
 
 
 def _is_pickled(source: Path) -> bool:
