@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SERVICE_HEADER = b"x-rayward-service"
 _FULL_RETRY_AFTER_S = 1.0
 # Answered in any case: an ingress that is busy is alive.
-_PROBES = ("/health", "/ready")
+_PROBES = ("/health", "/live", "/ready")
 
 
 class OwnRequests:

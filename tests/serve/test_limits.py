@@ -138,9 +138,10 @@ def test_too_many_requests_at_once_are_refused_before_their_bodies() -> None:
         assert refused.status == 429
         assert refused.headers[b"retry-after"] == b"1"
         assert not refused.asked_for_body.is_set()
-        probe = Call(api, "/health")  # of the wrong method, but answered
-        await probe.done
-        assert probe.status == 405
+        for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready"):
+            probe = Call(api, path)  # of the wrong method, but answered
+            await probe.done
+            assert probe.status == 405
         for call in under_way:
             call.body.put_nowait({"type": "http.request", "body": b"{", "more_body": False})
             await call.done
