@@ -23,6 +23,7 @@ _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
     "vLLM": "make setup",
+    "oneDNN": "install a build of torch that has it",
     GPU: "pytest -m cuda where there is one",
     AVX: "vLLM's CPU kernel is built for processors that have one of them",
     CPU: "vLLM's CPU engine takes no share of a GPU",

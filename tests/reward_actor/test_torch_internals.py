@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reward_actor import torch_internals as internals
+from tests.helpers.missing import skip_without
 
 close = torch.testing.assert_close
 SCALE = 0.4
@@ -76,9 +77,10 @@ def test_what_the_processor_can_do() -> None:
     assert "amx_tile" in flags or not internals.takes_amx_tiles()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 @pytest.mark.parametrize("packed", [False, True])
 def test_products_by_onednn(packed: bool) -> None:
+    if not torch.backends.mkldnn.is_available():
+        skip_without("oneDNN")
     torch.manual_seed(0)
     rows, weight, bias, other = (torch.randn(s) for s in ((7, 48), (80, 48), (80,), (7, 80)))
     expected = torch.nn.functional.linear(rows, weight, bias)
