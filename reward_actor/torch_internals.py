@@ -1,7 +1,7 @@
 """Every private name of torch that is used here, as of 2.13.
 
 tests/reward_actor/test_torch_internals.py fails when a new version has moved one. The operations
-of vLLM's kernel, which it registers with torch, are in `reward_actor.engine.paged`.
+that vLLM registers with torch are in `reward_actor.vllm_kernels`.
 """
 
 from __future__ import annotations

@@ -31,12 +31,14 @@ _KINDS = {
         "aten::_scaled_dot_product",
         "aten::_flash_attention",
         "torch_attn::",
+        "_C::cpu_att",
         "aten::logaddexp",
         "aten::addcmul",
     ),
     "between the products": (
         "aten::silu", "aten::mul", "aten::add", "aten::pow", "aten::mean", "aten::rsqrt",
         "aten::cat", "aten::neg", "aten::copy_", "aten::sub", "aten::exp", "aten::index",
+        "_C::rms_norm", "_C::rotary",
     ),
 }  # fmt: skip
 

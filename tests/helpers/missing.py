@@ -37,6 +37,17 @@ def skip_without(what: str, detail: str = "") -> NoReturn:
     pytest.skip(f"missing: {what}" + (f" ({detail})" if detail else ""))
 
 
+def skip_without_vllm_kernels() -> None:
+    """Skip the test that runs unless vLLM's kernels for CPUs can be called."""
+    import torch
+
+    from reward_actor import vllm_kernels
+
+    if not vllm_kernels.is_here():
+        has_avx = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        skip_without("vLLM" if has_avx else AVX)
+
+
 def is_failure(reason: str) -> bool:
     """Whether a test that was skipped for this reason has failed."""
     is_for_another_device = any(f"missing: {device}" in reason for device in (GPU, CPU, AVX))

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import make_network
+from missing import skip_without_vllm_kernels
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from reward_actor import vllm_kernels
 from reward_actor.engine import cpu
 from reward_actor.model.reward_model import RewardModel
 
@@ -95,13 +98,44 @@ def test_copies_go_with_their_modules() -> None:
     assert len(cpu._PACKED) == before
 
 
-def test_torchs_norm_takes_the_place_of_one_that_is_the_same() -> None:
+@pytest.fixture(params=["vLLM's", "torch's"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "vLLM's":
+        skip_without_vllm_kernels()
+    else:
+        monkeypatch.setattr(vllm_kernels, "take", lambda *_: False)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_norm_is_the_modules(family: str, dtype: torch.dtype) -> None:
+    norm = layer_of(family).input_layernorm.to(dtype)
+    rows = torch.randn(5, norm.weight.shape[0]).to(dtype)
+    with torch.inference_mode():
+        norm.weight.copy_(torch.randn(norm.weight.shape))
+        torch.testing.assert_close(cpu.normed(norm, rows), norm(rows))
+
+
+def test_only_norms_that_are_the_same_are_replaced() -> None:
     norms = {
         family: cpu._is_rms_norm(type(layer_of(family).input_layernorm)) for family in FAMILIES
     }
     assert norms == {"llama": True, "qwen3": True, "mistral": True, "gemma3": False}
     assert not cpu._is_rms_norm(torch.nn.LayerNorm)
-    norm = layer_of("llama").input_layernorm.bfloat16()
-    rows = torch.randn(5, norm.weight.shape[0]).bfloat16()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_turned_as_transformers_turns_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, angles = torch.randn(7, 3, 64).to(dtype), torch.randn(7, 32).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    precise = [values.double() for values in (heads, cos[:, 0], sin[:, 0])]
+    expected, _ = apply_rotary_pos_emb(precise[0], *precise)
+    apart = 1e-6 if dtype == torch.float32 else 2**-5  # of sums below 8, after roundings
     with torch.inference_mode():
-        torch.testing.assert_close(cpu.normed(norm, rows), norm(rows))
+        turned = cpu.apply_rotary(heads.clone(), cos, sin).double()
+    torch.testing.assert_close(turned, expected, atol=apart, rtol=0)
+    kept = heads.clone().requires_grad_()
+    assert cpu.apply_rotary(kept, cos, sin).requires_grad

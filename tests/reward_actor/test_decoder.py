@@ -26,7 +26,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with torch.inference_mode():
         [batch] = path.plan(some_sequences(0), 10**6)
         whole, every = batch.pooled(), batch.every_token()
-        monkeypatch.setitem(decoder._BLOCK_ROWS, "cpu", 7)
+        monkeypatch.setattr(decoder, "_CPU_BLOCK_ROWS", 7)
         torch.testing.assert_close(batch.pooled(), whole, atol=1e-5, rtol=0)
         for ours, theirs in zip(batch.every_token(), every, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

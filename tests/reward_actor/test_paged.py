@@ -13,8 +13,9 @@ import torch
 from families import VOCAB_SIZE, groups, make_network, transformers_own
 from hypothesis import example, given
 from hypothesis import strategies as st
-from missing import AVX, skip_without
+from missing import skip_without_vllm_kernels
 
+from reward_actor import vllm_kernels
 from reward_actor.engine import attention, paged
 from reward_actor.engine.attention_plan import AttentionPlan
 from reward_actor.engine.engine import Engine
@@ -37,15 +38,13 @@ BORDERS = [
 @pytest.fixture(scope="module")
 def kernel() -> None:
     """For tests that call vLLM's kernel."""
-    if not paged.is_here():
-        has_avx = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        skip_without("vLLM" if has_avx else AVX)
+    skip_without_vllm_kernels()
 
 
 @pytest.fixture
 def taken(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken, also by processors for which ours is faster."""
-    monkeypatch.setattr(paged, "is_better", lambda *_: paged.is_here())
+    monkeypatch.setattr(paged, "is_better", lambda *_: vllm_kernels.is_here())
 
 
 @example(sequences=BORDERS)
@@ -202,8 +201,8 @@ def test_without_the_kernel_the_path_is_the_one_before(
     own = transformers_own(right.model, sequences)
     np.testing.assert_allclose(right.raw_scores(sequences)[:, 0], own, atol=1e-5, rtol=0)
     if broken == "another version":
-        monkeypatch.setattr(paged, "version", lambda _: "0.33.0")
-        paged.is_here.cache_clear()
+        monkeypatch.setattr(vllm_kernels, "version", lambda _: "0.33.0")
+        vllm_kernels.is_here.cache_clear()
     else:
 
         def attend(self: object, query: torch.Tensor, *others: object) -> torch.Tensor:
@@ -215,7 +214,7 @@ def test_without_the_kernel_the_path_is_the_one_before(
     try:
         found = Engine(right.model)
     finally:
-        paged.is_here.cache_clear()
+        vllm_kernels.is_here.cache_clear()
     assert found.path == "forest in blocks"
     if broken == "another version":
         assert found.fallback_reason is None
@@ -226,8 +225,8 @@ def test_without_the_kernel_the_path_is_the_one_before(
 
 BOTH = """
 import torch
-from reward_actor.engine import paged
-def ours(): assert paged.is_here()
+from reward_actor.vllm_kernels import is_here
+def ours(): assert is_here()
 def vllms():
     from vllm.platforms import current_platform
     current_platform.import_kernels()

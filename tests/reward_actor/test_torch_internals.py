@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from missing import skip_without
 from torch import Tensor
 
 from reward_actor import torch_internals as internals
-from tests.helpers.missing import skip_without
 
 close = torch.testing.assert_close
 SCALE = 0.4
