@@ -60,14 +60,14 @@ def linear(rows: Tensor, projection: nn.Linear) -> Tensor:
 
 
 def add_linear(hidden: Tensor, rows: Tensor, projection: nn.Linear) -> None:
-    """hidden (n, O) += projection(rows), in one pass."""
-    bias = projection.bias
+    """hidden (n, O) += projection(rows)"""
     if is_better(rows, projection):
-        hidden.copy_(linear_pointwise.binary(rows, hidden, _weight(projection), bias, "add"))
+        # oneDNN adds in the same pass, but not in place: to copy its result takes longer.
+        hidden += linear(rows, projection)
         return
     hidden.addmm_(rows, projection.weight.t())
-    if bias is not None:
-        hidden += bias
+    if projection.bias is not None:
+        hidden += projection.bias
 
 
 class Workspace:
