@@ -24,6 +24,7 @@ _HEADINGS = (
     "min..max",
     "tokens/s",
     "x {first}",
+    "least..most",
     "of matmul",
     "peak GiB",
     "max diff",
@@ -72,14 +73,14 @@ def summarize(
     """One workload's figures for each peer from the measurements of its rounds.
 
     effective_tokens_per_s: tokens of the unshared sequences over the median time. ratio: the peer's
-    median time over that of the first peer, ours. share_of_matmul: 2 x layer parameters x distinct
-    prefix tokens, the least to multiply, over the median time, over the machine's own rate.
-    cpu_seconds: of all threads; less than threads x seconds where something else had the cores.
+    time over that of the first peer, ours, in the same round. share_of_matmul: 2 x layer parameters
+    x distinct prefix tokens, the least to multiply, over the median time, over the machine's own
+    rate. cpu_seconds: of all threads; less than threads x seconds where something else had the
+    cores.
     """
     num_prefix_tokens = count_prefix_tokens(workload.sequences)
     needed = 2.0 * layer_parameters * num_prefix_tokens
-    first = next(iter(runs.values()))
-    reference_s = statistics.median(run["seconds"] for run in first)
+    ours_s = [run["seconds"] for run in next(iter(runs.values()))]
     peers = {}
     for peer, rounds in runs.items():
         seconds = [run["seconds"] for run in rounds]
@@ -89,7 +90,7 @@ def summarize(
             "cpu_seconds": [run["cpu_seconds"] for run in rounds],
             **{f"{name}_s": value for name, value in figures.items()},
             "effective_tokens_per_s": workload.num_tokens / figures["median"],
-            "ratio": figures["median"] / reference_s,
+            "ratio": spread([theirs / ours for theirs, ours in zip(seconds, ours_s, strict=True)]),
             "share_of_matmul": needed / figures["median"] / matmul_flops_per_s,
             "peak_memory_bytes": _most(run["peak_memory_bytes"] for run in rounds),
             "max_abs_diff": max(run["max_abs_diff"] for run in rounds),
@@ -110,6 +111,7 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [tuple(heading.format(first=first) for heading in _HEADINGS)]
     for name, workload in workloads.items():
         for peer, figures in workload["peers"].items():
+            ratio = figures["ratio"]
             rows.append(
                 (
                     name,
@@ -117,7 +119,8 @@ def table(workloads: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{figures['median_s']:.3f}",
                     f"{figures['min_s']:.3f}..{figures['max_s']:.3f}",
                     f"{figures['effective_tokens_per_s']:,.0f}",
-                    f"{figures['ratio']:.2f}",
+                    f"{ratio['median']:.2f}",
+                    f"{ratio['min']:.2f}..{ratio['max']:.2f}",
                     f"{figures['share_of_matmul']:.2f}",
                     gib(figures["peak_memory_bytes"]),
                     f"{figures['max_abs_diff']:.1e}",
