@@ -17,7 +17,9 @@ from benchmarks.common.channel import Child, Message
 from benchmarks.common.report import max_abs_diff
 from benchmarks.common.workloads import Workload
 
-PEERS = ("ours", "padded_16", "padded_sorted", "vllm", "flash")
+PEERS = ("ours", "padded_16", "padded_sorted", "vllm", "sglang", "flash")
+# Engines that load a directory, and measure the free memory while they do.
+_ENGINES = ("vllm", "sglang")
 # Rewards spread by about 1, and a wrong mask or position moves them by tenths. float32 leaves the
 # order of summation; bfloat16 rounds to three digits in every layer.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
@@ -35,8 +37,9 @@ def choose_peers(wanted: str, device: str) -> tuple[list[str], dict[str, str]]:
         if name not in PEERS:
             raise ValueError(f"--peers: {name!r} is not one of {', '.join(PEERS)}")
     reasons = {}
-    if importlib.util.find_spec("vllm") is None:
-        reasons["vllm"] = "vllm is not installed"
+    for name in _ENGINES:
+        if importlib.util.find_spec(name) is None:
+            reasons[name] = f"{name} is not installed"
     if device == "cpu":
         reasons["flash"] = "variable-length attention needs CUDA"
     kept = [name for name in PEERS if name in names and name not in reasons]
@@ -104,18 +107,18 @@ class Rounds:
         for peer in peers:
             order = {**self._order, "peer": peer, "workloads": str(path)}
             more = {}
-            if peer == "vllm":
+            if peer in _ENGINES:
                 model_dir = self._scratch / "model"
                 self._probe.ask({"save": str(model_dir)})
+                order["model_dir"] = str(model_dir)
+                order["longest"] = max(len(s) for w in workloads for s in w.sequences)
+                self._wait_for_children()
+            if peer == "vllm":
                 setting = self._setting
                 more = vllm_peer.environment(setting.threads, setting.device, setting.vllm)
                 order["vllm"] = dict(setting.vllm)
-                order["model_dir"] = str(model_dir)
-                order["longest"] = max(len(s) for w in workloads for s in w.sequences)
-            if peer == "vllm":  # it measures free memory while it loads: alone
-                self._wait_for_children()
             self._children.append(self._start("scoring.peers", peer, order, more))
-            if peer == "vllm":
+            if peer in _ENGINES:
                 self._wait_for_children()
         self._wait_for_children()
         for child in self._children:

@@ -5,7 +5,7 @@
 
 Every part is a command of its own with a time limit, and what it found is printed and written as
 soon as it ends: a run that is cut short says what it had. What a part needs and does not find
-(pytest, vLLM) is said and left out.
+(pytest, vLLM, SGLang) is said and left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _scoring(shape: str, scale: int, limit_s: float, peers: str, *more: str) -> 
             *("--peers", peers, *more),
         ),
         limit_s,
-        needs="vllm" if "vllm" in peers else None,
+        needs=next((engine for engine in ("vllm", "sglang") if engine in peers), None),
     )
 
 
@@ -87,7 +87,8 @@ PARTS = (
     _training("8b", 70, "--lora", "16"),
     Part("attention, 8b", ("-m", "benchmarks.gpu.attention"), 30),
     _scoring("0.6b", 2, 30, "ours,padded_sorted", "--dtype", "float32"),
-    _scoring("0.6b", 8, 60, "ours,vllm"),
+    *(_scoring("0.6b", 8, 20, f"ours,{engine}") for engine in ("vllm", "sglang")),
+    *(_scoring("8b", 2, 10, f"ours,{engine}") for engine in ("vllm", "sglang")),
 )
 
 

@@ -45,7 +45,8 @@ class Peer:
     score: (workload's name, sequences) -> one reward for each. modes: what is timed, by its name in
     the results, with what goes before it untimed. warm_up: before the first timed run of a
     workload, on a part of it. settings: what a reader must know; may grow with `warm_up`. details:
-    what to keep of the last run beside its time.
+    what to keep of the last run beside its time. is_elsewhere: it works in processes of its own,
+    so that the memory of this one says nothing.
     """
 
     score: Callable[[str, Sequences], list[float]]
@@ -53,10 +54,12 @@ class Peer:
     settings: dict[str, Any] = field(default_factory=dict)
     warm_up: Callable[[str, Sequences], None] | None = None
     details: Callable[[], Message] = dict
+    is_elsewhere: bool = False
 
 
 def load(order: Message) -> tuple[Message, Answer]:
-    """order: peer, shape, dtype, device, threads, workloads (a file), and vllm for that peer."""
+    """order: peer, shape, dtype, device, threads, workloads (a file), and what engines of
+    others load: model_dir, longest, and vllm for that peer."""
     workloads: dict[str, list[list[int]]] = json.loads(Path(order["workloads"]).read_text())
     device = order["device"]
     torch.set_num_threads(order["threads"])
@@ -92,6 +95,8 @@ def _measure(
     peak: int | None = machine.peak_memory_bytes() if is_measured else None
     if on_cuda:
         peak = torch.cuda.max_memory_allocated()
+    if peer.is_elsewhere:
+        peak = None
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -108,6 +113,11 @@ def _make(order: Message) -> Peer:
 
         score, modes, settings, details = make_vllm(order)
         return Peer(score, modes, settings, details=details)
+    if name == "sglang":
+        from benchmarks.common.sglang_peer import make_sglang
+
+        score, modes, settings, details = make_sglang(order)
+        return Peer(score, modes, settings, details=details, is_elsewhere=True)
     network = build_network(SHAPES[order["shape"]], getattr(torch, order["dtype"]), order["device"])
     model = RewardModel(network)
     match name:

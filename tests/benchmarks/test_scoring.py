@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import sys
+from collections.abc import AsyncIterator
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +18,7 @@ from hypothesis import strategies as st
 
 from benchmarks.common import report
 from benchmarks.common.rounds import choose_peers
+from benchmarks.common.sglang_peer import make_sglang
 from benchmarks.common.shapes import SHAPES
 from benchmarks.common.workloads import Range, Workload, count_prefix_tokens, grpo, real, unique
 from benchmarks.scoring.__main__ import main
@@ -118,3 +124,41 @@ def test_a_bad_flag_is_said_before_anything_starts(capsys: pytest.CaptureFixture
         main(["--workload", "real"])
     assert exit_.value.code == 2
     assert "--real FILE" in capsys.readouterr().err
+
+
+def test_sglang_gets_token_ids_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it goes without a GPU: SGLang's part is played here."""
+    made: dict[str, Any] = {}
+
+    class Manager:
+        async def generate_request(self, request: Any, _: None) -> AsyncIterator[list[Any]]:
+            yield [
+                {"embedding": [float(sum(ids))], "meta_info": {"cached_tokens": len(ids)}}
+                for ids in request.input_ids
+            ]
+
+    class Engine:
+        def __init__(self, **arguments: Any) -> None:
+            made.update(arguments, flushed=0)
+            self.loop = asyncio.new_event_loop()
+            self.tokenizer_manager = Manager()
+
+        def flush_cache(self) -> Any:
+            made["flushed"] += 1
+            return SimpleNamespace(success=made["flushed"] == 1)
+
+    io_struct = SimpleNamespace(EmbeddingReqInput=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "sglang", SimpleNamespace(Engine=Engine))
+    for name in ("sglang.srt", "sglang.srt.managers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", io_struct)
+    order = {"model_dir": "model", "longest": 100, "shape": "tiny", "dtype": "bfloat16"}
+    score, modes, _, details = make_sglang({**order, "device": "cuda:0"})
+    assert (made["model_path"], made["device"], made["is_embedding"]) == ("model", "cuda", True)
+    assert score("grpo", [[1, 2], (3, 4, 5)]) == [3.0, 12.0]
+    assert details() == {"num_cached_tokens": 5}
+    modes["sglang_warm"]()
+    modes["sglang_cold"]()
+    assert made["flushed"] == 1
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        modes["sglang_cold"]()
