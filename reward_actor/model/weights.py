@@ -355,6 +355,11 @@ def from_directory(
         head = plain_head(config) + "."
         report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(head)}
     check_complete(report, str(directory))
+    for module in network.modules():
+        # bitsandbytes' way for processors with AVX-512: products in bfloat16 whatever the dtype,
+        # weights in blocks of 64 only, and a kernel that it downloads.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return cast("PreTrainedModel", network)
 
 

@@ -57,3 +57,13 @@ def test_what_they_do_not_take() -> None:
         assert not vllm_kernels.take(rows, 40), "a part of a vector would be left over"
         assert not vllm_kernels.take(rows.half(), 64)
         assert not vllm_kernels.take(rows.to("meta"), 64)
+
+
+def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_kernels, "version", lambda _: "0.33.0")
+        vllm_kernels.is_here.cache_clear()
+        found = vllm_kernels.is_here()
+    vllm_kernels.is_here.cache_clear()
+    assert not found
+    assert vllm_kernels.is_here()
