@@ -67,5 +67,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half-split layout; computed in float32 and rounded once. heads is contiguous."""
     rows = torch.arange(len(heads))
     table = torch.cat([cos, sin], dim=-1)
-    torch.ops._C.rotary_embedding(rows, heads.flatten(1), None, heads.shape[-1], table, True)
+    torch.ops._C.rotary_embedding(
+        rows, heads.view(len(heads), -1), None, heads.shape[-1], table, True
+    )
     return heads

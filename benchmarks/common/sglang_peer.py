@@ -5,10 +5,10 @@ It scores in processes of its own, whose memory is not measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.common.channel import Message
+from benchmarks.common.peer import Peer, Sequences
 from benchmarks.common.shapes import SHAPES
 
 
@@ -26,15 +26,8 @@ def engine_arguments(order: Message) -> dict[str, Any]:
     }
 
 
-def make_sglang(
-    order: Message,
-) -> tuple[
-    Callable[[str, Sequence[Sequence[int]]], list[float]],
-    dict[str, Callable[[], None]],
-    dict[str, Any],
-    Callable[[], Message],
-]:
-    """(score, modes, settings, details) of a `Peer`: its prefix cache cold, then again warm."""
+def make_sglang(order: Message) -> Peer:
+    """With its prefix cache cold, then again warm."""
     from sglang import Engine
     from sglang.srt.managers.io_struct import EmbeddingReqInput
 
@@ -48,7 +41,7 @@ def make_sglang(
         found: list[Message] = await anext(engine.tokenizer_manager.generate_request(request, None))
         return found
 
-    def score(name: str, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def score(name: str, sequences: Sequences) -> list[float]:
         results = engine.loop.run_until_complete(encode([list(ids) for ids in sequences]))
         cached["num_cached_tokens"] = sum(r["meta_info"].get("cached_tokens", 0) for r in results)
         return [float(result["embedding"][0]) for result in results]
@@ -58,4 +51,5 @@ def make_sglang(
             raise RuntimeError("SGLang could not empty its prefix cache")
 
     modes = {"sglang_cold": empty_cache, "sglang_warm": lambda: None}
-    return score, modes, {"arguments": arguments}, lambda: dict(cached)
+    settings = {"arguments": arguments}
+    return Peer(score, modes, settings, details=lambda: dict(cached), is_elsewhere=True)

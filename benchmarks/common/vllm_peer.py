@@ -5,10 +5,11 @@ vLLM is asked for through its offline API, without its server: the least that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.common.channel import Message
+from benchmarks.common.peer import Peer, Sequences
 from benchmarks.common.shapes import SHAPES
 
 _NUM_SEQS = 512
@@ -45,15 +46,8 @@ def engine_arguments(order: Message) -> dict[str, Any]:
     return arguments | {k: v for k, v in order["vllm"].items() if not k.isupper()}
 
 
-def make_vllm(
-    order: Message,
-) -> tuple[
-    Callable[[str, Sequence[Sequence[int]]], list[float]],
-    dict[str, Callable[[], None]],
-    dict[str, Any],
-    Callable[[], Message],
-]:
-    """(score, modes, settings, details) of a `Peer`: its prefix cache cold, then again warm.
+def make_vllm(order: Message) -> Peer:
+    """With its prefix cache cold, then again warm.
 
     The number of tokens that came from the cache shows that it was cold: within a cold run only
     what sequences share can come from it.
@@ -65,7 +59,7 @@ def make_vllm(
     engine = LLM(model=model_dir, runner="pooling", disable_log_stats=True, **arguments)
     cached: Message = {}
 
-    def score(name: str, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def score(name: str, sequences: Sequences) -> list[float]:
         prompts: Any = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         results = engine.classify(prompts, use_tqdm=False)
         cached["num_cached_tokens"] = sum(result.num_cached_tokens for result in results)
@@ -78,4 +72,4 @@ def make_vllm(
     modes = {"vllm_cold": empty_cache, "vllm_warm": lambda: None}
     variables = environment(order["threads"], order["device"], order["vllm"])
     settings = {"arguments": arguments, "environment": variables}
-    return score, modes, settings, lambda: dict(cached)
+    return Peer(score, modes, settings, details=lambda: dict(cached))

@@ -11,7 +11,6 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from benchmarks.common import machine
 from benchmarks.common.channel import Answer, Message, serve
+from benchmarks.common.peer import Peer, Sequences
 from benchmarks.common.shapes import SHAPES, build_network
 from reward_actor.model.reward_model import RewardModel, get_reward, head_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Sequences = Sequence[Sequence[int]]
 
 # The tokens that `flash` concatenates for one forward pass.
 _FLASH_BATCH_TOKENS = 65_536
@@ -36,25 +34,6 @@ _SORTED_BATCH_SIZES = (8, 16)
 
 def _nothing() -> None:
     return None
-
-
-@dataclass
-class Peer:
-    """What one child measures.
-
-    score: (workload's name, sequences) -> one reward for each. modes: what is timed, by its name in
-    the results, with what goes before it untimed. warm_up: before the first timed run of a
-    workload, on a part of it. settings: what a reader must know; may grow with `warm_up`. details:
-    what to keep of the last run beside its time. is_elsewhere: it works in processes of its own,
-    so that the memory of this one says nothing.
-    """
-
-    score: Callable[[str, Sequences], list[float]]
-    modes: dict[str, Callable[[], None]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    warm_up: Callable[[str, Sequences], None] | None = None
-    details: Callable[[], Message] = dict
-    is_elsewhere: bool = False
 
 
 def load(order: Message) -> tuple[Message, Answer]:
@@ -111,13 +90,11 @@ def _make(order: Message) -> Peer:
     if name == "vllm":
         from benchmarks.common.vllm_peer import make_vllm
 
-        score, modes, settings, details = make_vllm(order)
-        return Peer(score, modes, settings, details=details)
+        return make_vllm(order)
     if name == "sglang":
         from benchmarks.common.sglang_peer import make_sglang
 
-        score, modes, settings, details = make_sglang(order)
-        return Peer(score, modes, settings, details=details, is_elsewhere=True)
+        return make_sglang(order)
     network = build_network(SHAPES[order["shape"]], getattr(torch, order["dtype"]), order["device"])
     model = RewardModel(network)
     match name:

@@ -355,12 +355,16 @@ def from_directory(
         head = plain_head(config) + "."
         report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith(head)}
     check_complete(report, str(directory))
+    compute_in_own_dtype(network)
+    return cast("PreTrainedModel", network)
+
+
+def compute_in_own_dtype(network: Any) -> None:
+    """Leave out bitsandbytes' way for processors with AVX-512 (as of 0.50): it multiplies in
+    bfloat16 whatever the dtype, takes weights in blocks of 64 only, and downloads a kernel."""
     for module in network.modules():
-        # bitsandbytes' way for processors with AVX-512: products in bfloat16 whatever the dtype,
-        # weights in blocks of 64 only, and a kernel that it downloads.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return cast("PreTrainedModel", network)
 
 
 def _misfit(directory: Path, config: PretrainedConfig) -> str | None:

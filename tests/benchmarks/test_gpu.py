@@ -6,10 +6,12 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import attention
@@ -41,6 +43,24 @@ def test_memory_is_that_of_the_tensors_that_live_at_once() -> None:
         del second, third
         torch.empty(2 * mebi, dtype=torch.uint8)
     assert memory.peak == 12 * mebi
+
+
+def test_to_comes_in_the_parts_that_fake_tensors_know() -> None:
+    """Whole, that of a tensor of one number would be done on the real device by torch 2.13."""
+    seen = []
+
+    class Below(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    one = torch.ones(1)
+    with torch.inference_mode(), Below(), Watch("cpu"):
+        moved = one.to(torch.float64)
+    assert seen == [torch.ops.aten._to_copy.default]
+    assert moved.dtype == torch.float64
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "device"])

@@ -153,12 +153,12 @@ def test_sglang_gets_token_ids_and_an_empty_cache(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", io_struct)
     order = {"model_dir": "model", "longest": 100, "shape": "tiny", "dtype": "bfloat16"}
-    score, modes, _, details = make_sglang({**order, "device": "cuda:0"})
+    peer = make_sglang({**order, "device": "cuda:0"})
     assert (made["model_path"], made["device"], made["is_embedding"]) == ("model", "cuda", True)
-    assert score("grpo", [[1, 2], (3, 4, 5)]) == [3.0, 12.0]
-    assert details() == {"num_cached_tokens": 5}
-    modes["sglang_warm"]()
-    modes["sglang_cold"]()
+    assert peer.score("grpo", [[1, 2], (3, 4, 5)]) == [3.0, 12.0]
+    assert peer.details() == {"num_cached_tokens": 5}
+    peer.modes["sglang_warm"]()
+    peer.modes["sglang_cold"]()
     assert made["flushed"] == 1
     with pytest.raises(RuntimeError, match="prefix cache"):
-        modes["sglang_cold"]()
+        peer.modes["sglang_cold"]()

@@ -295,9 +295,11 @@ def test_vllm_leaves_several_layers_to_the_forest(tmp_path: Path, tokenizer: Any
 def test_weights_that_bitsandbytes_quantised(
     bits: int, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    # Or it multiplies in bfloat16 with AVX-512, as `from_directory` says.
+    assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu"), "compute_in_own_dtype"
+    # The reference, too, without the way that `compute_in_own_dtype` leaves out.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     make_network("llama").save_pretrained(tmp_path / "whole")
     settings = BitsAndBytesConfig(

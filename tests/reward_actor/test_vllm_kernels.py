@@ -8,13 +8,12 @@ from missing import skip_without_vllm_kernels
 
 from reward_actor import vllm_kernels
 
+DTYPES = [torch.float32, torch.bfloat16]
+
 
 @pytest.fixture(autouse=True)
 def kernels() -> None:
     skip_without_vllm_kernels()
-
-
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

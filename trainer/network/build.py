@@ -19,6 +19,7 @@ from transformers import (
 
 from reward_actor.model.heads import HEADS
 from reward_actor.model.reward_model import RewardModel, head_name
+from reward_actor.model.weights import compute_in_own_dtype
 from reward_actor.transformers_internals import attention_is, attention_of, initialise
 from trainer.config.train import TrainConfig
 from trainer.network import adapters
@@ -55,6 +56,7 @@ def build_model(config: TrainConfig, settings: dict[str, Any]) -> TrainedModel:
         **adapters.quantization(config.adapter, config.model.dtype),
     )
     unset_hf_deepspeed_config()
+    compute_in_own_dtype(network)
     if sharded:
         _restore_computed_buffers(network)
     head = getattr(network, head_name(network))
