@@ -11,12 +11,8 @@ import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from nursery import Nursery
 
 pytestmark = pytest.mark.process
 
@@ -91,13 +87,13 @@ def test_a_server_of_others_on_its_port_is_not_taken_for_it(tmp_path: Path) -> N
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_tiny_run_of_every_server(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_tiny_run_of_every_server(tmp_path: Path) -> None:
     output = tmp_path / "serving.json"
     flags = (
         "--shape tiny --workload all --rounds 1 --warm-up-s 1 --duration-s 2 --num-groups 16 "
         "--prompt-tokens 32 --completion-tokens 4..16"
     )
-    command = [nursery.python, "-m", "benchmarks.serving", *flags.split(), "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.serving", *flags.split(), "--output", str(output)]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
     assert process.returncode == 0
