@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
+LOADING = ("device", "dtype", "attention", "trust_remote_code")
+
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Options that are absent unless they are given: a service that has its model refuses them."""
@@ -28,7 +30,7 @@ def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises ValueError if the model is a service's.
     """
-    given = chosen(arguments, ("device", "dtype", "attention", "trust_remote_code"))
+    given = chosen(arguments, LOADING)
     if given and is_url(arguments.model):
         raise ValueError(
             f"{as_options(given)}: these are for loading a model, and the service at "

@@ -16,17 +16,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
     parser = argparse.ArgumentParser(
         prog=prog,
         allow_abbrev=False,
-        usage=f"{prog} --config FILE [--section.key value ...] [--output-dir DIR]",
+        usage=f"{prog} --config FILE [--section.key value ...] [--output-dir DIR] [--folds K]",
         description="Train a Bradley-Terry reward model. The same command goes on from the last "
         "checkpoint after an interruption.",
+    )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="train K models, each on all but one of K parts of the prompts, and measure each on "
+        "that part: an accuracy by all prompts, with its error",
     )
     add_arguments(parser)
     args, unknown = parser.parse_known_args(argv)
     try:
         config = config_from_arguments(args, unknown)
-        from trainer.run import train  # imported late: --help and config errors are instant
+        # Imported late: --help and config errors are instant.
+        if args.folds is None:
+            from trainer.run import train
 
-        train(config)
+            train(config)
+        else:
+            from trainer.folds import train_folds
+
+            train_folds(config, args.folds)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from reward_actor.export import export
 from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
 from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
-from trainer.evaluation.metrics import folded, measure
+from trainer.evaluation.metrics import against, folded, measure
 from trainer.job import RunFacts
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
 from trainer.network import adapters, zero
@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from trainer.step import Stepper
 
 
-def finish(trainer: Stepper, contract: ScoringContract, facts: RunFacts) -> dict[str, Any]:
+def finish(
+    trainer: Stepper,
+    contract: ScoringContract,
+    facts: RunFacts,
+    baselines: Mapping[str, NDArray[np.float32]],
+) -> dict[str, Any]:
     """Measure, normalise, export: what `result.json` says, on every worker. The engine is used up.
 
     Its metrics, `heldout_*`, are of raw scores, as in the log and in `rayward eval`; the export's
@@ -47,6 +52,9 @@ def finish(trainer: Stepper, contract: ScoringContract, facts: RunFacts) -> dict
     scores = trainer.score(heldout) if len(heldout) else np.zeros(0, np.float32)
     metrics = measure(heldout, scores, attributes)
     raw_scores = folded(scores, attributes)
+    if baselines:
+        beaten = against(heldout, raw_scores, baselines)
+        metrics["baselines"] = {name: asdict(result) for name, result in beaten.items()}
     contract = replace(contract, held_out=held_out(raw_scores, heldout.lengths))
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)

@@ -3,7 +3,8 @@ controller, which only pass it on, would otherwise load the whole trainer first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from reward_actor.contract import ScoringContract
@@ -11,7 +12,9 @@ from trainer.config.train import TrainConfig
 from trainer.data.split import Prepared, TrainingData
 
 if TYPE_CHECKING:
+    import numpy as np
     import ray
+    from numpy.typing import NDArray
 
 EVALUATION, REASON = "evaluation", "reason"
 
@@ -53,3 +56,5 @@ class Job:
     contract: ScoringContract
     data: ray.ObjectRef[TrainingData]
     facts: RunFacts
+    baselines: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """(S,) rewards of the held-out sequences by what the model has to beat."""

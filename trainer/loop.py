@@ -57,7 +57,7 @@ def training_loop(job: Job) -> dict[str, Any]:
     if log is not None:
         log.close()
     done = replace(job.facts, num_steps=step, num_failed_checkpoints=checkpoints.num_failed)
-    return finish(trainer, job.contract, done)
+    return finish(trainer, job.contract, done, job.baselines)
 
 
 def _prepare_process(cpus: float) -> None:

@@ -22,6 +22,7 @@ from trainer import worker
 from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.split import Prepared
+from trainer.evaluation.baselines import baseline_rewards
 from trainer.job import Job, RunFacts
 from trainer.ray_internals import RayTrainer, causes, failures, is_lost_worker
 from trainer.report import progress
@@ -69,7 +70,9 @@ def launch(
             f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        job = Job(config, contract, ray.put(prepared), RunFacts.of(prepared, num_steps))
+        baselines = baseline_rewards(prepared.train, prepared.heldout, config.training.seed)
+        facts = RunFacts.of(prepared, num_steps)
+        job = Job(config, contract, ray.put(prepared), facts, baselines)
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
         with tempfile.TemporaryDirectory(prefix="rayward-ray-", dir=memory) as ray_dir:
             return _fit(job, bundle, use_gpu, start, is_private, ray_dir, say, quiet)

@@ -27,8 +27,9 @@ from trainer.report.tracking import check_trackers
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`metrics` are `heldout_*` numbers, None where one is not defined, and two tables
-    (`heldout_subsets`, `heldout_calibration_bins`); empty when nothing was held out."""
+    """`metrics` are `heldout_*` numbers, None where one is not defined, and three tables
+    (`heldout_subsets`, `heldout_baselines`, `heldout_calibration_bins`); empty when nothing was
+    held out."""
 
     export_dir: Path
     steps: int
@@ -76,8 +77,27 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     if config.report.push_to_hub:
         say(f"it is at {hub.push(export_dir, config.report)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
+    for line in _found(metrics):
+        say(line)
     seconds = round(time.perf_counter() - began, 1)
     return TrainResult(export_dir, int(result["num_steps"]), len(prepared.train), metrics, seconds)
+
+
+def _found(metrics: Mapping[str, Any]) -> list[str]:
+    """The accuracy and what it has to be compared with; nothing where no pair was held out, or by
+    a run of an older version."""
+    if "heldout_num_prompts" not in metrics:
+        return []
+    of = {key.removeprefix("heldout_"): value for key, value in metrics.items()}
+    lines = [
+        f"held-out accuracy {of['accuracy']:.4f} ({of['accuracy_low']:.4f} to "
+        f"{of['accuracy_high']:.4f}) on {of['num_pairs']:,} pairs of {of['num_prompts']:,} prompts"
+    ]
+    return lines + [
+        f"  {one['ahead']:+.4f} ({one['ahead_low']:+.4f} to {one['ahead_high']:+.4f}) above {name} "
+        f"({one['accuracy']:.4f})"
+        for name, one in of.get("baselines", {}).items()
+    ]
 
 
 def _check(config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from rayward.loading import add_loading, as_options, chosen, loading_options
@@ -36,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="use rows of equal tokens, labels and subset once [no]",
     )
-    _add_columns(parser)
+    add_columns(parser)
     add_loading(parser)
 
 
@@ -68,11 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
+        warnings = result.pop("warnings", [])
         _print_evaluation(result)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
-def _add_columns(parser: argparse.ArgumentParser) -> None:
+def add_columns(parser: argparse.ArgumentParser) -> None:
     from trainer.config.data import Columns
 
     for name, field in Columns.model_fields.items():

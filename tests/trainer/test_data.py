@@ -154,8 +154,8 @@ def test_equal_sides_and_over_long_pairs_are_dropped_and_counted(tmp_path: Path,
     assert gathered.comparisons.rows.tolist() == [1]
     assert (gathered.tallies[0].num_identical, gathered.tallies[0].num_too_long) == (1, 1)
     loaded = load_comparisons({str(tmp_path / "a.jsonl"): COLUMNS}, renderers["chat"])
-    assert (len(loaded.comparisons), loaded.num_rows, loaded.dropped.count) == (1, 3, 2)
-    assert str(loaded.dropped) == "1 too long, 1 with equal sides"
+    assert (len(loaded.comparisons), loaded.tally.num_rows, loaded.tally.count) == (1, 3, 2)
+    assert str(loaded.tally) == "1 too long, 1 with equal sides"
     with pytest.raises(ValueError, match=r"no pair of a is left.*1 too long, 1 with equal sides"):
         rendered(read[1:], renderers["chat"])
 
@@ -191,12 +191,27 @@ def test_the_split_is_by_prompt_and_blind_to_the_order(
     assert heldout(shuffled) == (prompts, others)
 
 
+@given(st.integers(2, 40), st.integers(0, 99))
+def test_folds_are_parts_of_the_prompts_about_as_large(many: list[Row], num: int, seed: int):
+    keys = np.array([hash_key(row.key, seed) for row in many], dtype="S16")
+    parts = [
+        set(keys[split_by_prompt(keys, 0.05, f"{number}/{num}")].tolist())
+        for number in range(1, num + 1)
+    ]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_a_split_that_leaves_nothing_is_refused():
     keys = np.array([b"one", b"two"], dtype="S16")
     assert not split_by_prompt(keys, 0).any()
     assert split_by_prompt(keys, 0.05).sum() == 1
     with pytest.raises(ValueError, match="none left to train"):
         split_by_prompt(keys[:1], 0.05)
+    with pytest.raises(
+        ValueError, match=r"data.fold is 1/3, but there are only 2 different prompts"
+    ):
+        split_by_prompt(keys, 0.05, "1/3")
 
 
 def test_blocks_give_back_their_rows_in_order(many: list[Row], renderers, monkeypatch):

@@ -170,3 +170,39 @@ def test_bad_data_and_bad_models_are_named(export_dir: Path, base_model: Path, d
         evaluate_model(str(export_dir), "nowhere.jsonl")
     with pytest.raises(ValueError, match="no trained reward head"):
         evaluate_model(str(base_model), data)
+
+
+def test_rankings_without_scores_and_few_prompts_are_told(
+    export_dir: Path, rankings: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(export_dir), rankings, "--device", "cpu"]
+    assert rayward.main(command) == 0
+    errors = capsys.readouterr().err
+    assert (
+        "warning: " + rankings + ": 2 of 6 rows are rankings without scores, whose compl" in errors
+    )
+    assert "are about 4 prompts: with fewer than 100 an accuracy is a rough guess" in errors
+    assert rayward.main([*command, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scores-column", "score"],
+         "3 of 6 rows cannot be used:\n  {data}:1: no column 'score' (the row has: prompt, "),
+        (["--margin-column", "strength"],
+         "margin_column: no row of {data} has a column 'strength'; known keys: "),
+        (["--subset-column", "topics"],
+         "subset_column: no row of {data} has a column 'topics'; did you mean 'topic'?"),
+    ],
+)  # fmt: skip
+def test_a_named_column_that_no_row_has_is_refused(
+    options: list[str],
+    message: str,
+    export_dir: Path,
+    rankings: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert rayward.main(["eval", str(export_dir), rankings, "--device", "cpu", *options]) == 2
+    assert message.format(data=rankings) in capsys.readouterr().err

@@ -18,12 +18,14 @@ from trainer.evaluation.metrics import (
     EvalResult,
     better,
     check_metric,
+    difference,
     evaluate,
     folded,
     is_defined,
     is_measurable,
     measure,
     pair_indices,
+    rank_correlation,
 )
 
 Item = tuple[Comparison, tuple[float, ...]]
@@ -35,10 +37,11 @@ def item(
     scores: tuple[float, ...] = (1.0, 0.0),
     lengths: tuple[int, ...] | None = None,
     subset: str = "",
+    key: str = "k",
 ) -> Item:
     sizes = lengths or (3,) * len(scores)
     sequences = [[7] * size for size in sizes]
-    return Comparison(sequences, scores, key="k", subset=subset), rewards
+    return Comparison(sequences, scores, key, subset=subset), rewards
 
 
 def evaluated(items: list[Item], seed: int = 0) -> EvalResult:
@@ -178,34 +181,54 @@ def test_the_accuracy_of_no_pair_is_not_defined() -> None:
     assert "subsets" not in result.as_dict()
 
 
-def test_the_interval_is_that_of_resampling_the_comparisons_one_by_one() -> None:
-    generator = np.random.default_rng(3)
-    found = [item((float(r), 0.0)) for r in generator.choice([-1.0, 0.0, 1.0, 1.0], 60)]
-    found += [item((2.0, 1.0, float(r)), scores=(2, 1, 0)) for r in generator.normal(1, 1, 30)]
-    result = evaluated(found)
-    points, sizes = [], []
-    for comparison, rewards in found:
-        pairs = list(combinations(range(len(comparison.scores)), 2))
-        points.append(sum(0.5 + np.sign(rewards[i] - rewards[j]) / 2 for i, j in pairs))
-        sizes.append(len(pairs))
-    drawn = generator.integers(0, len(found), (20_000, len(found)))
-    accuracies = np.array(points)[drawn].sum(1) / np.array(sizes)[drawn].sum(1)
-    expected = np.percentile(accuracies, (2.5, 97.5))
-    assert (result.accuracy_low, result.accuracy_high) == pytest.approx(expected, abs=0.015)
-    assert result.accuracy_low < result.accuracy < result.accuracy_high
-
-
-def test_the_interval_follows_its_seed_and_one_comparison_has_none() -> None:
+def test_the_interval_is_of_prompts_and_follows_its_seed() -> None:
     generator = np.random.default_rng(0)
     # Of many sizes, or both seeds would meet on the few fractions of 30 pairs.
     found = [
-        item(tuple(generator.normal(size=k)), tuple(range(k, 0, -1))) for k in (2, 3, 4, 5) * 10
+        item(tuple(generator.normal(size=k)), tuple(range(k, 0, -1)), key=f"{i // 2}")
+        for i, k in enumerate((2, 3, 4, 5) * 10)
     ]
     assert evaluated(found, seed=1) == evaluated(found, seed=1)
     first, second = evaluated(found, seed=1).as_dict(), evaluated(found, seed=2).as_dict()
-    assert {k for k in first if first[k] != second[k]} == {"accuracy_low", "accuracy_high"}
-    one = evaluated([item((1.0, 0.0, 0.5), scores=(2, 1, 0))])
-    assert one.accuracy_low == one.accuracy == one.accuracy_high == pytest.approx(2 / 3)
+    differ = {k for k in first if first[k] != second[k]}
+    assert differ == {"accuracy_low", "accuracy_high", "accuracy_error"}
+    assert first["num_prompts"] == 20
+    assert first["accuracy_low"] < first["accuracy"] < first["accuracy_high"]
+    one = evaluated([item((1.0, 0.0, 0.5), scores=(2, 1, 0))] * 9)
+    assert (one.num_prompts, one.num_pairs, one.accuracy) == (1, 27, pytest.approx(2 / 3))
+    assert (one.accuracy_low, one.accuracy_high) == pytest.approx(
+        (2 / 3 * 0.025, 0.975 + 0.025 * 2 / 3)
+    )
+
+
+def test_the_bins_with_pairs_are_counted() -> None:
+    assert (
+        evaluated([item((1.0, 0.0)), item((0.0, 1.0)), item((0.0, 2.0))]).num_calibration_bins == 2
+    )
+
+
+def test_a_difference_is_paired() -> None:
+    comparisons = Comparisons.of([item((0, 0), key=f"{i}")[0] for i in range(40)], ["d"])
+    better = np.tile([1.0, 0.0], 40)
+    worse = better.copy()
+    worse[:8] = -better[:8]
+    found = difference(comparisons, better, worse)
+    assert found.mean == pytest.approx(0.1)
+    assert 0 < found.low < 0.1 < found.high < 0.25
+    assert found.error == pytest.approx(np.sqrt(0.1 * 0.9 / 40), rel=0.1)
+    back = difference(comparisons, worse, better)
+    assert back.mean == -found.mean
+    alone = Comparisons.of([Comparison([[1]], (0.0,), "k")], ["d"])
+    with pytest.raises(ValueError, match="no pair to compare by"):
+        difference(alone, np.zeros(1), np.zeros(1))
+
+
+def test_ranks_of_equal_rewards_are_shared() -> None:
+    assert rank_correlation(np.array([1.0, 2.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.2, 0.3])) == 1
+    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 1.0, 1.0])) is None
+    ranks = np.corrcoef([1, 2.5, 2.5, 4], [4, 3, 1, 2])[0, 1]  # by hand
+    found = rank_correlation(np.array([1.0, 5.0, 5.0, 7.0]), np.array([9.0, 8.0, -4.0, 0.0]))
+    assert found == pytest.approx(ranks)
 
 
 def test_rewards_that_cannot_be_evaluated_are_refused() -> None:

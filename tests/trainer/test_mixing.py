@@ -130,12 +130,15 @@ def test_a_split_by_what_completions_share_is_told(base_model: Path, tmp_path: P
     pairs = [{"chosen_ids": [5, 9, i, 1], "rejected_ids": [5, 9, i, 2]} for i in range(10, 20)]
     shared = write(tmp_path / "a.jsonl", [*questions("Fruit", 5), *pairs])
     own = write(tmp_path / "b.jsonl", questions("Tool", 5))
-    (told,) = prepared(base_model, tmp_path / "out", {shared: 1, own: 1}).warnings
+    told, few = prepared(base_model, tmp_path / "out", {shared: 1, own: 1}).warnings
+    assert few.endswith("a rough guess; rayward train --folds 5 measures by all prompts")
     assert told.startswith(f"{shared}: 10 of 15 rows have no prompt of their own; what their compl")
     assert "rows about one prompt may be both trained on and held out" in told
     assert "Give a prompt column (prompt_ids with token ids) or a data.eval" in told
     assert not prepared(base_model, tmp_path / "out", shared, data__eval_fraction=0).warnings
-    assert not prepared(base_model, tmp_path / "out", shared, data__eval=own).warnings
+    (few,) = prepared(base_model, tmp_path / "out", shared, data__eval=own).warnings
+    assert few.startswith("the 5 held-out comparisons are about 5 prompts: with")
+    assert few.endswith("a rough guess")
 
 
 def test_what_is_probably_a_mistake_is_told(base_model: Path, tmp_path: Path):
@@ -149,7 +152,7 @@ def test_what_is_probably_a_mistake_is_told(base_model: Path, tmp_path: Path):
     told = "\n".join(prepared(base_model, tmp_path / "out", file, model__max_length=64).warnings)
     assert "10 of 15 rows are dropped as longer than 64 tokens; raise model.max_length" in told
     assert "in 1 of 15 rows the completions answer different prompts" in told
-    assert len(told.splitlines()) == 2
+    assert len(told.splitlines()) == 3  # and that one prompt is held out
 
 
 def test_a_second_bos_and_a_date_are_told(base_model: Path, tmp_path: Path):
@@ -219,7 +222,7 @@ def test_pairs_without_attributes_mix_with_rows_that_have_them(base_model: Path,
     wanted = '{"help": 1}'
     data = prepared(base_model, tmp_path / "out", train, loss__attributes=wanted)
     assert len(data.train) + len(data.heldout) == 20
-    (told,) = data.warnings
+    told, _ = data.warnings
     assert told.startswith(f"{other}: nothing is learned or measured from its 10 rows: none is")
     assert any(line.startswith(f"  {other}: 0 pairs of 10 rows, 0 in an") for line in data.report())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from trainer.config.config_file import load_config
 from trainer.config.data import Source
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparison, Comparisons
-from trainer.evaluation.metrics import evaluate
+from trainer.evaluation.metrics import against, evaluate
 from trainer.report.page import write_report
 from trainer.report.plots import smooth
 from trainer.report.templates import TEMPLATES
@@ -92,10 +92,12 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
     tmp_path: Path, config: TrainConfig, tokenizer: Any
 ) -> None:
     held, rewards = plausible(tokenizer)
+    beaten = against(held, rewards, {"length": -held.lengths, "bag of words": rewards})
     log = [step_line(step) for step in range(1, 201)]
     evaluations = [evaluation_line(step) for step in range(25, 201, 25)]
     names = write_report(
-        tmp_path, config=config, contract=CONTRACT, facts=FACTS, metrics={}, log=log,
+        tmp_path, config=config, contract=CONTRACT, facts=FACTS, log=log,
+        metrics={"baselines": {name: asdict(one) for name, one in beaten.items()}},
         evaluations=evaluations, heldout=held, rewards=rewards, decode=tokenizer.decode,
     )  # fmt: skip
     assert names == ["report.html", *(f"plots/{name}.png" for name in PLOTS)]
@@ -118,6 +120,10 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
         "8,168",
         "3 (3 too long)",
         "optimizer.learning_rate",
+        f"{result.num_calibration_bins} of 10 bins have pairs",
+        "Is it better than that?",
+        f"{100 * beaten['length'].ahead:+.1f} points",
+        "no better, as far as can be told",
     ):
         assert shown in text
 
@@ -232,7 +238,7 @@ def test_the_report_says_how_the_held_out_pairs_were_used(
     )  # fmt: skip
     check_is_alone(text)
     assert "The checkpoint was chosen on these pairs" in text
-    assert "pairs taken as independent" in text
+    assert "%, of other prompts" in text
     assert ("7 of their prompts were trained on as well" in text) is (num_shared > 0)
     assert ("about prompts that were not trained on" in text) is (num_shared == 0)
     assert "error of kind" in text

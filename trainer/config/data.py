@@ -5,6 +5,7 @@ pydantic only, as in `trainer.config.train`.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -36,6 +37,15 @@ class Columns(Section):
         "chat_template_kwargs", description="more arguments for the chat template"
     )
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that somebody has named, with the setting that does."""
+        return {
+            getattr(self, name): name
+            for name, field in Columns.model_fields.items()
+            if getattr(self, name) != field.default
+        }
+
 
 class Source(Columns):
     """One of several data sets."""
@@ -59,6 +69,11 @@ class DataConfig(Columns):
     )
     eval_fraction: float = Field(
         0.05, ge=0, lt=1, description="fraction of the prompts held out when there is no eval"
+    )
+    fold: str | None = Field(
+        None,
+        description="hold out this part of the prompts instead of eval_fraction: 2/5 is the second "
+        "of five",
     )
     split_seed: int = Field(0, description="decides which prompts are held out")
     max_pairs: int | None = Field(
@@ -87,6 +102,15 @@ class DataConfig(Columns):
             name: source if isinstance(source, dict | Source) else {"weight": source}
             for name, source in value.items()
         }
+
+    @field_validator("fold")
+    @classmethod
+    def _part(cls, fold: str | None) -> str | None:
+        if fold is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", fold)
+            if not found or not 1 <= int(found[1]) <= int(found[2]) >= 2:
+                raise ValueError("a fold is one of two or more, such as 2/5")
+        return fold
 
     def sources(self, which: Literal["train", "eval"]) -> dict[str, Source]:
         """The data sets of `train` or `eval` by name; what one leaves out is what `data` says."""

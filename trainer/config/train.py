@@ -312,6 +312,8 @@ class TrainConfig(Section):
                 f"distributed.num_workers is {workers} but training.global_batch_pairs only "
                 f"{batch}: some workers would have no pair; use at most {batch} workers"
             )
+        if self.data.fold is not None and self.data.eval is not None:
+            wrong.append("data.fold and data.eval both say what is held out: leave one away")
         least = self.distributed.min_workers
         if least is not None and least > workers:
             wrong.append(f"distributed.min_workers is {least}, more than num_workers ({workers})")

@@ -52,6 +52,8 @@ class Comparisons:
     """(C,) by how much chosen is better, as the annotator said; 0 where nothing was said."""
     attributes: NDArray[np.float32]
     """(S, A) targets of the regression heads, NaN where unknown."""
+    prompts: NDArray[np.int64]
+    """(C,) what it is about, as a number: equal for comparisons of one key."""
     rows: NDArray[np.int64]
     """(C,) the line (from 1) in its data set."""
     sources: NDArray[np.int32]
@@ -84,6 +86,7 @@ class Comparisons:
             attributes=np.array(attributes, dtype=np.float32).reshape(
                 len(sequences), num_attributes
             ),
+            prompts=numbered(np.array([item.key for item in items], dtype=object)),
             rows=np.array([item.row for item in items], dtype=np.int64),
             sources=np.array([item.source for item in items], dtype=np.int32),
             subsets=np.array([number[item.subset] for item in items], dtype=np.int32),
@@ -161,6 +164,12 @@ class Comparisons:
         if self.directory is not None:
             return Comparisons.open, (self.directory,)
         return Comparisons, tuple(getattr(self, name) for name in _saved())
+
+
+def numbered(keys: NDArray[Any]) -> NDArray[np.int64]:
+    """(C,) keys -> (C,) a number for each, from 0 in their order: equal for equal ones."""
+    _, numbers = np.unique(keys, return_inverse=True)
+    return numbers.astype(np.int64)
 
 
 def _saved() -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.comparisons import Comparisons
+from trainer.data.comparisons import Comparisons, numbered
 from trainer.data.render import Block, Tally
 from trainer.data.rows import BadRows
 
@@ -95,6 +95,7 @@ def gather(
         scores=whole["scores"],
         margins=whole["margins"],
         attributes=whole["attributes"],
+        prompts=numbered(whole["marks"]["key"]),
         rows=whole["rows"],
         sources=whole["sources"],
         subsets=place[whole["subsets"]],
@@ -136,6 +137,7 @@ def take(
         scores=comparisons.scores[sequences],
         margins=comparisons.margins[index],
         attributes=comparisons.attributes[sequences],
+        prompts=comparisons.prompts[index],
         rows=comparisons.rows[index],
         sources=comparisons.sources[index],
         subsets=comparisons.subsets[index],

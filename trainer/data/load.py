@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from reward_actor.config_errors import did_you_mean
 from trainer.config.data import Source
 from trainer.data.comparisons import Comparisons
 from trainer.data.gather import Gathered, first_uses, gather, take
-from trainer.data.parse import parse_line
-from trainer.data.render import Dropped, Rules, Tally, render_rows
+from trainer.data.parse import parse_line, parse_object
+from trainer.data.render import Rules, Tally, render_rows
 from trainer.data.rows import BadRows, Row
 from trainer.data.sources import raw_rows
 
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Data sets as token ids: `num_rows` rows were read, `dropped` says what was left out."""
+    """Data sets as token ids, and what was counted of their rows."""
 
     comparisons: Comparisons
-    num_rows: int
-    dropped: Dropped
-    """`.count` in all, and `str()` for people: "1 too long, 0 with equal sides"."""
+    tally: Tally
+    """`.count` were dropped in all, and `str()` for people: "1 too long, 0 with equal sides"."""
 
 
 def read_rows(source_name: str, source: Source, max_rows: int | None = None) -> list[Row]:
@@ -57,6 +57,26 @@ def iterate_rows(source_name: str, source: Source, max_rows: int | None = None) 
         raise ValueError(f"{source_name} holds no rows")
 
 
+def check_columns(source_names: Sequence[str], named: Mapping[str, str]) -> None:
+    """Raise ValueError for a column that somebody has named (`Columns.named`) and that no row of
+    these data sets has: it would be ignored without a word. Reads as far as the first that has."""
+    for column, setting in named.items():
+        seen: dict[str, None] = {}
+        for raw in (raw for name in source_names for _, raw in raw_rows(name)):
+            try:
+                row = parse_object(raw)
+            except ValueError:
+                continue  # whoever reads the rows tells which it is
+            if row.get(column) is not None:
+                break
+            seen |= dict.fromkeys(row)
+        else:
+            raise ValueError(
+                f"{setting}: no row of {', '.join(source_names)} has a column {column!r}"
+                + did_you_mean(column, list(seen))
+            )
+
+
 def choose_format(
     wanted: Literal["auto", "chat", "text"], rows: Iterable[Row], has_chat_template: bool
 ) -> Literal["chat", "text"]:
@@ -86,7 +106,7 @@ def load_comparisons(
     if deduplicate:
         comparisons = take(comparisons, first_uses(gathered, by_subset=True))
     total = sum(gathered.tallies, Tally())
-    return Loaded(comparisons, total.num_rows, total)
+    return Loaded(comparisons, total)
 
 
 def gather_rows(rows: Mapping[str, Sequence[Row]], renderer: Renderer, rules: Rules) -> Gathered:

@@ -87,7 +87,7 @@ def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
         raise ValueError(f"{columns.tie_column!r} is for pairs; give a ranking equal scores")
     scores: tuple[float, ...] = (0.0, 0.0) if is_tie else (1.0, 0.0)
     if not is_pair:
-        scores = (0.0,) if is_single else _scores(raw, columns.scores_column, num)
+        scores = (0.0,) if is_single else _scores(raw, columns, num)
     attributes = _attributes(raw, columns.attributes_column, num, is_single)
     order = sorted(range(num), key=lambda i: -scores[i])  # stable
     sides = tuple(sides[i] for i in order if sides)
@@ -108,6 +108,7 @@ def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
             raw.get(columns.template_args_column), repr(columns.template_args_column)
         ),
         is_dialogue=any(side.prompt == "" for side in sides),
+        is_unscored=num > 1 and not is_pair and raw.get(columns.scores_column) is None,
     )
 
 
@@ -195,10 +196,13 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _scores(raw: Mapping[str, Any], name: str, num: int) -> tuple[float, ...]:
+def _scores(raw: Mapping[str, Any], columns: Columns, num: int) -> tuple[float, ...]:
     """Those of a ranking: larger is better. Two are a pair, of which only the order counts."""
+    name = columns.scores_column
     value = raw.get(name)
     if value is None:
+        if name in columns.named:  # to take the order for scores would be a guess
+            _required(raw, name)
         return tuple(float(i) for i in reversed(range(num)))
     if not isinstance(value, list):
         raise ValueError(f"{name!r} is {kind_of(value)}, not a list of numbers")

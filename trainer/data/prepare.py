@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reward_actor.json_files import replace_text
+from trainer.config.data import DataConfig
 from trainer.config.train import TrainConfig
 from trainer.data.gather import take
-from trainer.data.load import choose_format, gather_rows, iterate_rows, read_rows
+from trainer.data.load import check_columns, choose_format, gather_rows, iterate_rows, read_rows
 from trainer.data.rows import Row, Side
 from trainer.data.split import Prepared, decide, rules_of
 
@@ -57,6 +58,7 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
         for name, source in sources.items():
             yield from loaded[0][name] if loaded else iterate_rows(name, source, data.max_pairs)
 
+    _check_columns(data)
     base = Path(config.model.directory)
     if config.is_from_scratch and not (base / "config.json").exists():
         _make_base(base, rows(), config.training.seed)
@@ -72,6 +74,14 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
     train, heldout, summary = decide(everything, data, attributes, contract)
     kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
     return Prepared.of(*kept, summary, data, config.training.seed), contract
+
+
+def _check_columns(data: DataConfig) -> None:
+    """One named for all data sets must be in one of them, one named for a data set in that."""
+    sources = {**(data.eval or {}), **data.train}
+    check_columns(list(sources), data.named)
+    for name, source in sources.items():
+        check_columns([name], {k: v for k, v in source.named.items() if k not in data.named})
 
 
 def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:

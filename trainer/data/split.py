@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from reward_actor.contract import ScoringContract
+
+
+MIN_PROMPTS = 100
+"""With fewer held-out prompts the standard error of an accuracy is 0.03 and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +187,15 @@ def decide(
     keys = gathered.marks["key"][used[0]]
     warnings = _warnings(everything, contract)
     if len(everything) == 1:
-        warnings += _doubtful_splits(gathered) if data.eval_fraction else []
-        is_heldout = split_by_prompt(keys, data.eval_fraction)
+        is_heldout = split_by_prompt(keys, data.eval_fraction, data.fold)
         train, heldout = used[0][~is_heldout], used[0][is_heldout]
         both = 0
+        warnings += _doubtful_splits(gathered) if len(heldout) else []
+        warnings += [
+            f"{warning}; rayward train --folds 5 measures by all prompts"
+            for warning in few_prompts(keys[is_heldout])
+            if data.fold is None
+        ]
     else:
         train, heldout = used
         both = len(np.intersect1d(keys, everything[1].marks["key"][heldout]))
@@ -195,6 +204,7 @@ def decide(
                 f"{both} prompts of data.eval are in data.train as well: the held-out numbers "
                 "will be too good; take them out of one of the two"
             )
+        warnings += few_prompts(everything[1].marks["key"][heldout])
     total = sum(gathered.tallies, Tally())
     facts = DataFacts(
         max_length=contract.max_length,
@@ -210,15 +220,47 @@ def decide(
     return train, heldout, Summary(total.num_rows, dropped, facts, warnings)
 
 
-def split_by_prompt(keys: NDArray[np.bytes_], fraction: float) -> NDArray[np.bool_]:
+def few_prompts(prompts: NDArray[Any]) -> list[str]:
+    """A warning of (C,) held-out comparisons, given what each is about, if that is too little."""
+    num_prompts = len(np.unique(prompts))
+    if not 0 < num_prompts < MIN_PROMPTS:
+        return []
+    held_out = f"{num_prompts} prompt{'s' if num_prompts > 1 else ''}"
+    return [
+        f"the {len(prompts):,} held-out comparisons are about {held_out}: with fewer than "
+        f"{MIN_PROMPTS} an accuracy is a rough guess"
+    ]
+
+
+def unscored(name: str, tally: Tally) -> list[str]:
+    """A warning of rankings whose order nobody gave."""
+    if not tally.num_unscored:
+        return []
+    return [
+        f"{name}: {tally.num_unscored} of {tally.num_rows} rows are rankings without scores, whose "
+        "completions are taken to be best first; if they are not, name a scores_column"
+    ]
+
+
+def split_by_prompt(
+    keys: NDArray[np.bytes_], fraction: float, fold: str | None = None
+) -> NDArray[np.bool_]:
     """(C,) which comparisons are held out: all of one key, or none.
 
-    Which keys those are depends on the keys, not on the order of the rows; at least one is, if
-    `fraction` is above 0. Raises ValueError if nothing would be left to train.
+    Which keys those are depends on the keys, not on the order of the rows. They are a `fraction` of
+    them, but at least one if it is above 0; or one of as many equal parts as `fold` says ("2/5"),
+    which together are all of them. Raises ValueError if nothing would be left to train.
     """
+    different = np.unique(keys)  # sorted: digests, so in an order of their own
+    if fold is not None:
+        number, num_folds = map(int, fold.split("/"))
+        if num_folds > len(different):
+            raise ValueError(
+                f"data.fold is {fold}, but there are only {len(different)} different prompts"
+            )
+        return np.isin(keys, different[number - 1 :: num_folds])
     if fraction == 0:
         return np.zeros(len(keys), dtype=bool)
-    different = np.unique(keys)  # sorted: digests, so in an order of their own
     num_heldout = max(1, round(fraction * len(different)))
     if num_heldout >= len(different):
         raise ValueError(
@@ -280,6 +322,7 @@ def _warnings(everything: Sequence[Gathered], contract: ScoringContract) -> list
                     "answer different prompts; what is learned from those is the prompt. See "
                     "whether the columns are the right ones"
                 )
+            warnings += unscored(name, of)
             if of.num_unlabelled == of.num_rows:
                 warnings.append(
                     f"{name}: nothing is learned or measured from its {of.num_rows} rows: none is "

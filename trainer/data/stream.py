@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DATA_DIR = "data"
 _SUMMARY_FILE = "summary.json"
-_VERSION = 2  # of the files, and of how rows become what is in them
+_VERSION = 3  # of the files, and of how rows become what is in them
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _identity(config: TrainConfig, contract: ScoringContract) -> dict[str, Any]:
         "train": described(data.sources("train")),
         "eval": described(data.sources("eval")),
         "eval_fraction": data.eval_fraction,
+        "fold": data.fold,
         "max_pairs": data.max_pairs,
         "deduplicate": data.deduplicate,
         "rules": asdict(rules_of(data, config.loss.attributes)),

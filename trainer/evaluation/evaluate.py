@@ -9,26 +9,36 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from reward_actor.groups import Group, GroupScores
 from trainer.config.data import Columns, Source
 from trainer.data.comparisons import Comparison, Comparisons
-from trainer.data.load import load_comparisons, read_rows
+from trainer.data.load import check_columns, load_comparisons, read_rows
+from trainer.data.render import Tally
 from trainer.data.rows import BadRows, Row, as_chat
 from trainer.data.sources import check_source
+from trainer.data.split import few_prompts, unscored
 from trainer.evaluation import metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ScoreGroups = Callable[[Sequence[Group]], list[GroupScores]]
-_Evaluated = tuple[Comparisons, "NDArray[np.float64]", int, str]
-"""Comparisons, the raw scores (S,) of their sequences, how many were dropped, the model_version."""
+
+@dataclass(frozen=True)
+class _Evaluated:
+    comparisons: Comparisons
+    raw_scores: NDArray[np.float64]
+    """(S,) of their sequences."""
+    num_dropped: int
+    model_version: str
+    warnings: list[str]
+
 
 # One request's share: far below a service's limits, and done long before its deadline on a CPU.
 _TOKENS_PER_CALL = 50_000
@@ -48,15 +58,14 @@ def evaluate_model(
 
     `loading` goes to `RewardScorer.from_pretrained` (device, dtype, attention, ...); `max_pairs`
     rows of the data are read. Returns `metrics.EvalResult.as_dict()`, `num_dropped`, `model`,
-    `model_version`, `data` and `seconds`.
+    `model_version`, `data`, `warnings` and `seconds`.
 
     Comparisons that cannot be scored (over-long, say) or compare equal things are dropped and
     counted. `over_long` and `deduplicate` are those of a training's data and need the token ids,
     so a directory. Raises ValueError for data, a model or a service that cannot be used.
     """
     began = time.perf_counter()
-    given = {name: getattr(columns, name) for name in Columns.model_fields} if columns else {}
-    source = Source.model_validate(given)
+    source = columns_of(columns)
     if is_url(model_or_url):
         _check_no_loading(model_or_url, loading)
         if over_long != "drop" or deduplicate:
@@ -65,10 +74,10 @@ def evaluate_model(
                 "truncate_left and deduplicate need the model's directory"
             )
         rows = read_rows(data, source, max_pairs)
-        comparisons, raw_scores, num_dropped, version = _of_service(model_or_url, data, rows)
+        found = _of_service(model_or_url, data, rows)
     else:
         check_source(data, "DATA")  # told before a large model is loaded
-        comparisons, raw_scores, num_dropped, version = _of_directory(
+        found = _of_directory(
             Path(model_or_url),
             {data: source},
             loading,
@@ -76,22 +85,37 @@ def evaluate_model(
             over_long=over_long,
             deduplicate=deduplicate,
         )
+    check_columns([data], source.named)
     return {
-        **metrics.evaluate(comparisons, raw_scores).as_dict(),
-        "num_dropped": num_dropped,
+        **metrics.evaluate(found.comparisons, found.raw_scores).as_dict(),
+        "num_dropped": found.num_dropped,
         "model": model_or_url,
-        "model_version": version,
+        "model_version": found.model_version,
         "data": data,
+        "warnings": found.warnings + few_prompts(found.comparisons.prompts),
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def columns_of(columns: Columns | None) -> Source:
+    """A data set with these columns, or the default ones."""
+    return Source.model_validate({} if columns is None else columns.model_dump())
 
 
 def is_url(model_or_url: str) -> bool:
     return model_or_url.startswith(("http://", "https://"))
 
 
+@dataclass(frozen=True)
+class ScoringModel:
+    """A directory's scorer, or a service."""
+
+    score: Callable[[Sequence[Group]], list[GroupScores]]
+    format: Literal["chat", "text"]
+
+
 @contextmanager
-def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
+def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoringModel]:
     """What scores groups: a directory's `RewardScorer`, loaded with `loading`, or a service.
 
     Raises ValueError for a service that is given `loading` or changes its model between two
@@ -100,7 +124,8 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
     if not is_url(model_or_url):
         from reward_actor.scorer import RewardScorer
 
-        yield RewardScorer.from_pretrained(Path(model_or_url), **loading).score
+        scorer = RewardScorer.from_pretrained(Path(model_or_url), **loading)
+        yield ScoringModel(scorer.score, scorer.contract.format)
         return
     _check_no_loading(model_or_url, loading)
     from reward_actor.client.sync import RewardClient
@@ -116,7 +141,7 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoreGroups]:
                 )
             return scores
 
-        yield score
+        yield ScoringModel(score, client.info().format)
 
 
 def _check_no_loading(url: str, loading: Mapping[str, Any]) -> None:
@@ -141,34 +166,69 @@ def _of_directory(
     for error in filter(None, scores.errors):
         raise ValueError(f"{directory} cannot score {error.type}: {error.message}")
     raw_scores = np.array(scores.raw_scores, dtype=np.float64)
-    return comparisons, raw_scores, loaded.dropped.count, scorer.model_version
+    tally = loaded.tally
+    warnings = [warning for name in sources for warning in unscored(name, tally)]
+    return _Evaluated(comparisons, raw_scores, tally.count, scorer.model_version, warnings)
 
 
 def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
-    from reward_actor.client.sync import RewardClient
-
-    with RewardClient(url) as client:
-        if client.info().format == "chat":
-            rows = _as_chat(rows, data)
-    usable = [row for row in rows if _compares(row)]
-    groups = [group for row in usable for group in _groups(row)]
-    with scoring(url) as score:
-        scores = score(groups)
-    samples = iter(
-        [s for result in scores for s in zip(result.raw_scores, result.num_tokens, strict=True)]
+    with scoring(url) as model:
+        scored, version = score_rows(model, rows, data)
+    raw_scores = np.array([score for one in scored for score in one.raw_scores])
+    return _Evaluated(
+        as_comparisons(scored, data),
+        raw_scores,
+        len(rows) - len(scored),
+        version,
+        unscored(data, tally_of(rows)),
     )
-    items: list[Comparison] = []
-    raw_scores: list[float] = []
+
+
+def tally_of(rows: Sequence[Row]) -> Tally:
+    return Tally(num_rows=len(rows), num_unscored=sum(row.is_unscored for row in rows))
+
+
+class ScoredRow(NamedTuple):
+    row: Row
+    raw_scores: list[float]
+    """K, in the order of the row's completions."""
+    num_tokens: list[int]
+
+
+def score_rows(model: ScoringModel, rows: Sequence[Row], data: str) -> tuple[list[ScoredRow], str]:
+    """Those of the rows whose completions differ and could all be scored, as the model's format
+    reads them, and the `model_version`. Raises ValueError for rows that it cannot read."""
+    if model.format == "chat":
+        rows = _as_chat(rows, data)
+    usable = [row for row in rows if _compares(row)]
+    results = model.score([group for row in usable for group in _groups(row)])
+    samples = iter(
+        [s for result in results for s in zip(result.raw_scores, result.num_tokens, strict=True)]
+    )
+    scored = []
     for row in usable:
         found = list(islice(samples, len(row.scores)))
-        scored = [score for score, _ in found if score is not None]
-        if len(scored) == len(found):
-            raw_scores += scored
-            # Which ids they were is the service's knowledge; how many is in its reply.
-            ids = [range(num_tokens) for _, num_tokens in found]
-            items.append(Comparison(ids, row.scores, row.key, row=row.number, subset=row.subset))
-    version = scores[0].model_version if scores else ""
-    return Comparisons.of(items, [data]), np.array(raw_scores), len(rows) - len(items), version
+        raw_scores = [score for score, _ in found if score is not None]
+        if len(raw_scores) == len(found):
+            scored.append(ScoredRow(row, raw_scores, [num for _, num in found]))
+    return scored, results[0].model_version if results else ""
+
+
+def as_comparisons(scored: Sequence[ScoredRow], data: str) -> Comparisons:
+    """Which token ids they were is the model's knowledge; how many, it has told."""
+    return Comparisons.of(
+        [
+            Comparison(
+                [range(num) for num in one.num_tokens],
+                one.row.scores,
+                one.row.key,
+                row=one.row.number,
+                subset=one.row.subset,
+            )
+            for one in scored
+        ],
+        [data],
+    )
 
 
 def _as_chat(rows: Sequence[Row], data: str) -> list[Row]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.comparisons import Comparisons
+from trainer.evaluation.intervals import Estimate, estimate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 NUM_BINS = 10
-NUM_RESAMPLES = 1000
 _HIGHER = (
     "accuracy", "accuracy_low", "accuracy_high", "accuracy_shorter", "accuracy_longer",
     "reward_margin", "min_reward", "mean_reward", "max_reward",
@@ -53,6 +53,17 @@ class SubsetResult:
 
 
 @dataclass(frozen=True)
+class BaselineResult:
+    """A baseline's accuracy, and by how much that of the model is above it: see `difference`."""
+
+    accuracy: float
+    ahead: float
+    ahead_low: float
+    ahead_high: float
+    ahead_error: float
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """What `evaluate` found. None is a number that is not defined for these comparisons."""
 
@@ -62,10 +73,11 @@ class EvalResult:
     accuracy: float
     """How often the chosen side has the higher reward; equal rewards count half."""
     accuracy_low: float
-    """2.5th percentile of the accuracy, bootstrapped over comparisons taken as independent: where
-    several share a prompt the interval is too narrow."""
+    """Its 95 % interval, and its standard error: those of other prompts, see `estimate`."""
     accuracy_high: float
-    """97.5th percentile."""
+    accuracy_error: float
+    num_prompts: int
+    """What the pairs are about; `Comparison.key` says what counts as one prompt."""
     reward_margin: float
     """The mean of reward_chosen - reward_rejected."""
     log_loss: float
@@ -76,6 +88,8 @@ class EvalResult:
     max_reward: float
     calibration_error: float
     """ECE of sigmoid(reward_chosen - reward_rejected), see `_calibration`."""
+    num_calibration_bins: int
+    """The bins that any pair fell into: few of them tell little."""
     length_correlation: float | None
     """Pearson's, of reward and number of tokens (prompt and completion), over all S sequences."""
     num_shorter: int
@@ -113,23 +127,26 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
     if not len(chosen):
         raise ValueError("there is no pair to evaluate")
     margin = reward[chosen] - reward[rejected]
-    points = (np.sign(margin) + 1) / 2
-    low, high = _bootstrap(points, comparison, seed)
+    points = _points(margin)
+    accuracy = estimate(points, comparisons.prompts[comparison], seed=seed)
     lengths = comparisons.lengths
     shorter, longer = lengths[chosen] < lengths[rejected], lengths[chosen] > lengths[rejected]
     error, bins = _calibration(margin, points)
     return EvalResult(
         num_pairs=len(chosen),
         num_ties=_num_possible_pairs(comparisons) - len(chosen),
-        accuracy=_mean(points),
-        accuracy_low=low,
-        accuracy_high=high,
+        accuracy=accuracy.mean,
+        accuracy_low=accuracy.low,
+        accuracy_high=accuracy.high,
+        accuracy_error=accuracy.error,
+        num_prompts=accuracy.num_prompts,
         reward_margin=_mean(margin),
         log_loss=_mean(np.logaddexp(0.0, -margin)),
         min_reward=float(reward.min()),
         mean_reward=_mean(reward),
         max_reward=float(reward.max()),
         calibration_error=error,
+        num_calibration_bins=sum(b.num_pairs > 0 for b in bins),
         length_correlation=_correlation(reward, lengths.astype(np.float64)),
         num_shorter=int(shorter.sum()),
         accuracy_shorter=_mean(points[shorter]) if shorter.any() else None,
@@ -138,6 +155,34 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
         calibration_bins=bins,
         subsets=_by_subset(comparisons, comparison, points, margin),
     )
+
+
+def difference(
+    comparisons: Comparisons, rewards: NDArray[Any], others: NDArray[Any], seed: int = 0
+) -> Estimate:
+    """By how much the rewards (S,) of one model have a higher accuracy than those of another one.
+
+    Paired: both models get the same prompts in every resample. Raises ValueError without pairs.
+    """
+    chosen, rejected, comparison = pair_indices(comparisons)
+    if not len(chosen):
+        raise ValueError("there is no pair to compare by")
+    ours, theirs = (
+        _points(of[chosen].astype(np.float64) - of[rejected]) for of in (rewards, others)
+    )
+    return estimate(ours - theirs, comparisons.prompts[comparison], (-1.0, 1.0), seed)
+
+
+def against(
+    comparisons: Comparisons, rewards: NDArray[Any], baselines: Mapping[str, NDArray[Any]]
+) -> dict[str, BaselineResult]:
+    """What the rewards (S,) of a model are worth beside those of each baseline, by its name."""
+    results = {}
+    for name, theirs in baselines.items():
+        ahead = difference(comparisons, rewards, theirs)
+        accuracy = evaluate(comparisons, theirs).accuracy
+        results[name] = BaselineResult(accuracy, ahead.mean, ahead.low, ahead.high, ahead.error)
+    return results
 
 
 def measure(
@@ -226,6 +271,12 @@ def better(metric: str, new: float | None, old: float | None) -> bool:
     return new < old if is_error or metric in _LOWER else new > old
 
 
+def _points(margin: Floats) -> Floats:
+    """1 where chosen is ahead, 0 where rejected is, 1/2 for equal rewards."""
+    points: Floats = (np.sign(margin) + 1) / 2
+    return points
+
+
 def _mean(values: Floats) -> float:
     return _sum(values) / len(values)
 
@@ -237,24 +288,6 @@ def _sum(values: Floats) -> float:
 def _num_possible_pairs(comparisons: Comparisons) -> int:
     sizes = np.diff(comparisons.starts)
     return int((sizes * (sizes - 1) // 2).sum())
-
-
-def _bootstrap(points: Floats, comparison: Indices, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the accuracy (Efron and Tibshirani, 1993, chapter 13).
-
-    Comparisons with as many pairs and as many points are alike, so a resample is one draw of how
-    often each kind comes up: the same distribution as drawing C comparisons one by one.
-    """
-    num_pairs = np.bincount(comparison)
-    # Twice the points of a comparison is an integer, at most twice its pairs.
-    doubled = np.bincount(comparison, weights=2 * points).astype(np.int64)
-    base = 2 * int(num_pairs.max()) + 1
-    kinds, counts = np.unique((num_pairs * base + doubled)[num_pairs > 0], return_counts=True)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
-    accuracies = (drawn @ (kinds % base)) / (2 * (drawn @ (kinds // base)))
-    low, high = np.percentile(accuracies, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _calibration(margin: Floats, points: Floats) -> tuple[float, tuple[CalibrationBin, ...]]:
@@ -286,6 +319,17 @@ def _correlation(x: Floats, y: Floats) -> float | None:
     x, y = x - _mean(x), y - _mean(y)
     spread = math.sqrt(_sum(x * x)) * math.sqrt(_sum(y * y))
     return max(-1.0, min(1.0, _sum(x * y) / spread)) if spread else None
+
+
+def rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> float | None:
+    """Spearman's, equal values sharing the mean of their ranks; None where one is constant."""
+    return _correlation(_ranks(x), _ranks(y))
+
+
+def _ranks(values: NDArray[Any]) -> Floats:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return ranks
 
 
 def _by_subset(

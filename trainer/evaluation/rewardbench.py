@@ -85,8 +85,8 @@ def evaluate_rewardbench(
     """
     began = time.perf_counter()
     rows = read_benchmark(data, version)
-    with scoring(model_or_url, **loading) as score:
-        scores = score([Group(row.prompt, row.completions) for row in rows])
+    with scoring(model_or_url, **loading) as model:
+        scores = model.score([Group(row.prompt, row.completions) for row in rows])
     rewards = [[np.nan if r is None else r for r in group.rewards] for group in scores]
     errors = Counter(error.type for group in scores for error in group.errors if error)
     return {

@@ -59,7 +59,7 @@ def model_card(
         errors=errors,
         facts=facts,
         files=files,
-        found={"subsets": {}, **metrics},
+        found={"subsets": {}, "baselines": {}, **metrics},
         notes=notes if "accuracy" in metrics or errors else [],
         plots=_PLOTS,
     )

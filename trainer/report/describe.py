@@ -58,6 +58,8 @@ def source_names(data: DataConfig, which: Literal["train", "eval"]) -> str:
 def evaluation_set(data: DataConfig) -> str:
     if data.eval is not None:
         return source_names(data, "eval")
+    if data.fold is not None:
+        return f"part {data.fold} of the prompts, which was not trained on"
     share = data.eval_fraction
     return f"{100 * share:.1f} % of the prompts, which were not trained on" if share else "none"
 
@@ -75,6 +77,13 @@ def heldout_notes(config: TrainConfig, num_shared: int | None, what: str) -> lis
     if config.evaluation.keep_best or config.evaluation.patience:
         notes.append(f"The checkpoint was chosen on these {what}: the numbers are a bit too good.")
     return notes
+
+
+def verdict(baseline: Mapping[str, float]) -> str:
+    """Whether the model is better than a baseline, given how far it is ahead of it."""
+    if baseline["ahead_low"] > 0:
+        return "better"
+    return "worse" if baseline["ahead_high"] < 0 else "no better, as far as can be told"
 
 
 def losses(loss: LossConfig, counts: Mapping[str, int]) -> dict[str, str]:

@@ -65,6 +65,8 @@ def write_report(
         subtitle=_subtitle(config, contract),
         result=held.result if held else None,
         errors=errors,
+        baselines=metrics.get("baselines", {}),
+        describe=describe,
         facts=facts,
         speed=_speed(log),
         notes=notes if held or errors else [],

@@ -1,0 +1,89 @@
+"""Cross-validation by prompt: real trainings, and what they say together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trainer_runs import overrides, settings, write_pairs
+
+from trainer.__main__ import main
+from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.data.prepare import prepare
+from trainer.folds import _together, train_folds
+
+
+def fold(accuracy: float, error: float, num_pairs: int) -> dict[str, Any]:
+    beaten = {"accuracy": accuracy - 0.1, "ahead": 0.1, "ahead_low": 0, "ahead_high": 0.2}
+    return {
+        "heldout_accuracy": accuracy,
+        "heldout_accuracy_error": error,
+        "heldout_num_pairs": num_pairs,
+        "heldout_num_prompts": num_pairs // 10,
+        "heldout_baselines": {"length": {**beaten, "ahead_error": error}},
+    }
+
+
+def test_folds_add_up_as_independent_samples_do() -> None:
+    random = np.random.default_rng(0)
+    sizes = (100, 300, 100)
+    found = _together([fold(0.8, 0.03, 100), fold(0.9, 0.02, 300), fold(0.7, 0.04, 100)])
+    assert (found.num_pairs, found.num_prompts) == (500, 50)
+    assert found.accuracy == pytest.approx((80 + 270 + 70) / 500)
+    drawn = random.normal((0.8, 0.9, 0.7), (0.03, 0.02, 0.04), (20_000, 3))
+    assert found.accuracy_error == pytest.approx((drawn @ sizes / 500).std(), rel=0.03)
+    length = found.baselines["length"]
+    assert length.accuracy == pytest.approx(found.accuracy - 0.1)
+    assert (length.ahead, length.ahead_error) == (pytest.approx(0.1), found.accuracy_error)
+
+
+def test_every_prompt_is_held_out_once(ray_cluster: str, base_model: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    changes = {"distributed__num_workers": 1, "training__max_steps": 3}
+    config = load_config(None, overrides(settings(base_model, data, tmp_path / "runs", **changes)))
+    said: list[str] = []
+    found = train_folds(config, 2, said.append)
+    assert json.loads((tmp_path / "runs" / "folds.json").read_text())["accuracy"] == found.accuracy
+    assert (found.num_pairs, found.num_prompts) == (48, 48)
+    assert set(found.baselines) == {"length", "bag of words"}
+    rows = []
+    for number in (1, 2):
+        export = tmp_path / "runs" / f"fold-{number}" / "export"
+        resolved = (export / "resolved_config.json").read_text(encoding="utf-8")
+        prepared = prepare(TrainConfig.model_validate_json(resolved))[0]
+        rows.append(set(prepared.heldout.rows.tolist()))
+        assert rows[-1].isdisjoint(prepared.train.rows.tolist())
+        card = (export / "README.md").read_text(encoding="utf-8")
+        assert f"part {number}/2 of the prompts" in card
+        assert "| bag of words |" in card
+        assert 'id="baselines"' in (export / "report.html").read_text(encoding="utf-8")
+    assert rows[0].isdisjoint(rows[1])
+    assert len(rows[0] | rows[1]) == 48
+    assert said[-3].startswith(f"all folds: accuracy {found.accuracy:.4f} +- ")
+    assert "above bag of words" in said[-1]
+    again: list[str] = []
+    assert train_folds(config, 2, again.append) == found
+    assert again.count("this run is finished already; nothing to do") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--folds", "1"], "error: --folds 1: there must be two at least"),
+        (["--folds", "3", "--data.eval", "b.jsonl"], "error: data.eval: --folds trains 3 models"),
+        (["--folds", "3", "--data.fold", "1/2"], "error: data.fold: --folds trains 3 models"),
+        (["--data.fold", "3/2"], "data.fold is '3/2': a fold is one of two or more, such as 2/5"),
+        (["--data.fold", "1/1"], "data.fold is '1/1': a fold is one of two or more"),
+        (["--data.fold", "half"], "data.fold is 'half': a fold is one of two"),
+        (["--data.fold", "1/2", "--data.eval", "b.jsonl"], "data.fold and data.eval both say"),
+    ],
+)  # fmt: skip
+def test_a_split_that_is_said_twice_or_is_none_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data.train", "a.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err
