@@ -7,13 +7,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rayward.commands import convert, doctor, ensemble, init_model, rollout, score, serve, token
+from rayward.commands import (
+    compare,
+    convert,
+    doctor,
+    ensemble,
+    init_model,
+    rollout,
+    score,
+    serve,
+    token,
+)
 from rayward.commands import eval as evaluate
 from rayward.commands import train as train
 from reward_actor.errors import RewardServiceError
 
 # In the order of `rayward --help`, after `train`, whose options are those of its configuration.
-_COMMANDS = (init_model, evaluate, serve, token, score, rollout, convert, ensemble, doctor)
+_COMMANDS = (init_model, evaluate, compare, serve, token, score, rollout, convert, ensemble, doctor)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,112 @@
+"""`rayward compare A B DATA`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from rayward.commands.eval import add_columns
+from rayward.loading import LOADING, add_loading, chosen
+
+if TYPE_CHECKING:
+    from trainer.evaluation.compare import ModelComparison, ModelResult
+
+NAME = "compare"
+HELP = "whether one of two models or services is better, and where they differ"
+_SHOWN = 300  # characters of a text in the table
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="directory or URL of a model")
+    parser.add_argument("b", metavar="B", help="of the other one")
+    parser.add_argument(
+        "data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="show so many pairs that they differ most about [%(default)s]",
+    )
+    add_columns(parser)
+    add_loading(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from trainer.config.data import Columns
+    from trainer.evaluation.compare import compare_models
+
+    found = compare_models(
+        arguments.a,
+        arguments.b,
+        arguments.data,
+        columns=Columns.model_validate(chosen(arguments, Columns.model_fields)),
+        num_shown=arguments.pairs,
+        **chosen(arguments, LOADING),
+    )
+    if arguments.json:
+        print(json.dumps(found.as_dict()))
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: ModelComparison) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    models = Table("", "model", "model_version", "accuracy", "95 % interval", "dropped")
+    for name, one in (("A", found.a), ("B", found.b)):
+        models.add_row(name, *map(escape, _cells(one)))
+    console.print(models)
+    ahead = found.difference
+    console.print(
+        f"B is ahead of A by {ahead.mean:+.4f} ({ahead.low:+.4f} to {ahead.high:+.4f}, standard "
+        f"error {ahead.error:.4f}) on {found.num_pairs:,} pairs of {found.num_prompts:,} prompts: "
+        f"{_verdict(found)}"
+    )
+    ranks = found.rank_correlation
+    console.print(
+        f"They decide {found.agreement:.1%} of the pairs alike; rank correlation of the rewards "
+        + ("not defined" if ranks is None else f"{ranks:.3f}")
+    )
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if found.differ_most:
+        pairs = Table("row", "A", "B", "prompt", "chosen", "rejected", show_lines=True)
+        for pair in found.differ_most:
+            texts = (pair.prompt, pair.chosen, pair.rejected)
+            pairs.add_row(
+                str(pair.row),
+                f"{pair.margin_a:+.2f}",
+                f"{pair.margin_b:+.2f}",
+                *(escape(_shortened(text or "-")) for text in texts),
+            )
+        console.print("\nWhere they differ most (margins in standard deviations of the rewards):")
+        console.print(pairs)
+
+
+def _cells(one: ModelResult) -> tuple[str, ...]:
+    return (
+        one.model,
+        one.model_version,
+        f"{one.accuracy:.4f}",
+        f"{one.accuracy_low:.4f} to {one.accuracy_high:.4f}",
+        f"{one.num_dropped:,}",
+    )
+
+
+def _verdict(found: ModelComparison) -> str:
+    if found.difference.low > 0:
+        return "B is better"
+    return "A is better" if found.difference.high < 0 else "neither is shown to be better"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 4] + " ..."
