@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
         type=int,
         metavar="K",
         help="train K models, each on all but one of K parts of the prompts, and measure each on "
-        "that part: an accuracy by all prompts, with its error",
+        "that part: an accuracy by all prompts, with its standard error",
     )
     add_arguments(parser)
     args, unknown = parser.parse_known_args(argv)

@@ -20,7 +20,7 @@ from reward_actor.export import export
 from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
 from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
-from trainer.evaluation.metrics import against, folded, measure
+from trainer.evaluation.metrics import compare_with_baselines, folded, measure
 from trainer.job import RunFacts
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
 from trainer.network import adapters, zero
@@ -53,8 +53,8 @@ def finish(
     metrics = measure(heldout, scores, attributes)
     raw_scores = folded(scores, attributes)
     if baselines:
-        beaten = against(heldout, raw_scores, baselines)
-        metrics["baselines"] = {name: asdict(result) for name, result in beaten.items()}
+        compared = compare_with_baselines(heldout, raw_scores, baselines)
+        metrics["baselines"] = {name: asdict(result) for name, result in compared.items()}
     contract = replace(contract, held_out=held_out(raw_scores, heldout.lengths))
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)

@@ -1,10 +1,10 @@
-"""Cross-validation by prompt: as many trainings as folds, each measured on prompts of its own."""
+"""Cross-validation by prompt: as many trainings as folds, each measured on its own prompts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from reward_actor.json_files import replace_text
 from trainer import console
 from trainer.config.train import TrainConfig
+from trainer.data.split import MIN_PROMPTS
 from trainer.report.describe import run_name
 from trainer.run import train
 
@@ -19,27 +20,29 @@ FOLDS_FILE = "folds.json"
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Lead:
     """By how much the model's accuracy is above a baseline's, on the same pairs."""
 
     accuracy: float
-    ahead: float
-    ahead_error: float
+    lead: float
+    lead_stderr: float
 
 
 @dataclass(frozen=True)
 class FoldsResult:
     """`accuracy` is that of all pairs, each judged by the model that has not seen its prompt.
 
-    Errors are standard errors of other prompts: folds have none in common, so that theirs add up as
-    those of independent samples do.
+    Standard errors are of other held-out prompts, for these models: folds share no prompt, so that
+    they add up as those of independent samples. How far other training prompts or seeds would take
+    the accuracy they do not say, nor can K-fold cross-validation (Bengio and Grandvalet, JMLR 5,
+    2004); the accuracies of the single folds give an idea.
     """
 
     accuracy: float
-    accuracy_error: float
+    accuracy_stderr: float
     num_prompts: int
     num_pairs: int
-    baselines: dict[str, Ahead]
+    baselines: dict[str, Lead]
     folds: list[dict[str, Any]]
     """What each fold's training gave: `TrainResult.metrics`."""
 
@@ -49,32 +52,30 @@ def train_folds(
 ) -> FoldsResult:
     """Train on all but one of `num_folds` parts of the prompts, for each part, and measure on it.
 
-    Fold k is a run of its own in `output_dir`/fold-k, which goes on where it was interrupted; what
-    they say together is in `output_dir`/folds.json. Raises what `train` raises, and ValueError for
-    a config that says itself what is held out or where its one model goes.
+    Fold k is a run in `output_dir`/fold-k, which resumes where it was interrupted; what they say
+    together is in `output_dir`/folds.json. Raises what `train` raises, and ValueError for settings
+    that make no sense for folds.
     """
-    for name, given in (
-        ("data.eval", config.data.eval),
-        ("data.fold", config.data.fold),
-        ("report.push_to_hub", config.report.push_to_hub),
+    for name, why in (
+        ("data.eval", "what is held out is a part of data.train"),
+        ("data.fold", "each part is held out once"),
+        ("report.push_to_hub", f"there are {num_folds} models"),
+        ("evaluation.keep_best", "it would choose a checkpoint by the part that then measures it"),
+        ("evaluation.patience", "it would end a training by the part that then measures it"),
     ):
-        if given:
-            raise ValueError(
-                f"{name}: --folds trains {num_folds} models, each on a part of data.train; leave "
-                "it away"
-            )
+        section, key = name.split(".")
+        if getattr(getattr(config, section), key):
+            raise ValueError(f"{name} cannot be used with --folds: {why}")
     if num_folds < 2:
         raise ValueError(f"--folds {num_folds}: there must be two at least")
     results = []
     for number in range(1, num_folds + 1):
         say(f"fold {number} of {num_folds}")
         results.append(train(_fold(config, number, num_folds), say).metrics)
-        if "heldout_accuracy" not in results[-1]:
-            raise ValueError(f"fold {number} holds no pair, so that nothing can be measured by it")
-    found = _together(results)
+    found = _pooled(results)
     file = Path(config.output_dir).expanduser() / FOLDS_FILE
     replace_text(file, json.dumps(asdict(found), indent=2) + "\n")
-    for line in _report(found):
+    for line in [*_report(found), f"all of this is in {file}"]:
         say(line)
     return found
 
@@ -90,29 +91,30 @@ def _fold(config: TrainConfig, number: int, num_folds: int) -> TrainConfig:
     return fold
 
 
-def _together(folds: Sequence[Mapping[str, Any]]) -> FoldsResult:
+def _pooled(folds: Sequence[Mapping[str, Any]]) -> FoldsResult:
     num_pairs: list[int] = [fold["heldout_num_pairs"] for fold in folds]
 
-    def mean(values: Sequence[float]) -> float:
+    def mean(values: Iterable[float]) -> float:
         return sum(n * v for n, v in zip(num_pairs, values, strict=True)) / sum(num_pairs)
 
-    def error(values: Sequence[float]) -> float:
+    def stderr(values: Iterable[float]) -> float:
         return math.hypot(*(n * v for n, v in zip(num_pairs, values, strict=True))) / sum(num_pairs)
 
-    baselines = {}
-    for name in folds[0].get("heldout_baselines", {}):
-        of = [fold["heldout_baselines"][name] for fold in folds]
-        baselines[name] = Ahead(
-            mean([one["accuracy"] for one in of]),
-            mean([one["ahead"] for one in of]),
-            error([one["ahead_error"] for one in of]),
-        )
+    of = [fold.get("heldout_baselines", {}) for fold in folds]
     return FoldsResult(
-        mean([fold["heldout_accuracy"] for fold in folds]),
-        error([fold["heldout_accuracy_error"] for fold in folds]),
+        mean(fold["heldout_accuracy"] for fold in folds),
+        stderr(fold["heldout_accuracy_stderr"] for fold in folds),
         sum(fold["heldout_num_prompts"] for fold in folds),
         sum(num_pairs),
-        baselines,
+        {
+            name: Lead(
+                mean(one[name]["accuracy"] for one in of),
+                mean(one[name]["lead"]["mean"] for one in of),
+                stderr(one[name]["lead"]["stderr"] for one in of),
+            )
+            for name in of[0]
+            if all(name in one for one in of)
+        },
         [dict(fold) for fold in folds],
     )
 
@@ -124,10 +126,13 @@ def _report(found: FoldsResult) -> list[str]:
         for number, fold in enumerate(found.folds, 1)
     ]
     lines.append(
-        f"all folds: accuracy {found.accuracy:.4f} +- {found.accuracy_error:.4f} (standard error "
-        f"over {found.num_prompts:,} prompts; {found.num_pairs:,} pairs)"
+        f"all folds: accuracy {found.accuracy:.4f} +- {found.accuracy_stderr:.4f} (standard error, "
+        f"{found.num_pairs:,} pairs of {found.num_prompts:,} prompts)"
     )
-    return lines + [
-        f"  {of.ahead:+.4f} +- {of.ahead_error:.4f} above {name} ({of.accuracy:.4f})"
+    lines += [
+        f"  {of.lead:+.4f} +- {of.lead_stderr:.4f} above {name} ({of.accuracy:.4f})"
         for name, of in found.baselines.items()
     ]
+    if found.num_prompts < MIN_PROMPTS:
+        lines.append(f"warning: with fewer than {MIN_PROMPTS} prompts this is a rough guess")
+    return lines

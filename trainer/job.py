@@ -4,7 +4,7 @@ controller, which only pass it on, would otherwise load the whole trainer first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reward_actor.contract import ScoringContract
@@ -56,5 +56,5 @@ class Job:
     contract: ScoringContract
     data: ray.ObjectRef[TrainingData]
     facts: RunFacts
-    baselines: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    baselines: Mapping[str, NDArray[np.float32]]
     """(S,) rewards of the held-out sequences by what the model has to beat."""

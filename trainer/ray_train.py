@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -23,10 +23,15 @@ from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.split import Prepared
 from trainer.evaluation.baselines import baseline_rewards
+from trainer.evaluation.metrics import accuracy
 from trainer.job import Job, RunFacts
 from trainer.ray_internals import RayTrainer, causes, failures, is_lost_worker
 from trainer.report import progress
 from trainer.report.tracking import Trackers
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def launch(
@@ -70,7 +75,7 @@ def launch(
             f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        baselines = baseline_rewards(prepared.train, prepared.heldout, config.training.seed)
+        baselines = _baselines(prepared, config.training.seed, say)
         facts = RunFacts.of(prepared, num_steps)
         job = Job(config, contract, ray.put(prepared), facts, baselines)
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full
@@ -80,6 +85,21 @@ def launch(
         if not was_connected:
             ray.shutdown()
         quiet.close()
+
+
+def _baselines(
+    prepared: Prepared, seed: int, say: Callable[[str], None]
+) -> dict[str, NDArray[np.float32]]:
+    try:
+        rewards = baseline_rewards(prepared.train, prepared.heldout, seed)
+    except Exception as error:  # what a model is compared with must not stop its training
+        say(f"warning: no baselines: {type(error).__name__}: {error}")
+        return {}
+    if rewards:
+        found = {name: accuracy(prepared.heldout, of) for name, of in rewards.items()}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        say(f"baselines on the held-out pairs: {shown}")
+    return rewards
 
 
 def _fit(

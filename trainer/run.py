@@ -77,13 +77,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     if config.report.push_to_hub:
         say(f"it is at {hub.push(export_dir, config.report)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
-    for line in _found(metrics):
+    for line in _accuracy_lines(metrics):
         say(line)
     seconds = round(time.perf_counter() - began, 1)
     return TrainResult(export_dir, int(result["num_steps"]), len(prepared.train), metrics, seconds)
 
 
-def _found(metrics: Mapping[str, Any]) -> list[str]:
+def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:
     """The accuracy and what it has to be compared with; nothing where no pair was held out, or by
     a run of an older version."""
     if "heldout_num_prompts" not in metrics:
@@ -94,8 +94,8 @@ def _found(metrics: Mapping[str, Any]) -> list[str]:
         f"{of['accuracy_high']:.4f}) on {of['num_pairs']:,} pairs of {of['num_prompts']:,} prompts"
     ]
     return lines + [
-        f"  {one['ahead']:+.4f} ({one['ahead_low']:+.4f} to {one['ahead_high']:+.4f}) above {name} "
-        f"({one['accuracy']:.4f})"
+        f"  {one['lead']['mean']:+.4f} ({one['lead']['low']:+.4f} to {one['lead']['high']:+.4f}) "
+        f"above {name} ({one['accuracy']:.4f})"
         for name, one in of.get("baselines", {}).items()
     ]
 

@@ -26,11 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--pairs",
+        "--show",
         type=int,
         default=10,
         metavar="N",
-        help="show so many pairs that they differ most about [%(default)s]",
+        help="how many of the pairs that they differ most about [%(default)s]",
     )
     add_columns(parser)
     add_loading(parser)
@@ -40,12 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
     from trainer.config.data import Columns
     from trainer.evaluation.compare import compare_models
 
+    if arguments.show < 0:
+        raise ValueError(f"--show is {arguments.show}; give 0 or more")
     found = compare_models(
         arguments.a,
         arguments.b,
         arguments.data,
         columns=Columns.model_validate(chosen(arguments, Columns.model_fields)),
-        num_shown=arguments.pairs,
+        num_shown=arguments.show,
         **chosen(arguments, LOADING),
     )
     if arguments.json:
@@ -68,8 +70,8 @@ def _print(found: ModelComparison) -> None:
     ahead = found.difference
     console.print(
         f"B is ahead of A by {ahead.mean:+.4f} ({ahead.low:+.4f} to {ahead.high:+.4f}, standard "
-        f"error {ahead.error:.4f}) on {found.num_pairs:,} pairs of {found.num_prompts:,} prompts: "
-        f"{_verdict(found)}"
+        f"error {ahead.stderr:.4f}) on {found.num_pairs:,} pairs of {found.num_prompts:,} prompts: "
+        + (f"{found.better} is better" if found.better else "neither is shown to be better")
     )
     ranks = found.rank_correlation
     console.print(
@@ -78,9 +80,9 @@ def _print(found: ModelComparison) -> None:
     )
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if found.differ_most:
+    if found.most_different:
         pairs = Table("row", "A", "B", "prompt", "chosen", "rejected", show_lines=True)
-        for pair in found.differ_most:
+        for pair in found.most_different:
             texts = (pair.prompt, pair.chosen, pair.rejected)
             pairs.add_row(
                 str(pair.row),
@@ -93,19 +95,14 @@ def _print(found: ModelComparison) -> None:
 
 
 def _cells(one: ModelResult) -> tuple[str, ...]:
+    reasons = ", ".join(f"{num} {name}" for name, num in one.errors.items())
     return (
         one.model,
         one.model_version,
         f"{one.accuracy:.4f}",
         f"{one.accuracy_low:.4f} to {one.accuracy_high:.4f}",
-        f"{one.num_dropped:,}",
+        f"{one.num_dropped:,}" + (f" ({reasons})" if reasons else ""),
     )
-
-
-def _verdict(found: ModelComparison) -> str:
-    if found.difference.low > 0:
-        return "B is better"
-    return "A is better" if found.difference.high < 0 else "neither is shown to be better"
 
 
 def _shortened(text: str) -> str:

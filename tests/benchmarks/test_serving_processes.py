@@ -117,7 +117,11 @@ def test_an_interrupted_run_leaves_no_server(number: signal.Signals, tmp_path: P
     command += ["one_at_a_time", "--workload", "singles", "--num-groups", "8"]
     command += ["--output", str(tmp_path / "serving.json")]
     with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        # A shell's background jobs, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         log = None
         deadline = time.monotonic() + 120

@@ -173,7 +173,7 @@ def train_without_ray(
     facts = RunFacts(len(data.train), 0, num_steps, 0, "none", 0, data.train.counts())
     found, loop.ray.get = loop.ray.get, lambda given: given
     try:
-        return loop.training_loop(Job(config, contract, data, facts))  # type: ignore[arg-type]
+        return loop.training_loop(Job(config, contract, data, facts, {}))  # type: ignore[arg-type]
     finally:
         loop.ray.get = found
 

@@ -10,7 +10,7 @@ import pytest
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.evaluation import baselines
 from trainer.evaluation.baselines import BAG_OF_WORDS, LENGTH, baseline_rewards
-from trainer.evaluation.metrics import against, evaluate
+from trainer.evaluation.metrics import compare_with_baselines, evaluate
 
 GOOD, BAD = 11, 12
 
@@ -74,6 +74,18 @@ def test_of_very_many_pairs_some_are_learned_from(monkeypatch: pytest.MonkeyPatc
     assert evaluate(heldout, some).accuracy > 0.9
 
 
+def test_rankings_and_ties_are_learned_from_by_their_pairs() -> None:
+    sides = [[GOOD] * 2, [GOOD, 50], [50, 50]]
+    train = Comparisons.of(
+        [Comparison([[7, 7, *side] for side in sides], (2.0, 1.0, 0.0), f"{i}") for i in range(20)]
+        + [Comparison([[7, 60], [7, 61]], (1.0, 1.0), "tie")],
+        ["d"],
+    )
+    heldout = Comparisons.of([Comparison([[9, GOOD], [9, 50]], (1.0, 0.0), "new")], ["d"])
+    better, worse = baseline_rewards(train, heldout)[BAG_OF_WORDS]
+    assert better > worse
+
+
 def test_without_pairs_on_both_sides_there_is_no_baseline() -> None:
     some = comparisons(1, 3)
     alone = Comparisons.of([Comparison([[1, 2]], (0.0,), "k")], ["d"])
@@ -87,9 +99,8 @@ def test_a_model_is_ahead_of_a_baseline_on_the_same_prompts() -> None:
     right = np.tile([1.0, 0.0], 100)
     half = right.copy()
     half[:100] = 1 - half[:100]
-    found = against(heldout, right, {"half": half, "as good": right * 3})
-    assert (found["half"].accuracy, found["half"].ahead) == (0.5, 0.5)
-    assert 0.38 < found["half"].ahead_low < 0.5 < found["half"].ahead_high < 0.62
-    assert found["half"].ahead_error == pytest.approx(0.05, abs=0.005)
-    assert found["as good"].ahead == 0
-    assert found["as good"].ahead_low < 0 < found["as good"].ahead_high
+    found = compare_with_baselines(heldout, right, {"half": half, "as good": right * 3})
+    assert (found["half"].accuracy, found["half"].lead.mean) == (0.5, 0.5)
+    assert 0.38 < found["half"].lead.low < 0.5 < found["half"].lead.high < 0.62
+    assert found["half"].lead.stderr == pytest.approx(0.05, abs=0.005)
+    assert (found["as good"].lead.mean, found["as good"].lead.sign) == (0, 0)

@@ -13,7 +13,7 @@ from reports import CONTRACT, COUNTS, FACTS, config_of, plausible, tokenizer
 
 from trainer.config.data import Source
 from trainer.config.train import LossConfig, TrainConfig
-from trainer.evaluation.metrics import against, evaluate
+from trainer.evaluation.metrics import compare_with_baselines, evaluate
 from trainer.job import RunFacts
 from trainer.report.card import model_card
 from trainer.report.describe import last_part
@@ -33,16 +33,17 @@ def card_of(
 def test_the_card_shows_what_is_known_and_links_the_report() -> None:
     held, rewards = plausible(tokenizer())
     result = evaluate(held, rewards)
+    num_prompts = result.subsets["math & logic"].num_prompts
     card = card_of(["report.html", "plots/loss.png"], **result.as_dict())
     assert f"On 450 held-out pairs of {result.num_prompts} prompts" in card
     assert f"in {100 * result.accuracy:.1f} % (ties count half; 95 % interval " in card
     assert f"expected calibration error is {100 * result.calibration_error:.1f} %" in card
     assert f"Reward and length correlate by {result.length_correlation:+.2f}; the chosen" in card
-    assert "| math & logic | 150 |" in card
+    assert f"| math & logic | 150 | {num_prompts} |" in card
     assert r"| \<i\>chat\</i\> | 150 |" in card
     assert "![Loss by step](plots/loss.png)" in card
     assert "plots/margin.png" not in card  # not among the files
-    assert "of other prompts);" in card
+    assert "resampled by prompt);" in card
     assert f"({result.num_calibration_bins} of 10 bins have pairs)" in card
     assert "](report.html" not in card  # a pushed copy is without it
     pushing = CONFIG.model_copy(deep=True)
@@ -52,15 +53,17 @@ def test_the_card_shows_what_is_known_and_links_the_report() -> None:
 
 def test_the_card_says_whether_the_model_is_better_than_simple_ones() -> None:
     held, rewards = plausible(tokenizer())
-    beaten = against(held, rewards, {"length": -held.lengths, "bag of words": rewards})
+    beaten = compare_with_baselines(
+        held, rewards, {"length": -held.lengths, "bag of words": rewards}
+    )
     found = {name: asdict(one) for name, one in beaten.items()}
     card = card_of(**evaluate(held, rewards).as_dict(), baselines=found)
     (length, words) = (line for line in card.splitlines() if line.startswith(("| len", "| bag")))
     assert f"| {100 * beaten['length'].accuracy:.1f} % |" in length
-    assert f"| {100 * beaten['length'].ahead:+.1f} (" in length
+    assert f"| {100 * beaten['length'].lead.mean:+.1f} (" in length
     assert length.endswith("points | better |")
-    assert words.endswith("points | no better, as far as can be told |")
-    assert "| on the same pairs |" not in card_of(**evaluate(held, rewards).as_dict())
+    assert words.endswith("points | not shown to be better |")
+    assert "| baseline, on the same pairs |" not in card_of(**evaluate(held, rewards).as_dict())
 
 
 def test_the_metadata_of_a_card_are_what_the_hub_reads() -> None:

@@ -190,7 +190,9 @@ def test_rankings_without_scores_and_few_prompts_are_told(
     ("options", "message"),
     [
         (["--scores-column", "score"],
-         "3 of 6 rows cannot be used:\n  {data}:1: no column 'score' (the row has: prompt, "),
+         "scores_column: no row of {data} has a column 'score'; did you mean 'scores'?"),
+        (["--scores-column", "topic"],
+         "3 of 6 rows cannot be used:\n  {data}:1: 'topic' is text, not a list of numbers"),
         (["--margin-column", "strength"],
          "margin_column: no row of {data} has a column 'strength'; known keys: "),
         (["--subset-column", "topics"],

@@ -9,6 +9,7 @@ from evaluation_files import add, assert_same, write_evaluated_pairs, write_rank
 
 from trainer.config.data import Columns
 from trainer.evaluation import evaluate
+from trainer.evaluation.compare import compare_models
 from trainer.evaluation.evaluate import evaluate_model
 
 
@@ -39,6 +40,17 @@ def test_many_requests_give_the_numbers_of_one(
     one = evaluate_model(service, data)
     monkeypatch.setattr(evaluate, "_TOKENS_PER_CALL", 40)  # three pairs, and the long one
     assert_same(evaluate_model(service, data), one)
+
+
+def test_a_service_is_compared_with_its_directory(
+    service: str, export_dir: Path, data: str, rankings: str
+) -> None:
+    for source in (data, rankings):
+        found = compare_models(service, str(export_dir), source, device="cpu", num_shown=1)
+        assert found.a.model_version == found.b.model_version
+        assert (found.agreement, found.difference.mean, found.better) == (1, 0, None)
+        assert found.a.errors == found.b.errors == {"too_long": 1}
+        assert found.rank_correlation == pytest.approx(1, abs=0.01)
 
 
 def test_a_service_is_sent_the_messages_of_a_dialogue_in_text(

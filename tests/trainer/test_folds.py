@@ -14,31 +14,31 @@ from trainer.__main__ import main
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
 from trainer.data.prepare import prepare
-from trainer.folds import _together, train_folds
+from trainer.folds import _pooled, train_folds
 
 
 def fold(accuracy: float, error: float, num_pairs: int) -> dict[str, Any]:
-    beaten = {"accuracy": accuracy - 0.1, "ahead": 0.1, "ahead_low": 0, "ahead_high": 0.2}
+    lead = {"mean": 0.1, "low": 0.0, "high": 0.2, "stderr": error}
     return {
         "heldout_accuracy": accuracy,
-        "heldout_accuracy_error": error,
+        "heldout_accuracy_stderr": error,
         "heldout_num_pairs": num_pairs,
         "heldout_num_prompts": num_pairs // 10,
-        "heldout_baselines": {"length": {**beaten, "ahead_error": error}},
+        "heldout_baselines": {"length": {"accuracy": accuracy - 0.1, "lead": lead}},
     }
 
 
 def test_folds_add_up_as_independent_samples_do() -> None:
     random = np.random.default_rng(0)
     sizes = (100, 300, 100)
-    found = _together([fold(0.8, 0.03, 100), fold(0.9, 0.02, 300), fold(0.7, 0.04, 100)])
+    found = _pooled([fold(0.8, 0.03, 100), fold(0.9, 0.02, 300), fold(0.7, 0.04, 100)])
     assert (found.num_pairs, found.num_prompts) == (500, 50)
     assert found.accuracy == pytest.approx((80 + 270 + 70) / 500)
     drawn = random.normal((0.8, 0.9, 0.7), (0.03, 0.02, 0.04), (20_000, 3))
-    assert found.accuracy_error == pytest.approx((drawn @ sizes / 500).std(), rel=0.03)
+    assert found.accuracy_stderr == pytest.approx((drawn @ sizes / 500).std(), rel=0.03)
     length = found.baselines["length"]
     assert length.accuracy == pytest.approx(found.accuracy - 0.1)
-    assert (length.ahead, length.ahead_error) == (pytest.approx(0.1), found.accuracy_error)
+    assert (length.lead, length.lead_stderr) == (pytest.approx(0.1), found.accuracy_stderr)
 
 
 def test_every_prompt_is_held_out_once(ray_cluster: str, base_model: Path, tmp_path: Path) -> None:
@@ -63,8 +63,12 @@ def test_every_prompt_is_held_out_once(ray_cluster: str, base_model: Path, tmp_p
         assert 'id="baselines"' in (export / "report.html").read_text(encoding="utf-8")
     assert rows[0].isdisjoint(rows[1])
     assert len(rows[0] | rows[1]) == 48
-    assert said[-3].startswith(f"all folds: accuracy {found.accuracy:.4f} +- ")
-    assert "above bag of words" in said[-1]
+    assert said[-5].startswith(f"all folds: accuracy {found.accuracy:.4f} +- ")
+    assert "above bag of words" in said[-3]
+    assert said[-2] == "warning: with fewer than 100 prompts this is a rough guess"
+    assert said[-1].endswith("folds.json")
+    assert any(line.startswith("baselines on the held-out pairs: length 0.") for line in said)
+    assert sum(line.startswith("held-out accuracy ") for line in said) == 2
     again: list[str] = []
     assert train_folds(config, 2, again.append) == found
     assert again.count("this run is finished already; nothing to do") == 2
@@ -74,8 +78,10 @@ def test_every_prompt_is_held_out_once(ray_cluster: str, base_model: Path, tmp_p
     ("options", "message"),
     [
         (["--folds", "1"], "error: --folds 1: there must be two at least"),
-        (["--folds", "3", "--data.eval", "b.jsonl"], "error: data.eval: --folds trains 3 models"),
-        (["--folds", "3", "--data.fold", "1/2"], "error: data.fold: --folds trains 3 models"),
+        (["--folds", "3", "--data.eval", "b.jsonl"], "error: data.eval cannot be used with --"),
+        (["--folds", "3", "--data.fold", "1/2"], "error: data.fold cannot be used with --folds"),
+        (["--folds", "3", "--evaluation.patience", "2", "--evaluation.every_steps", "9"],
+         "error: evaluation.patience cannot be used with --folds: it would end a training by"),
         (["--data.fold", "3/2"], "data.fold is '3/2': a fold is one of two or more, such as 2/5"),
         (["--data.fold", "1/1"], "data.fold is '1/1': a fold is one of two or more"),
         (["--data.fold", "half"], "data.fold is 'half': a fold is one of two"),

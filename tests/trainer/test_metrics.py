@@ -186,13 +186,13 @@ def test_the_interval_is_of_prompts_and_follows_its_seed() -> None:
     # Of many sizes, or both seeds would meet on the few fractions of 30 pairs.
     found = [
         item(tuple(generator.normal(size=k)), tuple(range(k, 0, -1)), key=f"{i // 2}")
-        for i, k in enumerate((2, 3, 4, 5) * 10)
+        for i, k in enumerate((2, 3, 4, 5) * 100)
     ]
     assert evaluated(found, seed=1) == evaluated(found, seed=1)
     first, second = evaluated(found, seed=1).as_dict(), evaluated(found, seed=2).as_dict()
     differ = {k for k in first if first[k] != second[k]}
-    assert differ == {"accuracy_low", "accuracy_high", "accuracy_error"}
-    assert first["num_prompts"] == 20
+    assert differ == {"accuracy_low", "accuracy_high", "accuracy_stderr"}
+    assert first["num_prompts"] == 200
     assert first["accuracy_low"] < first["accuracy"] < first["accuracy_high"]
     one = evaluated([item((1.0, 0.0, 0.5), scores=(2, 1, 0))] * 9)
     assert (one.num_prompts, one.num_pairs, one.accuracy) == (1, 27, pytest.approx(2 / 3))
@@ -215,7 +215,7 @@ def test_a_difference_is_paired() -> None:
     found = difference(comparisons, better, worse)
     assert found.mean == pytest.approx(0.1)
     assert 0 < found.low < 0.1 < found.high < 0.25
-    assert found.error == pytest.approx(np.sqrt(0.1 * 0.9 / 40), rel=0.1)
+    assert found.stderr == pytest.approx(np.sqrt(0.1 * 0.9 / 40), rel=0.1)
     back = difference(comparisons, worse, better)
     assert back.mean == -found.mean
     alone = Comparisons.of([Comparison([[1]], (0.0,), "k")], ["d"])
@@ -223,12 +223,19 @@ def test_a_difference_is_paired() -> None:
         difference(alone, np.zeros(1), np.zeros(1))
 
 
-def test_ranks_of_equal_rewards_are_shared() -> None:
-    assert rank_correlation(np.array([1.0, 2.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.2, 0.3])) == 1
-    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 1.0, 1.0])) is None
-    ranks = np.corrcoef([1, 2.5, 2.5, 4], [4, 3, 1, 2])[0, 1]  # by hand
-    found = rank_correlation(np.array([1.0, 5.0, 5.0, 7.0]), np.array([9.0, 8.0, -4.0, 0.0]))
-    assert found == pytest.approx(ranks)
+def test_ranks_are_of_rewards_within_their_prompts() -> None:
+    comparisons = Comparisons.of([item((0, 0), key=f"{i}")[0] for i in range(4)], ["d"])
+    margins = np.array([1.0, -2.0, 3.0, 3.0])
+    rewards = np.stack([margins, -margins], axis=1) / 2
+    offsets = np.array([[100.0], [-50.0], [0.0], [7.0]])
+    assert rank_correlation(comparisons, rewards.ravel(), (rewards + offsets).ravel()) == 1
+    assert rank_correlation(comparisons, rewards.ravel(), (offsets - rewards).ravel()) == -1
+    assert rank_correlation(comparisons, rewards.ravel(), np.ones(8)) is None
+    others = rewards[[2, 1, 0, 3]]
+    # 0.5, -0.5, -1, 1, 1.5, -1.5, 1.5, -1.5 against 1.5, -1.5, -1, 1, 0.5, -0.5, 1.5, -1.5
+    ranks = [[5, 4, 3, 6, 7.5, 1.5, 7.5, 1.5], [7.5, 1.5, 3, 6, 5, 4, 7.5, 1.5]]
+    found = rank_correlation(comparisons, rewards.ravel(), others.ravel())
+    assert found == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
 def test_rewards_that_cannot_be_evaluated_are_refused() -> None:

@@ -137,7 +137,7 @@ def test_a_split_by_what_completions_share_is_told(base_model: Path, tmp_path: P
     assert "Give a prompt column (prompt_ids with token ids) or a data.eval" in told
     assert not prepared(base_model, tmp_path / "out", shared, data__eval_fraction=0).warnings
     (few,) = prepared(base_model, tmp_path / "out", shared, data__eval=own).warnings
-    assert few.startswith("the 5 held-out comparisons are about 5 prompts: with")
+    assert few.startswith("the 5 held-out pairs or rankings are about 5 prompts: with")
     assert few.endswith("a rough guess")
 
 
@@ -259,3 +259,44 @@ def test_a_directory_or_a_glob_is_its_files_in_order(base_model: Path, tmp_path:
         assert data.train.rows.tolist() == expected.train.rows.tolist()
     with pytest.raises(ValueError, match=r"data.train: no file matches"):
         prepared(base_model, tmp_path / "out", f"{parts}/*.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_named_column_must_be_where_it_is_named(
+    base_model: Path, tmp_path: Path, ray_cluster: None, streaming: bool
+):
+    one = write(tmp_path / "a.jsonl", [{**row, "strength": 1.0} for row in questions("Fruit", 9)])
+    other = write(tmp_path / "b.jsonl", questions("Tool", 9))
+    changes = {"data__streaming": streaming}
+    # One of all data sets is in one of them, whichever; one of a data set is in that.
+    for train, more in (
+        ({one: 1, other: 1}, {"data__margin_column": "strength"}),
+        ({other: 1}, {"data__margin_column": "strength", "data__eval": one}),
+        ({one: {"margin_column": "strength"}, other: 1}, {}),
+    ):
+        prepared(base_model, tmp_path / "out", train, **changes, **more)
+    wrong = {one: 1, other: {"margin_column": "strength"}}
+    with pytest.raises(ValueError, match=r"margin_column: no row of .*b\.jsonl has a column 'stre"):
+        prepared(base_model, tmp_path / "out", wrong, **changes)
+    with pytest.raises(ValueError, match=r"no row of .*b\.jsonl, .*b\.jsonl has a column 'stre"):
+        prepared(
+            base_model, tmp_path / "out", other, data__eval=other, data__margin_column="strength",
+            **changes,
+        )  # fmt: skip
+
+
+def test_a_fold_needs_pairs_on_both_sides(base_model: Path, tmp_path: Path):
+    single = {"completion": "So.", "attributes": {"help": 1}}
+    rows = [{"prompt": f"{i}?", **single} for i in range(20)]
+    file = write(tmp_path / "a.jsonl", [*rows, *questions("Fruit", 1)])
+    sides = []
+    for number in (1, 2):
+        with pytest.raises(
+            ValueError, match=rf"fold: {number}/2: no pair is (held out|train)"
+        ) as e:
+            prepared(
+                base_model, tmp_path / "out", file, data__fold=f"{number}/2",
+                loss__attributes='{"help": 1}',
+            )  # fmt: skip
+        sides.append(str(e.value).split("is ")[1])
+    assert sorted(sides) == ["held out; use fewer folds", "trained on; use fewer folds"]

@@ -50,7 +50,7 @@ def runs(ray_cluster, base_model, data, tmp_path_factory) -> dict[str, Path]:
         (root / name).mkdir()
         prepared, contract = prepare(config)
         facts = RunFacts.of(prepared, NUM_STEPS)
-        todo[name] = Job(config, contract, ray.put(prepared), facts)
+        todo[name] = Job(config, contract, ray.put(prepared), facts, {})
 
     def train_all(todo: list[Job]) -> None:
         for job in todo:

@@ -39,9 +39,9 @@ class Columns(Section):
 
     @property
     def named(self) -> dict[str, str]:
-        """The columns that somebody has named, with the setting that does."""
+        """The columns that are not called as by default, by setting."""
         return {
-            getattr(self, name): name
+            name: getattr(self, name)
             for name, field in Columns.model_fields.items()
             if getattr(self, name) != field.default
         }

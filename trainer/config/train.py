@@ -313,7 +313,7 @@ class TrainConfig(Section):
                 f"{batch}: some workers would have no pair; use at most {batch} workers"
             )
         if self.data.fold is not None and self.data.eval is not None:
-            wrong.append("data.fold and data.eval both say what is held out: leave one away")
+            wrong.append("data.fold and data.eval both say what is held out: omit one")
         least = self.distributed.min_workers
         if least is not None and least > workers:
             wrong.append(f"distributed.min_workers is {least}, more than num_workers ({workers})")

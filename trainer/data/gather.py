@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.comparisons import Comparisons, numbered
+from trainer.data.comparisons import Comparisons
 from trainer.data.render import Block, Tally
 from trainer.data.rows import BadRows
 
@@ -66,7 +66,7 @@ def gather(
             parts["lengths"].append(some.lengths)
             parts["counts"].append(np.diff(some.starts))
             parts["marks"].append(block.marks)
-            for name in ("scores", "margins", "attributes", "rows", "sources"):
+            for name in ("scores", "margins", "attributes", "prompts", "rows", "sources"):
                 parts[name].append(getattr(some, name))
     finally:
         if file is not None:
@@ -95,7 +95,7 @@ def gather(
         scores=whole["scores"],
         margins=whole["margins"],
         attributes=whole["attributes"],
-        prompts=numbered(whole["marks"]["key"]),
+        prompts=whole["prompts"],
         rows=whole["rows"],
         sources=whole["sources"],
         subsets=place[whole["subsets"]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from reward_actor.config_errors import did_you_mean
@@ -57,24 +58,27 @@ def iterate_rows(source_name: str, source: Source, max_rows: int | None = None) 
         raise ValueError(f"{source_name} holds no rows")
 
 
-def check_columns(source_names: Sequence[str], named: Mapping[str, str]) -> None:
-    """Raise ValueError for a column that somebody has named (`Columns.named`) and that no row of
-    these data sets has: it would be ignored without a word. Reads as far as the first that has."""
-    for column, setting in named.items():
-        seen: dict[str, None] = {}
-        for raw in (raw for name in source_names for _, raw in raw_rows(name)):
+def check_columns(
+    source_names: Sequence[str], named: Mapping[str, str], max_rows: int | None = None
+) -> None:
+    """Raise ValueError for a column, by its setting (`Columns.named`), that no row of these data
+    sets has: it would be ignored without a word. Reads until all have been seen."""
+    missing, seen = dict(named), dict[str, None]()
+    for name in source_names:
+        for _, raw in islice(raw_rows(name), max_rows):
+            if not missing:
+                return
             try:
                 row = parse_object(raw)
             except ValueError:
-                continue  # whoever reads the rows tells which it is
-            if row.get(column) is not None:
-                break
+                continue  # reading the rows tells which it is
+            missing = {key: column for key, column in missing.items() if column not in row}
             seen |= dict.fromkeys(row)
-        else:
-            raise ValueError(
-                f"{setting}: no row of {', '.join(source_names)} has a column {column!r}"
-                + did_you_mean(column, list(seen))
-            )
+    for setting, column in missing.items():
+        raise ValueError(
+            f"{setting}: no row of {', '.join(source_names)} has a column {column!r}"
+            + did_you_mean(column, list(seen))
+        )
 
 
 def choose_format(

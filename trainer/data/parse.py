@@ -63,7 +63,7 @@ def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
                     {"role": "assistant", "content": "An apple."}], "rejected": [...]}
         {"chosen": "\\n\\nHuman: Name a fruit.\\n\\nAssistant: An apple.", "rejected": "..."}
         {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A pear.", "tie": true}
-    A ranking, best first or with scores:
+    A ranking, with scores or, unless columns name a column of them, best first:
         {"prompt": "Name a fruit.", "completions": ["A pan.", "An apple."], "scores": [1, 8.5]}
     A completion with attributes, null where unknown:
         {"prompt": "Name a fruit.", "completion": "An apple.", "attributes": {"helpful": 4}}
@@ -108,7 +108,7 @@ def parse_row(number: int, raw: Mapping[str, Any], columns: Columns) -> Row:
             raw.get(columns.template_args_column), repr(columns.template_args_column)
         ),
         is_dialogue=any(side.prompt == "" for side in sides),
-        is_unscored=num > 1 and not is_pair and raw.get(columns.scores_column) is None,
+        has_scores=num == 1 or is_pair or raw.get(columns.scores_column) is not None,
     )
 
 
@@ -201,7 +201,7 @@ def _scores(raw: Mapping[str, Any], columns: Columns, num: int) -> tuple[float, 
     name = columns.scores_column
     value = raw.get(name)
     if value is None:
-        if name in columns.named:  # to take the order for scores would be a guess
+        if "scores_column" in columns.named:  # to take the order for scores would be a guess
             _required(raw, name)
         return tuple(float(i) for i in reversed(range(num)))
     if not isinstance(value, list):

@@ -77,11 +77,15 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
 
 
 def _check_columns(data: DataConfig) -> None:
-    """One named for all data sets must be in one of them, one named for a data set in that."""
-    sources = {**(data.eval or {}), **data.train}
-    check_columns(list(sources), data.named)
-    for name, source in sources.items():
-        check_columns([name], {k: v for k, v in source.named.items() if k not in data.named})
+    """A column of all data sets must be in one of them, one of a data set in that."""
+    sources = [(*source, data.max_pairs) for source in data.sources("train").items()]
+    sources += [(*source, None) for source in data.sources("eval").items()]
+    for setting, column in data.named.items():
+        users = [name for name, source, _ in sources if getattr(source, setting) == column]
+        check_columns(users, {setting: column})
+    for name, source, rows in sources:
+        own = {key: of for key, of in source.named.items() if data.named.get(key) != of}
+        check_columns([name], own, rows)
 
 
 def _renderer(config: TrainConfig, rows: Iterable[Row]) -> Renderer:

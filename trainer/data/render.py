@@ -74,7 +74,7 @@ class Tally(Dropped):
     num_prompts_differ: int = 0
     num_double_bos: int = 0
     num_without_prompt: int = 0
-    num_unscored: int = 0
+    num_without_scores: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(*map(add, astuple(self), astuple(other)))
@@ -110,7 +110,7 @@ def render_block(
         counts["num_prompts_differ"] += row.prompts_differ
         attributes = _targets(row, rules.attributes)
         counts["num_without_prompt"] += not row.has_prompt
-        counts["num_unscored"] += row.is_unscored
+        counts["num_without_scores"] += not row.has_scores
         try:
             sequences = _fitted(rendered, renderer, rules.over_long, counts)
         except RenderError as error:

@@ -58,8 +58,8 @@ class Row:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     is_dialogue: bool = False
     """The sides are whole dialogues in text, with the empty prompt."""
-    is_unscored: bool = False
-    """A ranking without scores, whose completions are taken to be best first."""
+    has_scores: bool = True
+    """Or it is a ranking whose completions are taken to be best first."""
 
     @property
     def is_tie(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,29 +14,25 @@ from trainer.config.data import Columns
 from trainer.data.comparisons import Comparisons
 from trainer.data.load import check_columns, read_rows
 from trainer.data.rows import Row, Side
-from trainer.data.split import few_prompts, unscored
+from trainer.data.split import few_prompts
 from trainer.evaluation.evaluate import (
     ScoredRow,
     as_comparisons,
+    check_no_loading,
     columns_of,
     is_url,
+    row_warnings,
     score_rows,
     scoring,
     tally_of,
 )
 from trainer.evaluation.intervals import Estimate
-from trainer.evaluation.metrics import (
-    EvalResult,
-    difference,
-    evaluate,
-    pair_indices,
-    rank_correlation,
-)
+from trainer.evaluation.metrics import difference, evaluate, pair_indices, rank_correlation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NUM_PAIRS_SHOWN = 10
+NUM_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,15 @@ class ModelResult:
     model_version: str
     num_dropped: int
     """Rows that it could not score, or whose completions are equal."""
+    errors: dict[str, int]
+    """Completions that it could not score, by reason."""
     accuracy: float
     accuracy_low: float
     accuracy_high: float
 
 
 @dataclass(frozen=True)
-class PairOfBoth:
+class DifferingPair:
     """A pair, and by how much chosen is ahead for each model, in standard deviations of the raw
     scores that this model gave. Without texts in rows of token ids."""
 
@@ -72,19 +70,25 @@ class ModelComparison:
     num_pairs: int
     num_prompts: int
     difference: Estimate
-    """The accuracy of B less that of A: paired, of other prompts."""
+    """The accuracy of B less that of A: paired, and resampled by prompt."""
     agreement: float
     """The share of pairs that both decide alike."""
     rank_correlation: float | None
-    """Spearman's, of the raw scores of all completions; None where a model's are all equal."""
-    differ_most: tuple[PairOfBoth, ...]
+    """Spearman's, see `metrics.rank_correlation`."""
+    most_different: tuple[DifferingPair, ...]
     """The pairs whose margins are furthest apart, the furthest first."""
     data: str
     warnings: tuple[str, ...]
     seconds: float
 
+    @property
+    def better(self) -> str | None:
+        """ "A" or "B" where the interval of the difference says which, otherwise None."""
+        return {1: "B", -1: "A"}.get(self.difference.sign)
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, with `better`."""
+        return {"better": self.better, **asdict(self)}
 
 
 def compare_models(
@@ -93,83 +97,103 @@ def compare_models(
     data: str,
     *,
     columns: Columns | None = None,
-    num_shown: int = NUM_PAIRS_SHOWN,
+    num_shown: int = NUM_SHOWN,
     **loading: Any,
 ) -> ModelComparison:
     """Compare two models, each an exported directory or the http(s) URL of a service.
 
-    Both are asked about the same completions, rendered as each one's contract says, and compared on
-    the rows of `data` that both could score. `loading` goes to `RewardScorer.from_pretrained` of
-    the directories. Raises ValueError for data, a model or a service that cannot be used.
+    Both are asked about the same rows, each as its own contract renders them, and compared on those
+    that both could score. `loading` goes to `RewardScorer.from_pretrained` of the directories, one
+    of which is in memory at a time. Raises ValueError for data, a model or a service that cannot be
+    used, and if there is no pair that both could score.
     """
     began = time.perf_counter()
-    if loading and is_url(a) and is_url(b):
-        raise ValueError(
-            f"{', '.join(loading)}: these are for loading a model, and both services have loaded "
-            "theirs"
-        )
+    if is_url(a) and is_url(b):
+        check_no_loading(a, loading)
     source = columns_of(columns)
-    rows = read_rows(data, source)
     check_columns([data], source.named)
-    scored: list[dict[int, ScoredRow]] = []
-    versions = []
-    for model_or_url in (a, b):
-        with scoring(model_or_url, **({} if is_url(model_or_url) else loading)) as model:
-            found, version = score_rows(model, rows, data)
-        scored.append({one.row.number: one for one in found})
-        versions.append(version)
-    both = [row for row in rows if all(row.number in of for of in scored)]
-    comparisons = as_comparisons([scored[0][row.number] for row in both], data)
-    rewards = [
-        np.array([score for row in both for score in of[row.number].raw_scores]) for of in scored
-    ]
-    result_a, result_b = (evaluate(comparisons, reward) for reward in rewards)
+    rows = read_rows(data, source)
+    of_a, of_b = (_scored(model_or_url, rows, data, loading) for model_or_url in (a, b))
+    both = [row for row in rows if row.number in of_a.rows and row.number in of_b.rows]
+    comparisons = as_comparisons([of_a.rows[row.number] for row in both], data)
+    if not comparisons.is_decided.any():
+        raise ValueError(f"no pair of {data} that both can score: {of_a}, {of_b}")
+    rewards_a, rewards_b = (of.rewards(both) for of in (of_a, of_b))
+    result_a, result_b = evaluate(comparisons, rewards_a), evaluate(comparisons, rewards_b)
     chosen, rejected, _ = pair_indices(comparisons)
-    ahead_a, ahead_b = (np.sign(reward[chosen] - reward[rejected]) for reward in rewards)
+    ahead_a, ahead_b = (np.sign(of[chosen] - of[rejected]) for of in (rewards_a, rewards_b))
+    warnings = row_warnings(data, tally_of(rows)) + few_prompts(comparisons)
+    if any(row.ids for row in both) and of_a.model_version != of_b.model_version:
+        warnings.append(f"{data} holds token ids: both models must have one tokenizer")
     return ModelComparison(
-        a=_result(a, versions[0], len(rows) - len(scored[0]), result_a),
-        b=_result(b, versions[1], len(rows) - len(scored[1]), result_b),
+        a=of_a.result(result_a.accuracy, result_a.accuracy_low, result_a.accuracy_high),
+        b=of_b.result(result_b.accuracy, result_b.accuracy_low, result_b.accuracy_high),
         num_pairs=result_a.num_pairs,
         num_prompts=result_a.num_prompts,
-        difference=difference(comparisons, rewards[1], rewards[0]),
+        difference=difference(comparisons, rewards_b, rewards_a),
         agreement=float((ahead_a == ahead_b).mean()),
-        rank_correlation=rank_correlation(*rewards),
-        differ_most=_furthest(comparisons, both, rewards, num_shown),
+        rank_correlation=rank_correlation(comparisons, rewards_a, rewards_b),
+        most_different=_most_different(comparisons, both, (rewards_a, rewards_b), num_shown),
         data=data,
-        warnings=(*unscored(data, tally_of(rows)), *few_prompts(comparisons.prompts)),
+        warnings=tuple(warnings),
         seconds=round(time.perf_counter() - began, 3),
     )
 
 
-def _result(model: str, version: str, num_dropped: int, result: EvalResult) -> ModelResult:
-    return ModelResult(
-        model, version, num_dropped, result.accuracy, result.accuracy_low, result.accuracy_high
-    )
+@dataclass(frozen=True)
+class _Scored:
+    model: str
+    model_version: str
+    rows: dict[int, ScoredRow]
+    """By their number."""
+    num_dropped: int
+    errors: dict[str, int]
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{num} {name}" for name, num in self.errors.items())
+        return f"{self.model} drops {self.num_dropped} rows ({reasons or 'equal completions'})"
+
+    def rewards(self, rows: Sequence[Row]) -> NDArray[np.float64]:
+        """(S,) raw scores of the completions of these rows."""
+        return np.array([score for row in rows for score in self.rows[row.number].raw_scores])
+
+    def result(self, *accuracy: float) -> ModelResult:
+        return ModelResult(self.model, self.model_version, self.num_dropped, self.errors, *accuracy)
 
 
-def _furthest(
-    comparisons: Comparisons, rows: Sequence[Row], rewards: Sequence[NDArray[Any]], num: int
-) -> tuple[PairOfBoth, ...]:
-    """`rows` are those of the C comparisons, `rewards` twice (S,)."""
+def _scored(
+    model_or_url: str, rows: Sequence[Row], data: str, loading: Mapping[str, Any]
+) -> _Scored:
+    with scoring(model_or_url, **({} if is_url(model_or_url) else loading)) as model:
+        found, version, errors = score_rows(model, rows, data)
+    by_number = {one.row.number: one for one in found}
+    return _Scored(model_or_url, version, by_number, len(rows) - len(found), dict(errors))
+
+
+def _most_different(
+    comparisons: Comparisons, rows: Sequence[Row], rewards: Sequence[NDArray[np.float64]], num: int
+) -> tuple[DifferingPair, ...]:
+    """`rows` are those of the C comparisons, `rewards` (S,) of each model."""
     chosen, rejected, comparison = pair_indices(comparisons)
-    margins = [(r[chosen] - r[rejected]) / (r.std() or 1.0) for r in rewards]
-    order = np.argsort(-np.abs(margins[1] - margins[0]), kind="stable")[:num]
+    margin_a, margin_b = ((of[chosen] - of[rejected]) / (of.std() or 1.0) for of in rewards)
+    apart = np.abs(margin_a - margin_b)
     first = comparisons.starts[comparison]
     return tuple(
-        _pair(
+        _differing(
             rows[comparison[i]],
             (int(chosen[i] - first[i]), int(rejected[i] - first[i])),
-            (float(margins[0][i]), float(margins[1][i])),
+            (float(margin_a[i]), float(margin_b[i])),
         )
-        for i in order
+        for i in np.argsort(-apart, kind="stable")[:num]
+        if apart[i] > 0
     )
 
 
-def _pair(row: Row, sides: tuple[int, int], margins: tuple[float, float]) -> PairOfBoth:
+def _differing(row: Row, sides: tuple[int, int], margins: tuple[float, float]) -> DifferingPair:
     if not row.sides:
-        return PairOfBoth(row.number, *margins, None, None, None)
+        return DifferingPair(row.number, *margins, None, None, None)
     chosen, rejected = (row.sides[side] for side in sides)
-    return PairOfBoth(row.number, *margins, _asked(chosen), chosen.text, rejected.text)
+    return DifferingPair(row.number, *margins, _asked(chosen), chosen.text, rejected.text)
 
 
 def _asked(side: Side) -> str:

@@ -7,6 +7,7 @@ scores differs.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from trainer.data.load import check_columns, load_comparisons, read_rows
 from trainer.data.render import Tally
 from trainer.data.rows import BadRows, Row, as_chat
 from trainer.data.sources import check_source
-from trainer.data.split import few_prompts, unscored
+from trainer.data.split import few_prompts, without_scores
 from trainer.evaluation import metrics
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def evaluate_model(
     """
     began = time.perf_counter()
     source = columns_of(columns)
+    check_source(data, "DATA")  # told before a large model is loaded
+    check_columns([data], source.named, max_pairs)
     if is_url(model_or_url):
-        _check_no_loading(model_or_url, loading)
+        check_no_loading(model_or_url, loading)
         if over_long != "drop" or deduplicate:
             raise ValueError(
                 f"{model_or_url} is a service, whose token ids are not known here: over_long "
@@ -76,23 +79,22 @@ def evaluate_model(
         rows = read_rows(data, source, max_pairs)
         found = _of_service(model_or_url, data, rows)
     else:
-        check_source(data, "DATA")  # told before a large model is loaded
         found = _of_directory(
             Path(model_or_url),
-            {data: source},
+            data,
+            source,
             loading,
             max_rows=max_pairs,
             over_long=over_long,
             deduplicate=deduplicate,
         )
-    check_columns([data], source.named)
     return {
         **metrics.evaluate(found.comparisons, found.raw_scores).as_dict(),
         "num_dropped": found.num_dropped,
         "model": model_or_url,
         "model_version": found.model_version,
         "data": data,
-        "warnings": found.warnings + few_prompts(found.comparisons.prompts),
+        "warnings": found.warnings + few_prompts(found.comparisons),
         "seconds": round(time.perf_counter() - began, 3),
     }
 
@@ -127,7 +129,7 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoringModel]:
         scorer = RewardScorer.from_pretrained(Path(model_or_url), **loading)
         yield ScoringModel(scorer.score, scorer.contract.format)
         return
-    _check_no_loading(model_or_url, loading)
+    check_no_loading(model_or_url, loading)
     from reward_actor.client.sync import RewardClient
 
     with RewardClient(model_or_url) as client:
@@ -144,7 +146,8 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoringModel]:
         yield ScoringModel(score, client.info().format)
 
 
-def _check_no_loading(url: str, loading: Mapping[str, Any]) -> None:
+def check_no_loading(url: str, loading: Mapping[str, Any]) -> None:
+    """Raise ValueError for `loading` that is given to a service."""
     if loading:
         raise ValueError(
             f"{url} is a service, which has loaded its model already: {', '.join(loading)} cannot "
@@ -153,13 +156,13 @@ def _check_no_loading(url: str, loading: Mapping[str, Any]) -> None:
 
 
 def _of_directory(
-    directory: Path, sources: dict[str, Source], loading: Mapping[str, Any], **choice: Any
+    directory: Path, data: str, source: Source, loading: Mapping[str, Any], **choice: Any
 ) -> _Evaluated:
     """`choice` goes to `load_comparisons`."""
     from reward_actor.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(directory, **loading)
-    loaded = load_comparisons(sources, scorer.renderer, **choice)
+    loaded = load_comparisons({data: source}, scorer.renderer, **choice)
     comparisons = loaded.comparisons
     sequences = [comparisons.sequence(i) for i in range(comparisons.num_sequences)]
     (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=sequences)])
@@ -167,25 +170,42 @@ def _of_directory(
         raise ValueError(f"{directory} cannot score {error.type}: {error.message}")
     raw_scores = np.array(scores.raw_scores, dtype=np.float64)
     tally = loaded.tally
-    warnings = [warning for name in sources for warning in unscored(name, tally)]
+    warnings = row_warnings(data, tally)
     return _Evaluated(comparisons, raw_scores, tally.count, scorer.model_version, warnings)
 
 
 def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
     with scoring(url) as model:
-        scored, version = score_rows(model, rows, data)
+        scored, version, _ = score_rows(model, rows, data)
     raw_scores = np.array([score for one in scored for score in one.raw_scores])
     return _Evaluated(
         as_comparisons(scored, data),
         raw_scores,
         len(rows) - len(scored),
         version,
-        unscored(data, tally_of(rows)),
+        row_warnings(data, tally_of(rows)),
     )
 
 
 def tally_of(rows: Sequence[Row]) -> Tally:
-    return Tally(num_rows=len(rows), num_unscored=sum(row.is_unscored for row in rows))
+    """What `row_warnings` looks at."""
+    return Tally(
+        num_rows=len(rows),
+        num_without_prompt=sum(not row.has_prompt for row in rows),
+        num_without_scores=sum(not row.has_scores for row in rows),
+    )
+
+
+def row_warnings(data: str, tally: Tally) -> list[str]:
+    """What is guessed of rows, and is to be known to read an accuracy."""
+    warnings = without_scores(data, tally)
+    if tally.num_without_prompt:
+        warnings.append(
+            f"{data}: {tally.num_without_prompt} of {tally.num_rows} rows have no prompt of their "
+            "own; what their completions begin with alike is taken for it, so that intervals may "
+            "be too narrow"
+        )
+    return warnings
 
 
 class ScoredRow(NamedTuple):
@@ -195,9 +215,12 @@ class ScoredRow(NamedTuple):
     num_tokens: list[int]
 
 
-def score_rows(model: ScoringModel, rows: Sequence[Row], data: str) -> tuple[list[ScoredRow], str]:
+def score_rows(
+    model: ScoringModel, rows: Sequence[Row], data: str
+) -> tuple[list[ScoredRow], str, Counter[str]]:
     """Those of the rows whose completions differ and could all be scored, as the model's format
-    reads them, and the `model_version`. Raises ValueError for rows that it cannot read."""
+    reads them, its `model_version`, and how many completions could not be scored, by reason.
+    Raises ValueError for rows that it cannot read."""
     if model.format == "chat":
         rows = _as_chat(rows, data)
     usable = [row for row in rows if _compares(row)]
@@ -211,7 +234,10 @@ def score_rows(model: ScoringModel, rows: Sequence[Row], data: str) -> tuple[lis
         raw_scores = [score for score, _ in found if score is not None]
         if len(raw_scores) == len(found):
             scored.append(ScoredRow(row, raw_scores, [num for _, num in found]))
-    return scored, results[0].model_version if results else ""
+    errors: Counter[str] = Counter(
+        error.type for result in results for error in result.errors if error
+    )
+    return scored, results[0].model_version if results else "", errors
 
 
 def as_comparisons(scored: Sequence[ScoredRow], data: str) -> Comparisons:

@@ -1,6 +1,6 @@
 """How far a held-out mean may be from that of other prompts. NumPy only.
 
-Pairs about one prompt are no independent evidence, so the prompts are what is resampled.
+Pairs about one prompt are no independent evidence, so prompts are what is resampled.
 Shapes: P pairs.
 """
 
@@ -16,18 +16,23 @@ if TYPE_CHECKING:
 
 NUM_RESAMPLES = 1000
 _TAIL = 0.025  # of a 95 % interval, on each side
-_NORMAL = 1.96  # standard errors from the mean to an end of it, where all is normal
+_NORMAL = 1.96  # standard errors from the mean to an end of it, for a normal distribution
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pairs with its 95 % interval and its standard error, both of other prompts."""
+    """A mean over pairs with its 95 % interval and standard error, both resampled by prompt."""
 
     mean: float
     low: float
     high: float
-    error: float
+    stderr: float
     num_prompts: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval says which, 0 where it holds 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
 def estimate(
@@ -39,19 +44,19 @@ def estimate(
     """The mean of (P,) values of pairs about (P,) prompts, none of them outside `between`.
 
     The interval is the percentile bootstrap's over prompts, which own whole sets of pairs (Efron
-    and Tibshirani, 1993, chapters 8 and 13). Where all prompts have one mean every resample is the
-    same. Then at most a share q of other prompts, (1 - q)^n = 2.5 % of n prompts, may be of any
-    other value in `between`: of all right, or none, that is the exact interval of Clopper and
-    Pearson (Biometrika 26, 1934).
+    and Tibshirani, 1993, chapters 8 and 13). Of few prompts, or nearly equal ones, that is too
+    narrow: other prompts may be of a kind that was not seen. A share q of them, with (1 - q)^n =
+    2.5 % for n prompts, may lie at an end of `between`, and the interval reaches as far as that
+    at least. Of all right, or none, it is then the exact one of Clopper and Pearson (Biometrika
+    26, 1934), and the standard error is taken from its width.
     """
-    num_pairs = np.bincount(prompts)
-    sums = np.bincount(prompts, weights=values)[num_pairs > 0]
-    num_pairs = num_pairs[num_pairs > 0]
+    _, owner, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
+    sums = np.bincount(owner, weights=values)
     num_prompts = len(num_pairs)
     mean = float(np.sort(values).sum()) / len(values)
-    if (sums * num_pairs[0] == sums[0] * num_pairs).all():
-        others = 1 - _TAIL ** (1 / num_prompts)
-        low, high = (mean + others * (end - mean) for end in between)
+    unseen = 1 - _TAIL ** (1 / num_prompts)
+    low, high = (mean + unseen * (end - mean) for end in between)
+    if (sums * num_pairs[0] == sums[0] * num_pairs).all():  # every resample is the same
         return Estimate(mean, low, high, (high - low) / (2 * _NORMAL), num_prompts)
     # Prompts with as many pairs and as large a sum are alike, so a resample is one draw of how
     # often each kind comes up: the same distribution as drawing the prompts one by one.
@@ -59,5 +64,7 @@ def estimate(
     random = np.random.Generator(np.random.PCG64(seed))
     drawn = random.multinomial(num_prompts, counts / num_prompts, size=NUM_RESAMPLES)
     means = (drawn @ kinds[1]) / (drawn @ kinds[0])
-    low, high = np.percentile(means, (100 * _TAIL, 100 * (1 - _TAIL)))
-    return Estimate(mean, float(low), float(high), float(means.std()), num_prompts)
+    ends = np.percentile(means, (100 * _TAIL, 100 * (1 - _TAIL)))
+    return Estimate(
+        mean, min(low, float(ends[0])), max(high, float(ends[1])), float(means.std()), num_prompts
+    )

@@ -48,6 +48,7 @@ class CalibrationBin:
 @dataclass(frozen=True)
 class SubsetResult:
     num_pairs: int
+    num_prompts: int
     accuracy: float
     reward_margin: float
 
@@ -57,10 +58,7 @@ class BaselineResult:
     """A baseline's accuracy, and by how much that of the model is above it: see `difference`."""
 
     accuracy: float
-    ahead: float
-    ahead_low: float
-    ahead_high: float
-    ahead_error: float
+    lead: Estimate
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ class EvalResult:
     accuracy: float
     """How often the chosen side has the higher reward; equal rewards count half."""
     accuracy_low: float
-    """Its 95 % interval, and its standard error: those of other prompts, see `estimate`."""
+    """Its 95 % interval and standard error, resampled by prompt: see `estimate`."""
     accuracy_high: float
-    accuracy_error: float
+    accuracy_stderr: float
     num_prompts: int
     """What the pairs are about; `Comparison.key` says what counts as one prompt."""
     reward_margin: float
@@ -128,18 +126,18 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
         raise ValueError("there is no pair to evaluate")
     margin = reward[chosen] - reward[rejected]
     points = _points(margin)
-    accuracy = estimate(points, comparisons.prompts[comparison], seed=seed)
+    right = estimate(points, comparisons.prompts[comparison], seed=seed)
     lengths = comparisons.lengths
     shorter, longer = lengths[chosen] < lengths[rejected], lengths[chosen] > lengths[rejected]
     error, bins = _calibration(margin, points)
     return EvalResult(
         num_pairs=len(chosen),
         num_ties=_num_possible_pairs(comparisons) - len(chosen),
-        accuracy=accuracy.mean,
-        accuracy_low=accuracy.low,
-        accuracy_high=accuracy.high,
-        accuracy_error=accuracy.error,
-        num_prompts=accuracy.num_prompts,
+        accuracy=right.mean,
+        accuracy_low=right.low,
+        accuracy_high=right.high,
+        accuracy_stderr=right.stderr,
+        num_prompts=right.num_prompts,
         reward_margin=_mean(margin),
         log_loss=_mean(np.logaddexp(0.0, -margin)),
         min_reward=float(reward.min()),
@@ -157,6 +155,11 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
     )
 
 
+def accuracy(comparisons: Comparisons, rewards: NDArray[Any]) -> float:
+    """Of rewards (S,): as `evaluate` has it, without anything else."""
+    return _mean(_points_of(comparisons, rewards))
+
+
 def difference(
     comparisons: Comparisons, rewards: NDArray[Any], others: NDArray[Any], seed: int = 0
 ) -> Estimate:
@@ -164,25 +167,21 @@ def difference(
 
     Paired: both models get the same prompts in every resample. Raises ValueError without pairs.
     """
-    chosen, rejected, comparison = pair_indices(comparisons)
-    if not len(chosen):
+    comparison = pair_indices(comparisons)[2]
+    if not len(comparison):
         raise ValueError("there is no pair to compare by")
-    ours, theirs = (
-        _points(of[chosen].astype(np.float64) - of[rejected]) for of in (rewards, others)
-    )
-    return estimate(ours - theirs, comparisons.prompts[comparison], (-1.0, 1.0), seed)
+    apart = _points_of(comparisons, rewards) - _points_of(comparisons, others)
+    return estimate(apart, comparisons.prompts[comparison], (-1.0, 1.0), seed)
 
 
-def against(
+def compare_with_baselines(
     comparisons: Comparisons, rewards: NDArray[Any], baselines: Mapping[str, NDArray[Any]]
 ) -> dict[str, BaselineResult]:
-    """What the rewards (S,) of a model are worth beside those of each baseline, by its name."""
-    results = {}
-    for name, theirs in baselines.items():
-        ahead = difference(comparisons, rewards, theirs)
-        accuracy = evaluate(comparisons, theirs).accuracy
-        results[name] = BaselineResult(accuracy, ahead.mean, ahead.low, ahead.high, ahead.error)
-    return results
+    """The rewards (S,) of a model compared with those of each baseline, by its name."""
+    return {
+        name: BaselineResult(accuracy(comparisons, of), difference(comparisons, rewards, of))
+        for name, of in baselines.items()
+    }
 
 
 def measure(
@@ -271,6 +270,11 @@ def better(metric: str, new: float | None, old: float | None) -> bool:
     return new < old if is_error or metric in _LOWER else new > old
 
 
+def _points_of(comparisons: Comparisons, rewards: NDArray[Any]) -> Floats:
+    chosen, rejected, _ = pair_indices(comparisons)
+    return _points(rewards[chosen].astype(np.float64) - rewards[rejected])
+
+
 def _points(margin: Floats) -> Floats:
     """1 where chosen is ahead, 0 where rejected is, 1/2 for equal rewards."""
     points: Floats = (np.sign(margin) + 1) / 2
@@ -321,9 +325,18 @@ def _correlation(x: Floats, y: Floats) -> float | None:
     return max(-1.0, min(1.0, _sum(x * y) / spread)) if spread else None
 
 
-def rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> float | None:
-    """Spearman's, equal values sharing the mean of their ranks; None where one is constant."""
-    return _correlation(_ranks(x), _ranks(y))
+def rank_correlation(
+    comparisons: Comparisons, rewards: NDArray[Any], others: NDArray[Any]
+) -> float | None:
+    """Spearman's, of two models' rewards (S,) less the mean of their comparison: what is added to
+    all rewards of a prompt decides no pair. Equal values share the mean of their ranks; None where
+    one model's are all equal."""
+    owner = np.repeat(np.arange(len(comparisons)), np.diff(comparisons.starts))
+    centred = [
+        of - (np.bincount(owner, of) / np.bincount(owner))[owner] for of in (rewards, others)
+    ]
+    # What is equal but for the rounding of its mean is equal.
+    return _correlation(*(_ranks(of.astype(np.float32)) for of in centred))
 
 
 def _ranks(values: NDArray[Any]) -> Floats:
@@ -343,6 +356,9 @@ def _by_subset(
         name = comparisons.subset_names[number]
         if name:
             results[name] = SubsetResult(
-                len(members), _mean(points[members]), _mean(margin[members])
+                len(members),
+                len(np.unique(comparisons.prompts[comparison[members]])),
+                _mean(points[members]),
+                _mean(margin[members]),
             )
     return dict(sorted(results.items()))

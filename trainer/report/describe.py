@@ -79,11 +79,11 @@ def heldout_notes(config: TrainConfig, num_shared: int | None, what: str) -> lis
     return notes
 
 
-def verdict(baseline: Mapping[str, float]) -> str:
-    """Whether the model is better than a baseline, given how far it is ahead of it."""
-    if baseline["ahead_low"] > 0:
+def verdict(lead: Mapping[str, float]) -> str:
+    """Whether the model is better than a baseline, given its lead (an `Estimate`) over it."""
+    if lead["low"] > 0:
         return "better"
-    return "worse" if baseline["ahead_high"] < 0 else "no better, as far as can be told"
+    return "worse" if lead["high"] < 0 else "not shown to be better"
 
 
 def losses(loss: LossConfig, counts: Mapping[str, int]) -> dict[str, str]:
