@@ -70,12 +70,12 @@ def launch(
         use_gpu = settings.device == "cuda" or (settings.device == "auto" and enough)
         bundle = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         require_resources([bundle] * (least + num_beside))
+        baselines = _baselines(prepared, config.training.seed, say)
         up_to = "" if settings.min_workers is None else "up to "
         say(
             f"starting {up_to}{settings.num_workers} workers on {'GPU' if use_gpu else 'CPU'}, "
             f"ZeRO {settings.zero_stage}, {config.model.dtype}"
         )
-        baselines = _baselines(prepared, config.training.seed, say)
         facts = RunFacts.of(prepared, num_steps)
         job = Job(config, contract, ray.put(prepared), facts, baselines)
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where no disk is full

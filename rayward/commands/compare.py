@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from rayward.commands.eval import add_columns
+from rayward.commands.eval import add_data
 from rayward.loading import LOADING, add_loading, chosen
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ _SHOWN = 300  # characters of a text in the table
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="directory or URL of a model")
     parser.add_argument("b", metavar="B", help="of the other one")
-    parser.add_argument(
-        "data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_data(parser)
     parser.add_argument(
         "--show",
         type=int,
@@ -32,7 +29,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of the pairs that they differ most about [%(default)s]",
     )
-    add_columns(parser)
     add_loading(parser)
 
 

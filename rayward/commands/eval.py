@@ -15,10 +15,7 @@ HELP = "what preferences say about a model or a running service"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|URL")
-    parser.add_argument(
-        "data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_data(parser)
     parser.add_argument(
         "--rewardbench",
         type=int,
@@ -37,7 +34,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="use rows of equal tokens, labels and subset once [no]",
     )
-    add_columns(parser)
     add_loading(parser)
 
 
@@ -76,9 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_columns(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """DATA and how its columns are called, and how the result is printed."""
     from trainer.config.data import Columns
 
+    parser.add_argument(
+        "data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     for name, field in Columns.model_fields.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),

@@ -208,3 +208,10 @@ def test_a_named_column_that_no_row_has_is_refused(
 ) -> None:
     assert rayward.main(["eval", str(export_dir), rankings, "--device", "cpu", *options]) == 2
     assert message.format(data=rankings) in capsys.readouterr().err
+
+
+def test_prompts_that_are_guessed_are_told(export_dir: Path, tmp_path: Path) -> None:
+    file = add(tmp_path / "ids.jsonl", {"chosen_ids": [5, 9, 2], "rejected_ids": [5, 8, 2]})
+    guessed, few = evaluate_model(str(export_dir), file, device="cpu")["warnings"]
+    assert guessed.startswith(f"{file}: 1 of 1 rows have no prompt of their own; what their compl")
+    assert "are about 1 prompt: with fewer than 100" in few

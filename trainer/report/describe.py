@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from trainer.config.data import DataConfig
 from trainer.config.train import LossConfig, TrainConfig
+from trainer.evaluation.intervals import Estimate
 
 
 def public(config: TrainConfig) -> TrainConfig:
@@ -79,11 +80,9 @@ def heldout_notes(config: TrainConfig, num_shared: int | None, what: str) -> lis
     return notes
 
 
-def verdict(lead: Mapping[str, float]) -> str:
+def verdict(lead: Mapping[str, Any]) -> str:
     """Whether the model is better than a baseline, given its lead (an `Estimate`) over it."""
-    if lead["low"] > 0:
-        return "better"
-    return "worse" if lead["high"] < 0 else "not shown to be better"
+    return {1: "better", -1: "worse", 0: "not shown to be better"}[Estimate(**lead).sign]
 
 
 def losses(loss: LossConfig, counts: Mapping[str, int]) -> dict[str, str]:
