@@ -20,7 +20,7 @@ from torch import distributed as dist
 from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.comparisons import Comparisons
-from trainer.data.micro_batches import global_batch, plan, steps_per_epoch
+from trainer.data.micro_batches import global_batch, plan, steps_per_epoch, with_noise
 from trainer.loss import Labels, comparison_losses, pair_counts, router_loss
 from trainer.network import zero
 from trainer.network.packed import PackedForward, row_weights, sequences_of
@@ -103,7 +103,7 @@ class Stepper:
         self, mine: Sequence[int], num_comparisons: int, index: int, totals: _Totals
     ) -> None:
         train, config = self.data.train, self.config.loss
-        sequences = [ids for i in mine for ids in train.sequences(i)]
+        sequences = [ids for i in mine for ids in self._sequences(i, index)]
         batches = self.forward.plan(sequences)
         outputs = self.forward.run(batches, len(sequences))
         labels = Labels.of(train, mine, self.engine.device)
@@ -129,6 +129,14 @@ class Stepper:
             padded = len(sequences) * max(map(len, sequences))
             totals.add(result.losses, result.rewards, labels, rows, padded)
             totals.add_router_loss(balance * len(mine))
+
+    def _sequences(self, comparison: int, step: int) -> list[list[int]]:
+        """Of the comparison, as the step sees them: the same on every worker."""
+        sequences, training = self.data.train.sequences(comparison), self.config.training
+        if not training.token_noise:
+            return sequences
+        random = np.random.Generator(np.random.PCG64([training.seed, step, comparison, 2]))
+        return with_noise(sequences, training.token_noise, self.data.train.ids, random)
 
     def _check_losses(self, losses: Tensor, mine: Sequence[int], index: int) -> None:
         bad = np.flatnonzero(~torch.isfinite(losses.detach()).cpu().numpy()).tolist()

@@ -86,3 +86,26 @@ def test_the_curve_is_that_of_the_plain_loop(
 ) -> None:
     ours = on_workers(1, losses, base_model, {"training__packing": packing})[0]
     assert ours == pytest.approx(plain, abs=1e-4)
+
+
+def first_losses(model: Path, changes: dict[str, Any]) -> list[float]:
+    built = trainer(settings(model, **CHANGES, **changes), NUM_STEPS)
+    found = [built.step(i)["loss"] for i in range(5)]
+    zero.release(built.engine)
+    return found
+
+
+def test_replaced_tokens_are_the_same_packed_padded_and_on_two_workers(
+    on_workers: OnWorkers, base_model: Path
+) -> None:
+    noise = {"training__token_noise": 0.5}
+    packed, padded, two = (
+        on_workers(num_workers, first_losses, base_model, {"training__packing": packing, **noise})[
+            0
+        ]
+        for num_workers, packing in ((1, "forest"), (1, "padded"), (2, "forest"))
+    )
+    assert padded == pytest.approx(packed, abs=1e-4)
+    assert two == pytest.approx(packed, abs=1e-4)
+    whole = on_workers(1, first_losses, base_model, {})[0]
+    assert max(abs(a - b) for a, b in zip(whole, packed, strict=True)) > 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from trainer.data.micro_batches import (
     padded_micro_batches,
     plan,
     steps_per_epoch,
+    with_noise,
 )
 
 costs = st.lists(st.integers(1, 500), max_size=60)
@@ -116,3 +118,28 @@ def test_an_epoch_is_every_pair_once(num_pairs: int, size: int, seed: int):
         batches = [global_batch(num_pairs, size, seed, epoch * steps + i) for i in range(steps)]
         assert sorted(np.concatenate(batches)) == list(range(num_pairs))
         assert all(len(batch) == size for batch in batches[:-1])
+
+
+@given(st.lists(ids, min_size=2, max_size=4), st.floats(0, 0.9), st.integers(0, 9))
+def test_noise_is_the_same_in_what_sequences_begin_with_alike(
+    sequences: list[list[int]], share: float, seed: int
+) -> None:
+    common = [5, 6, 7, 8]
+    whole = [common + ids for ids in sequences]
+    random = np.random.Generator(np.random.PCG64(seed))
+    noisy = with_noise(whole, share, np.array([9, 10], dtype=np.int32), random)
+    assert [len(ids) for ids in noisy] == [len(ids) for ids in whole]
+    assert {tuple(ids[: len(common)]) for ids in noisy} == {tuple(noisy[0][: len(common)])}
+    for before, after in zip(whole, noisy, strict=True):
+        assert after[-1] == before[-1], "the head reads it"
+        assert all(new in (old, 9, 10) for old, new in zip(before, after, strict=True))
+    if share == 0:
+        assert noisy == whole
+
+
+def test_as_many_tokens_are_replaced_as_asked_for_by_what_is_as_frequent_as_in_the_data() -> None:
+    random = np.random.Generator(np.random.PCG64(0))
+    vocabulary = np.array([2, 2, 2, 3], dtype=np.int32)
+    (noisy,) = with_noise([[1] * 20_001], 0.4, vocabulary, random)
+    assert noisy.count(2) / 20_000 == pytest.approx(0.3, abs=0.02)
+    assert noisy.count(3) / 20_000 == pytest.approx(0.1, abs=0.02)

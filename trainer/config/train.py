@@ -165,7 +165,16 @@ class TrainingConfig(Section):
     packing: Literal["auto", "forest", "padded"] = Field(
         "auto", description="forest: compute shared prefixes once; auto: where that is exact"
     )
-    seed: int = Field(0, ge=0, description="of the head's first weights and the order of pairs")
+    token_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the tokens that a step replaces by random ones of the training "
+        "data, other ones each time; against learning few texts by heart",
+    )
+    seed: int = Field(
+        0, ge=0, description="of the head's first weights, the order of pairs, token noise"
+    )
 
 
 class EvaluationConfig(Section):

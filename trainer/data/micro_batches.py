@@ -110,6 +110,30 @@ def distinct_tokens(comparisons: Comparisons, index: int) -> int:
     return (sum(map(len, sequences)) - sum(num // 4 * 4 for num in shared_bytes)) // 4
 
 
+def with_noise(
+    sequences: Sequence[list[int]],
+    share: float,
+    vocabulary: NDArray[np.int32],
+    random: np.random.Generator,
+) -> list[list[int]]:
+    """A comparison's sequences, a `share` of their tokens replaced by ones drawn from `vocabulary`.
+
+    At the same places, by the same ones, in all of them: what they begin with alike stays alike.
+    The last token of each, where the head reads, stays. (Word dropout, as in Iyyer et al., 2015,
+    "Deep unordered composition rivals syntactic methods for text classification", section 3.1, but
+    with other words in the gaps: networks see no gaps when they score.)
+    """
+    longest = max(map(len, sequences))
+    is_replaced = random.random(longest) < share
+    noise = random.choice(vocabulary, longest)
+    noisy = []
+    for ids in sequences:
+        replaced = np.where(is_replaced[: len(ids)], noise[: len(ids)], ids)
+        replaced[-1] = ids[-1]
+        noisy.append(replaced.tolist())
+    return noisy
+
+
 def plan(
     comparisons: Comparisons,
     batch: Sequence[int] | NDArray[np.int64],
