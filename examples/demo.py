@@ -90,7 +90,7 @@ def main() -> int:
             steps_wanted = ["--steps", "25"] if small else []
             run([PYTHON, script, str(BASE), str(DATA / "corpus.jsonl"), str(POLICY), *steps_wanted])
         with steps.step("train", "2 Ray Train workers, ZeRO-2, Bradley-Terry; then the export"):
-            config = str(HERE / "quickstart.yaml")
+            config = "quickstart"
             options = ["--model.path", str(BASE), "--data.train", str(DATA / "train.jsonl")]
             run([*RAYWARD, "train", "--config", config, *options, "--output-dir", str(TRAINING)])
         with steps.step("evaluate", "accuracy on held-out prompts"):

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.options import add_arguments, config_from_arguments
-from trainer.console import TrainingError
+from trainer.config.train import TrainConfig
+from trainer.console import TrainingError, say
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
     args, unknown = parser.parse_known_args(argv)
     try:
         config = config_from_arguments(args, unknown)
+        if args.config is None:
+            args.config = _chosen_preset(config)
+            config = config_from_arguments(args)
+            say(_main_settings(config))
         # Imported late: --help and config errors are instant.
         if args.folds is None:
             from trainer.run import train
@@ -50,6 +55,27 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _chosen_preset(config: TrainConfig) -> str:
+    """What is trained decides the settings that are not given."""
+    from trainer.presets import preset_for
+
+    preset, why = preset_for(config.model.path, has_adapter=config.adapter.rank > 0)
+    say(f"settings of --config {preset}, for {why}:")
+    return preset
+
+
+def _main_settings(config: TrainConfig) -> str:
+    training = config.training
+    length = (
+        f"{training.max_steps} steps" if training.max_steps else f"{training.num_epochs} epochs"
+    )
+    return (
+        f"  learning rate {config.optimizer.learning_rate:g}, {length} of "
+        f"{training.global_batch_pairs} pairs a step, {config.model.dtype}, "
+        f"{config.distributed.num_workers} workers, ZeRO {config.distributed.zero_stage}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes the pictures of the playground that the documents show, from a running service:
 
     python examples/preferences.py outputs/pictures
-    rayward train --config examples/quickstart.yaml --data.train outputs/pictures/train.jsonl \\
+    rayward train --config quickstart --data.train outputs/pictures/train.jsonl \\
         --output-dir outputs/pictures/fruits
     rayward serve outputs/pictures/fruits/export --name fruits --num-replicas 2
     python tests/helpers/playground_pictures.py http://127.0.0.1:8000 docs/images --font Inter

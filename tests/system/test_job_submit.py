@@ -99,7 +99,7 @@ def test_a_job_trains_and_its_export_outlives_it(
     options = ["--model.path", str(base_model), "--data.train", str(data)]
     options += ["--training.global_batch_pairs", "8", "--training.micro_batch_tokens", "256"]
     options += ["--output-dir", str(output)]
-    done = submit(nursery.python, jobs_address, "--config", "examples/quickstart.yaml", *options)
+    done = submit(nursery.python, jobs_address, "--config", "quickstart", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert (output / "export" / "scoring_contract.json").exists()
@@ -112,7 +112,7 @@ def test_a_relative_output_dir_is_refused(
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     options = ["--model.path", str(base_model), "--data.train", str(data)]
     options += ["--output-dir", "outputs/x"]
-    done = submit(nursery.python, jobs_address, "--config", "examples/quickstart.yaml", *options)
+    done = submit(nursery.python, jobs_address, "--config", "quickstart", *options)
     assert done.returncode != 0
     assert "output_dir" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout

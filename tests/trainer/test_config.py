@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.config_file import load_config
+from trainer.config.config_file import load_config, preset_names
 from trainer.config.options import add_arguments, config_from_arguments, leaves
 
 NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]
@@ -167,6 +167,22 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str):
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"cannot read nowhere.yaml"):
         load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_a_config_by_its_name(name: str):
+    assert load_config(name, [("data.train", "pairs.jsonl")]).optimizer.learning_rate > 0
+
+
+def test_a_file_comes_before_a_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("alpaca").write_text("training: {seed: 7}")
+    assert load_config("alpaca", NEEDED).training.seed == 7
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"Presets are alpaca, .*quickstart"):
+        load_config("quick", NEEDED)
 
 
 def test_an_unknown_option_is_named():

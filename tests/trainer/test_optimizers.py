@@ -45,6 +45,7 @@ def test_every_schedule_warms_up_to_the_peak_and_never_rises_over_it(
 ) -> None:
     found = rates(name, arguments)
     assert max(found) == pytest.approx(1)
+    assert found[0] > 0
     if name != "constant":
         assert found[1] < 0.25  # the one with a least rate starts a step ahead
         assert found[10] == pytest.approx(1, rel=0.01)

@@ -11,15 +11,22 @@ import yaml
 from reward_actor.config_errors import validate
 from trainer.config.train import TrainConfig
 
+_PRESETS = Path(__file__).with_name("presets")
+
+
+def preset_names() -> list[str]:
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
+
 
 def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
-    """The YAML file at `path` with dotted keys replaced, in order, by `overrides`.
+    """The YAML file at `path`, or the preset of that name, with dotted keys replaced, in order, by
+    `overrides`.
 
     Lists and mappings are given as YAML: `["a", "b"]`, `{name: 0.5}`. Raises ValueError for a file
     that cannot be read, and for every key that is unknown (naming the nearest one), missing or
     wrong.
     """
-    data = {} if path is None else _read_yaml(Path(path))
+    data = {} if path is None else _read_yaml(_file(path))
     for name in TrainConfig.model_fields:
         if name != "output_dir" and data.get(name) is None:
             data[name] = {}
@@ -32,6 +39,11 @@ def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
                 raise ValueError(f"{key}: {section} is {place!r}, not a section")
         place[leaf] = _value(key, value)
     return validate(TrainConfig, data, source=path or "")
+
+
+def _file(path: str) -> Path:
+    preset = _PRESETS / f"{path}.yaml"
+    return preset if path in preset_names() and not Path(path).is_file() else Path(path)
 
 
 def _value(key: str, text: str) -> Any:
@@ -49,7 +61,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
+        raise ValueError(
+            f"--config: cannot read {path}: {error.strerror}. Presets are "
+            + ", ".join(preset_names())
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not YAML: {error}") from error
     if not isinstance(data or {}, dict):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor.config_errors import did_you_mean
-from trainer.config.config_file import load_config
+from trainer.config.config_file import load_config, preset_names
 from trainer.config.data import Section
 from trainer.config.train import TrainConfig
 
@@ -27,7 +27,12 @@ def leaves() -> Iterator[tuple[str, FieldInfo]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option for every setting, with its default and description."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE|PRESET",
+        help="YAML file with the settings below, or one of "
+        f"{', '.join(preset_names())} [what suits the network that is trained]",
+    )
     for key, field in leaves():
         default = "required" if field.is_required() else _shown(field.default)
         parser.add_argument(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from reward_actor.model.heads import HEADS
 from trainer.deepspeed_internals import mark_for_muon, muon_class, whole_shape
 
 if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LambdaLR
-
     from trainer.config.train import OptimizerConfig
 
 # They follow a loss that the trainer would have to measure, and a resumed run to remember.
@@ -133,12 +133,15 @@ def _muon(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
 def make_schedule(
     config: OptimizerConfig, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> LambdaLR:
-    """Any schedule of `transformers` that follows the step alone. Raises ValueError for another
-    one, and for arguments that it does not take."""
+    """Any schedule of `transformers` that follows the step alone; no step of its warm-up is 0.
+
+    Raises ValueError for another one, and for arguments that it does not take.
+    """
     from transformers import SchedulerType, get_scheduler
 
     known = [kind.value for kind in SchedulerType if kind.value not in _NEED_A_METRIC]
     name, arguments = config.schedule, dict(config.schedule_args)
+    num_warmup = math.ceil(config.warmup_fraction * num_steps)
     if name == "cosine_with_min_lr" and not arguments:
         arguments = {"min_lr_rate": 0.1}
     if name in _NEED_A_METRIC:
@@ -154,7 +157,7 @@ def make_schedule(
         schedule: LambdaLR = get_scheduler(
             name,
             optimizer,
-            num_warmup_steps=math.ceil(config.warmup_fraction * num_steps),
+            num_warmup_steps=num_warmup,
             num_training_steps=num_steps,
             scheduler_specific_kwargs=arguments,
         )
@@ -163,4 +166,16 @@ def make_schedule(
             f"optimizer.schedule: {name} with schedule_args {arguments}: {error}; there are "
             f"{', '.join(known)}"
         ) from None
-    return schedule
+    return LambdaLR(optimizer, [_rising(rate, num_warmup) for rate in schedule.lr_lambdas])
+
+
+def _rising(rate: Callable[..., float], num_warmup: int) -> Callable[[int], float]:
+    """`rate` of a step, its warm-up moved a little ahead where it begins with 0, which would lose
+    the first step."""
+    if rate(0) > 0:
+        return rate
+
+    def warmed(step: int) -> float:
+        return rate(step if step >= num_warmup else num_warmup * (step + 1) / (num_warmup + 1))
+
+    return warmed
