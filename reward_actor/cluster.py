@@ -14,6 +14,7 @@ import ray
 
 from reward_actor import ray_internals
 from reward_actor.ray_internals import REACHABLE_VARIABLE
+from reward_actor.terminal import phase
 
 _LISTENER_TIMEOUT_S = 5.0
 _FREE_TIMEOUT_S = 10.0
@@ -32,13 +33,23 @@ def connect(
     say otherwise), asks for Ray's token on its ports and ends with this process. Its
     logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
     compute, and two real cores would otherwise be too few for Ray's bookkeeping. `log_to_driver`
-    prints what actors print. Does nothing when this process is connected already. Raises
-    ValueError if there is no cluster at the address or a private one has too few GPUs.
+    prints what workers and actors print to their standard output. Does nothing when this process is
+    connected already. Raises ValueError if there is no cluster at the address or a private one has
+    too few GPUs.
     """
     if ray.is_initialized():
         return
-    take_loopback_as_it_is()
     address = address or os.environ.get("RAY_ADDRESS")
+    with phase(f"joining the Ray cluster at {address}" if address else "starting Ray"):
+        _connect(num_cpus_needed, num_gpus_needed, address, log_to_driver)
+    if log_to_driver:
+        ray_internals.take_worker_lines()
+
+
+def _connect(
+    num_cpus_needed: float, num_gpus_needed: float, address: str | None, log_to_driver: bool
+) -> None:
+    take_loopback_as_it_is()
     if address:
         # A cluster of `rayward serve` asks for the token; one without authentication ignores it.
         ray_internals.silence_authentication()

@@ -7,8 +7,11 @@ fails when a new Ray has moved one. Ray Train's are in `trainer.ray_internals`.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reward_actor.terminal import say
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -43,6 +46,22 @@ def keep_loopback() -> None:
     from ray._private import ray_constants
 
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def take_worker_lines() -> None:
+    """Print what Ray's processes print without Ray's prefix: their standard output, which is ours,
+    to this one's, and all else to its standard error. Ray itself puts both on the terminal."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    def take(data: dict[str, Any]) -> None:
+        if data.get("pid") == "autoscaler":  # its whole status, every five seconds
+            return
+        is_ours = not data["is_err"] and data.get("pid") != "raylet"
+        for line in data["lines"]:
+            say(line) if is_ours else print(line, file=sys.stderr)
+
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("ray_print_logs", take)
 
 
 def may_grow_to() -> dict[str, float]:

@@ -32,6 +32,8 @@ def training_loop(job: Job) -> dict[str, Any]:
     """Train, evaluate on the held-out pairs, export; the result, on every worker: see `finish`."""
     config, num_steps = job.config, job.facts.num_steps
     _prepare_process(config.distributed.cpus_per_worker)
+    if is_first():
+        say("loading the network")
     trainer = Stepper(zero.initialize(config, num_steps), config, ray.get(job.data))
     if is_first():
         say(f"path: {trainer.forward.described}")

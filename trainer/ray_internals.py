@@ -6,7 +6,8 @@ tests/trainer/test_ray_internals.py fails when a new version has moved one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -21,19 +22,31 @@ from ray.train.v2._internal.execution.failure_handling import (
     FailureDecision,
 )
 
-from trainer.console import TrainingError
+from trainer.console import TrainingError, say
 
 _ABORT_S = 10
+_NODE = re.compile(r"^\s*(?:node_)?ip: (\S+)", re.MULTILINE)
 
 
 class OnlyLostWorkers(DefaultFailurePolicy):
     """Restarts after a worker was lost; what our own code has raised would be raised again. Ray's
-    public `FailureConfig` only counts."""
+    public `FailureConfig` only counts.
+
+    `resume` says what a restart waits for and where it goes on. It runs in Ray's controller, whose
+    standard output the driver prints.
+    """
+
+    def __init__(self, failure_config: Any, resume: Callable[[], str]) -> None:
+        super().__init__(failure_config)
+        self._resume = resume
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         if any(causes(training_failed_error)):
             return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
+        decision = super().make_decision(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            say(f"{lost(training_failed_error)}; {self._resume()}")
+        return decision
 
 
 class RayTrainer(TorchTrainer):
@@ -45,11 +58,12 @@ class RayTrainer(TorchTrainer):
     """
 
     is_private = False
+    resume: Callable[[], str]
     _controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_config: Any = self.run_config
-        arguments["failure_policy"] = OnlyLostWorkers(run_config.failure_config)
+        arguments["failure_policy"] = OnlyLostWorkers(run_config.failure_config, self.resume)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -84,6 +98,19 @@ def failures(error: Exception) -> Iterator[Exception]:
         while failure is not None:
             yield failure
             failure = getattr(failure, "_base_exc", None) or failure.__cause__
+
+
+def lost(error: Exception) -> str:
+    """Which workers are gone, as far as Ray's error says so."""
+    nodes = {
+        rank: _NODE.search(str(failure))
+        for rank, failure in getattr(error, "worker_failures", {}).items()
+        if is_lost_worker(failure)
+    }
+    if not nodes:
+        return "the workers could not be started"
+    shown = (f"{rank} on node {of[1]}" if of else str(rank) for rank, of in sorted(nodes.items()))
+    return f"worker lost: {', '.join(shown)}"
 
 
 def is_lost_worker(failure: Exception) -> bool:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ import ray.train
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.contract import ScoringContract
 from trainer import worker
+from trainer.checkpoints.manifest import survey
+from trainer.checkpoints.storage import StorageError, checkpoint_storage
 from trainer.config.train import TrainConfig
 from trainer.console import TrainingError
 from trainer.data.split import Prepared
@@ -139,6 +142,7 @@ def _fit(
         validation_config=_validation(job, bundle) if config.evaluation.asynchronous else None,
     )
     trainer.is_private = is_private
+    trainer.resume = partial(_resume, config, bundle)
     with Trackers(config, say) as trackers, _following(job, start, trackers):
         try:
             result = trainer.fit()
@@ -177,6 +181,15 @@ def _validation(job: Job, bundle: dict[str, float]) -> ray.train.ValidationConfi
     return ray.train.ValidationConfig(
         fn=worker.Validator(job.config, job.data, resources), ray_remote_kwargs={"num_cpus": 0}
     )
+
+
+def _resume(config: TrainConfig, bundle: dict[str, float]) -> str:
+    """What a restart after a lost worker waits for, and where it goes on. Deletes nothing."""
+    needed = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    with contextlib.suppress(*StorageError):
+        if states := survey(checkpoint_storage(config)).states:
+            return f"waiting for {needed} for each worker, then resuming from step {states[0].step}"
+    return f"waiting for {needed} for each worker, then starting again"
 
 
 def _cause(error: Exception) -> Exception:

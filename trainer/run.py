@@ -48,7 +48,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     _check(config)
     config = resolve_paths(config)
     output_dir = Path(config.output_dir)
-    prepared, contract = prepare(config)
+    with console.phase("reading and rendering the data"):
+        prepared, contract = prepare(config)
     check_selection(config.evaluation, config.loss.attributes, prepared.heldout)
     for line in prepared.report():
         say(line)

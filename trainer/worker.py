@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
+import ray.train
 
+from reward_actor.terminal import keep_worker_output_for_ours
 from trainer.checkpoints.manifest import SavedState
 from trainer.config.train import TrainConfig
+from trainer.console import say
 from trainer.data.split import TrainingData
 from trainer.job import EVALUATION, REASON, Job
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 def run_training_loop(job: Job) -> dict[str, Any]:
     """`trainer.loop.training_loop`, on a worker."""
+    keep_worker_output_for_ours()
+    if ray.train.get_context().get_world_rank() == 0:
+        say("importing torch and DeepSpeed")
     from trainer import loop
 
     return loop.training_loop(job)

@@ -79,3 +79,20 @@ def test_every_replica_answers_a_broadcast(service: str) -> None:
     assert internals.route_in_own_loop(handle) is not handle, "its loop has ended"
     assert internals.route_in_own_loop(other) is other
     assert other._is_router_running_in_separate_loop()
+
+
+def test_lines_of_workers_are_ours_and_what_else_they_print_is_not(
+    ray_cluster: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    monkeypatch.setattr(dispatcher, "handlers", [("ray_print_logs", print)])
+    internals.take_worker_lines()
+    for pid, is_err, line in [
+        (7, False, "path: forest"),
+        (7, True, "Failed to load"),
+        ("raylet", False, "spilling"),
+        ("autoscaler", False, "Autoscaler status"),
+    ]:
+        dispatcher.emit({"pid": pid, "is_err": is_err, "lines": [line], "ip": "127.0.0.1"})
+    assert capsys.readouterr() == ("path: forest\n", "Failed to load\nspilling\n")

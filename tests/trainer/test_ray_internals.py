@@ -7,9 +7,11 @@ test_resume.py.
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -20,7 +22,17 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from trainer.console import TrainingError
-from trainer.ray_internals import OnlyLostWorkers, RayTrainer, causes, failures, is_lost_worker
+from trainer.ray_internals import (
+    OnlyLostWorkers,
+    RayTrainer,
+    causes,
+    failures,
+    is_lost_worker,
+    lost,
+)
+
+if TYPE_CHECKING:
+    import pytest
 
 OURS = TrainingError("the loss of step 3 is not finite")
 LOST = WorkerHealthCheckFailedError("died", RayActorError())
@@ -30,13 +42,23 @@ def raised(error: Exception) -> UserExceptionWithTraceback:
     return UserExceptionWithTraceback(error, "a traceback")
 
 
-def test_only_a_lost_worker_is_replaced() -> None:
-    policy = OnlyLostWorkers(ray.train.FailureConfig(max_failures=1))
+def test_only_a_lost_worker_is_replaced_and_a_line_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = OnlyLostWorkers(ray.train.FailureConfig(max_failures=1), lambda: "waiting")
     ours = WorkerGroupError("failed", {0: raised(OURS), 1: LOST})
     assert policy.make_decision(ours) == FailureDecision.RAISE
-    lost = WorkerGroupError("failed", {1: LOST})
-    assert policy.make_decision(lost) == FailureDecision.RETRY
-    assert policy.make_decision(lost) == FailureDecision.RAISE, "one too many"
+    gone = WorkerGroupError("failed", {1: LOST})
+    assert policy.make_decision(gone) == FailureDecision.RETRY
+    assert policy.make_decision(gone) == FailureDecision.RAISE, "one too many"
+    assert capsys.readouterr().out == "worker lost: 1; waiting\n"
+
+
+def test_the_node_of_a_lost_worker_is_named() -> None:
+    death = ActorDiedErrorContext(actor_id=bytes(16), node_ip_address="10.0.0.7")
+    died = ActorDiedError(death)
+    error = WorkerGroupError("failed", {0: LOST, 1: WorkerHealthCheckFailedError("died", died)})
+    assert lost(error) == "worker lost: 0, 1 on node 10.0.0.7"
 
 
 def test_what_a_worker_raised_is_found_in_what_ray_wraps_it_in() -> None:

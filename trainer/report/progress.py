@@ -44,7 +44,9 @@ def show(
     live = console.is_terminal
     board = _Board(start, num_steps)
     every = max(1, num_steps // _PLAIN_LINES)
-    with Live(board, console=console, refresh_per_second=4) if live else nullcontext():
+    # What libraries write to standard error must not get on the display.
+    display = Live(board, console=console, refresh_per_second=4, redirect_stderr=False)
+    with display if live else nullcontext():
         for lines in follow(output_dir, start, is_running):
             for line in lines:
                 board.update(line)

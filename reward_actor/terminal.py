@@ -1,0 +1,120 @@
+"""What people see: our own lines. What other libraries print goes to a log file.
+
+In a command, standard output is ours and standard error is split: `err()` is the terminal's, file
+descriptor 2 the log's. On a Ray worker standard output is ours, which the driver prints as it comes
+(`reward_actor.ray_internals.take_worker_lines`), and standard error everybody's.
+
+A full disk under a log, or a pipe that nobody reads any more, must not end what runs, so a line
+that cannot be written is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+PACKAGES = ("rayward", "reward_actor", "trainer", "serve")
+_ROOT = Path(__file__).resolve().parents[1]
+
+_out: TextIO | None = None
+_err: TextIO | None = None
+_log: Path | None = None
+
+
+def err() -> TextIO:
+    """Standard error, for our own lines."""
+    return sys.stderr if _err is None else _err
+
+
+def log_file() -> Path | None:
+    """Where the lines of other libraries are; None if there are none, or if they are shown."""
+    return _log if _log is not None and _log.exists() and _log.stat().st_size else None
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    with contextlib.suppress(OSError):
+        print(text, file=_out or sys.stdout, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=err(), flush=True)
+
+
+@contextlib.contextmanager
+def phase(text: str) -> Iterator[None]:
+    """Say what takes long: with a spinner on a terminal, as a line elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    console = Console(file=err())
+    if console.is_terminal:
+        spinner = Spinner("dots", text=text)
+        with Live(spinner, console=console, transient=True, redirect_stderr=False):
+            yield
+    else:
+        with contextlib.suppress(OSError):
+            print(text, file=err(), flush=True)
+        yield
+
+
+def keep_for_ours(name: str) -> None:
+    """Send everything that this process and its children print, our own lines excepted, to a new
+    file of their user alone, until the process ends."""
+    global _err, _log
+    handle, path = tempfile.mkstemp(prefix=f"rayward-{name}-", suffix=".log")
+    _log = Path(path)
+    ours = [os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace") for fd in (1, 2)]
+    for fd in (1, 2):
+        os.dup2(handle, fd)
+    os.close(handle)
+    sys.stdout, _err = ours  # print() is ours; sys.stderr goes on writing to 2
+    _show_our_warnings()
+
+
+def keep_worker_output_for_ours() -> None:
+    """On a Ray worker: our lines and warnings are its standard output, all else standard error."""
+    global _out, _err
+    if _out is None:
+        _out = _err = sys.stdout
+        sys.stdout = sys.stderr
+
+
+def drop_log() -> None:
+    """Remove the log file of a command that has succeeded."""
+    if _log is not None:
+        _log.unlink(missing_ok=True)
+
+
+def _show_our_warnings() -> None:
+    handler = logging.StreamHandler(err())
+    handler.setFormatter(_Formatter())
+    handler.setLevel(logging.WARNING)
+    for name in PACKAGES:
+        logging.getLogger(name).addHandler(handler)
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
+        if issubclass(category, UserWarning) and any(
+            Path(filename).resolve().is_relative_to(_ROOT / name) for name in PACKAGES
+        ):
+            warn(str(message))
+        else:
+            others(message, category, filename, *rest)  # type: ignore[arg-type]
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
