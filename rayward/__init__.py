@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
+    """Run one command. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
+
+    Without `argv` it is this process's own command, and takes the process over: its terminal is for
+    our lines, and the directory that it runs in is no place for imports.
+    """
     from rayward.__main__ import run
 
-    return run(argv)
+    if argv is not None:
+        return run(argv)
+
+    from rayward import clashes
+    from reward_actor import terminal
+
+    clashes.leave_working_directory()
+    try:
+        clashes.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    arguments = sys.argv[1:]
+    if "--verbose" not in arguments:
+        terminal.keep_for_ours(
+            arguments[0] if arguments[:1] and arguments[0].isidentifier() else ""
+        )
+    status = run(arguments)
+    if status == 0:
+        terminal.drop_log()
+    return status

@@ -66,13 +66,18 @@ def _connect(
     os.environ.setdefault(REACHABLE_VARIABLE, "0")
     if os.environ[REACHABLE_VARIABLE] == "0":
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its engines' own ports
-    ray.init(
-        address="local",  # Ray would otherwise join a cluster that happens to run on this machine
-        num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=log_to_driver,
-    )
+    try:
+        ray.init(
+            # Ray would otherwise join a cluster that happens to run on this machine
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus_needed)),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=log_to_driver,
+        )
+    except Exception as error:  # Ray says nothing narrower of a node that is not up in 30 seconds
+        ray.shutdown()
+        raise ValueError(_did_not_start(error)) from error
     token_file = Path.home() / ".ray" / "auth_token"
     if token_file.exists():
         token_file.chmod(0o600)  # Ray leaves a new token readable for everybody on the machine
@@ -97,6 +102,15 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_TIMEOUT_S).close()
     except OSError as error:
         raise _no_answer(address, error) from error
+
+
+def _did_not_start(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"Ray did not start on this machine: {lines[0]} If it is slow or busy, run the command "
+        "again when it is not, or start Ray by itself (ray start --head) and set "
+        "RAY_ADDRESS=127.0.0.1:6379. Ray's own logs are in /tmp/ray/session_latest/logs."
+    )
 
 
 def _no_answer(address: str, error: Exception) -> ValueError:

@@ -19,6 +19,7 @@ from reward_actor.client.handle import DEFAULT_APP_NAME
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.config_errors import validate
 from reward_actor.ray_internals import serve_http_options
+from reward_actor.terminal import phase
 from serve.config import ServeConfig
 from serve.current_model import forget
 from serve.deployments import Ingress, RewardModel
@@ -182,7 +183,8 @@ def start(
     forget(APP_NAME)
     publish_targets()
     try:
-        serve.run(build(config, use_gpu), name=APP_NAME, route_prefix="/")
+        with phase(f"loading {config.model} on its replicas, and replaying its golden samples"):
+            serve.run(build(config, use_gpu), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         message = serve.status().applications[APP_NAME].deployments["RewardModel"].message
         serve.delete(APP_NAME)

@@ -111,9 +111,9 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
     quiet = ["--quiet", "--disable-pip-version-check", "--no-compile"]
     source = tmp_path / "source"  # setuptools writes beside what it builds
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "cluster.yaml"):
         shutil.copy(root / name, source)
-    for name in ("rayward", "reward_actor", "serve", "trainer"):
+    for name in ("rayward", "reward_actor", "serve", "trainer", "deploy"):
         shutil.copytree(root / name, source / name)
     light = str(tmp_path / "light")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", light], check=True)
@@ -132,6 +132,8 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
     ]
     subprocess.run(install, check=True, timeout=300)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    _has_what_is_no_python(Path(light))
+    _takes_nothing_of_others_for_ours(python, tmp_path, environment)
     command = [python, "-c", TRAINER, service]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -141,3 +143,41 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
         expected = client.score("Hi.", ["Hello!", "Hello!", "What?"]).rewards
         [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
     assert json.loads(done.stdout) == pytest.approx(expected + scores.rewards, abs=1e-5)
+
+
+def _has_what_is_no_python(environment: Path) -> None:
+    (packages,) = environment.glob("lib/python3.*/site-packages")
+    for file in (
+        packages / "trainer/config/presets/quickstart.yaml",
+        packages / "trainer/report/report.html",
+        packages / "serve/playground/index.html",
+        packages / "reward_actor/py.typed",
+        environment / "share/rayward/grafana/rayward.json",
+        environment / "share/rayward/prometheus-rules.yml",
+    ):
+        assert file.is_file(), file
+
+
+def _takes_nothing_of_others_for_ours(
+    python: str, folder: Path, environment: dict[str, str]
+) -> None:
+    """In a directory with a user's own trainer.py and serve.py, from a wheel."""
+    project = folder / "project"
+    project.mkdir()
+    for name in ("trainer.py", "serve.py"):
+        (project / name).write_text("raise SystemExit('the user's own file was imported')\n")
+
+    def rayward(**more: str) -> subprocess.CompletedProcess[str]:
+        command = [python, "-m", "rayward", "token", "me", "--file", str(folder / "tokens.json")]
+        return subprocess.run(
+            command, env={**environment, **more}, cwd=project, capture_output=True, text=True
+        )
+
+    done = rayward()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rw_")
+    done = rayward(PYTHONPATH=str(project))
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: trainer is {project / 'trainer.py'}, but Rayward's is in "
+    )
