@@ -70,4 +70,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    from rayward import main
+
+    sys.exit(main())

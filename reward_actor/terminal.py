@@ -72,7 +72,8 @@ def keep_for_ours(name: str) -> None:
     """Send everything that this process and its children print, our own lines excepted, to a new
     file of their user alone, until the process ends."""
     global _err, _log
-    handle, path = tempfile.mkstemp(prefix=f"rayward-{name}-", suffix=".log")
+    safe = "".join(letter for letter in name if letter.isalnum())
+    handle, path = tempfile.mkstemp(prefix=f"rayward-{safe}-", suffix=".log")
     _log = Path(path)
     ours = [os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace") for fd in (1, 2)]
     for fd in (1, 2):
