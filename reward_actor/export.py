@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reward_actor.atomic import replacing_directory
 from reward_actor.contract import (
     FLOAT32_TOLERANCE,
     Golden,
@@ -52,9 +52,21 @@ def export(
     model, by name: their text, or a path to copy. Everything is written beside `directory` first
     and checked by its golden samples, so an interrupted export leaves what was there before.
     """
-    staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    num_bytes = sum(weight.nbytes for weight in state_dict.values())
+    with replacing_directory(directory, num_bytes) as staging:
+        return _write(staging, config, network, state_dict, tokenizer, contract, files, device)
+
+
+def _write(
+    staging: Path,
+    config: PretrainedConfig,
+    network: PreTrainedModel,
+    state_dict: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    contract: ScoringContract,
+    files: Mapping[str, str | Path],
+    device: str,
+) -> ScoringContract:
     config.num_labels = len(contract.heads)
     config.id2label = dict(enumerate(contract.heads))
     config.label2id = {name: index for index, name in enumerate(contract.heads)}
@@ -79,12 +91,6 @@ def export(
         else:
             (staging / name).write_text(content, encoding="utf-8")
     write_manifest(staging, optional=files)
-    previous = directory.with_name(directory.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, previous)
-    os.replace(staging, directory)
-    shutil.rmtree(previous, ignore_errors=True)
     return contract
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor import conversation, dialogues
+from reward_actor.atomic import replacing
 from reward_actor.groups import Completion, Group, GroupScores, Prompt
-from reward_actor.json_files import json_lines, replacing
+from reward_actor.json_files import json_lines
 
 if TYPE_CHECKING:
     from reward_actor.rollout.records import RolloutGroup

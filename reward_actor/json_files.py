@@ -1,16 +1,13 @@
-"""Reading files of JSON, and replacing any file whole or not at all."""
+"""Reading files of JSON."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 IS_AN_ARRAY = "is one JSON array over many lines; write each of its objects on a line of its own"
 
@@ -56,28 +53,3 @@ def begins_an_array(line: bytes) -> bool:
     """Whether a file's first line begins a list of all rows that goes on in the next one."""
     text = line.decode("utf-8-sig", errors="replace").strip()
     return text[:1] == "[" and text[1:].lstrip()[:1] in ("", "{") and text[-1:] != "]"
-
-
-@contextmanager
-def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole and on the disk; no reader and no
-    crash sees half of it. `mode`: its permissions, less the umask."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-
-    def create(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, mode)
-
-    try:
-        with open(partial, "wb", opener=create) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write a file that is never seen half-written."""
-    with replacing(path, mode) as file:
-        file.write(text.encode())

@@ -15,9 +15,9 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification
 
+from reward_actor.atomic import replace_text
 from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.export import export
-from reward_actor.json_files import replace_text
 from reward_actor.model.tokenizer import load_tokenizer
 from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
 from trainer.evaluation.metrics import compare_with_baselines, folded, measure

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reward_actor.json_files import replace_text
+from reward_actor.atomic import replace_text
 from trainer import console
 from trainer.config.train import TrainConfig
 from trainer.data.split import MIN_PROMPTS

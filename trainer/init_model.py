@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_actor.atomic import replacing_directory
 from reward_actor.contract import TOKENIZER_FILES
 from reward_actor.json_files import json_lines
 from reward_actor.transformers_internals import tied_weights
@@ -51,22 +52,25 @@ def init_model(
     The tokenizer is trained on `corpus` (at most `vocab_size` tokens; a small corpus yields fewer)
     or, with `tokenizer_from`, is the one saved in that directory. Weights are float32 and equal
     for equal arguments. Raises ValueError for an empty corpus, sizes that do not fit together, a
-    tokenizer without chat template or with pad == eos, and an `out_dir` that holds an export.
+    tokenizer without chat template or with pad == eos, and an `out_dir` that holds an export or
+    other files.
     """
     _check_sizes(vocab_size, num_heads, num_kv_heads, head_dim)
     out_dir = Path(out_dir)
     if (out_dir / "scoring_contract.json").exists():
         raise ValueError(f"out_dir: {out_dir} holds a trained export; choose another directory")
+    of_a_model = ("config.json", "tokenizer.json")
+    others = out_dir.exists() and any(out_dir.iterdir())
+    if others and not any((out_dir / name).exists() for name in of_a_model):
+        raise ValueError(f"out_dir: {out_dir} holds other files; choose another directory")
 
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     if tokenizer_from is None:
         tokenizer = train_tokenizer(corpus, vocab_size, max_position_embeddings)
-        tokenizer.save_pretrained(out_dir)
     else:
         tokenizer = _load_tokenizer(Path(tokenizer_from))
-        copy_tokenizer(Path(tokenizer_from), out_dir)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -86,7 +90,13 @@ def init_model(
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _save(model, out_dir)
+    num_bytes = sum(weight.nbytes for weight in model.state_dict().values())
+    with replacing_directory(out_dir, num_bytes) as staging:
+        if tokenizer_from is None:
+            tokenizer.save_pretrained(staging)
+        else:
+            copy_tokenizer(Path(tokenizer_from), staging)
+        _save(model, staging)
     return out_dir
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reward_actor.json_files import replace_text
+from reward_actor.atomic import replace_text
 from serve.errors import error_response
 from serve.http.origin import refusal_of_pages
 

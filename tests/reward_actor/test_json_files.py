@@ -1,4 +1,4 @@
-"""Files of JSON: what is read of them, and that one is replaced whole or not at all."""
+"""Files of JSON: what is read of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_actor.json_files import json_lines, json_object, replace_text, replacing
+from reward_actor.json_files import json_lines, json_object
 
 
 @pytest.mark.parametrize(
@@ -30,30 +30,3 @@ def test_lines_have_their_numbers_with_the_blank_ones_counted(tmp_path: Path) ->
     for name in ("a.jsonl", "a.jsonl.gz"):
         found = [(place.rpartition(":")[2], value) for place, value in json_lines(tmp_path / name)]
         assert found == [("1", {"a": 1}), ("4", [2]), ("5", "three")]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    path.write_text("before")
-
-    def interrupted() -> None:
-        with replacing(path) as file:
-            file.write(b"half")
-            file.flush()
-            assert path.read_text() == "before"
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_text() == "before"
-    replace_text(path, "after \N{SNOWMAN}")
-    assert path.read_text(encoding="utf-8") == "after \N{SNOWMAN}"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_secret_is_never_readable_for_others(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.json"
-    path.write_text("before")
-    path.chmod(0o644)
-    replace_text(path, "after", mode=0o600)
-    assert path.stat().st_mode & 0o777 == 0o600

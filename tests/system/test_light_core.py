@@ -165,7 +165,7 @@ def _takes_nothing_of_others_for_ours(
     project = folder / "project"
     project.mkdir()
     for name in ("trainer.py", "serve.py"):
-        (project / name).write_text("raise SystemExit('the user's own file was imported')\n")
+        (project / name).write_text("raise SystemExit('not ours')\n")
 
     def rayward(**more: str) -> subprocess.CompletedProcess[str]:
         command = [python, "-m", "rayward", "token", "me", "--file", str(folder / "tokens.json")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reward_actor.json_files import replace_text
+from reward_actor.atomic import replace_text
 from trainer.config.data import DataConfig
 from trainer.config.train import TrainConfig
 from trainer.data.gather import take

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
-from reward_actor.json_files import json_object, replace_text
+from reward_actor.atomic import replace_text
+from reward_actor.json_files import json_object
 from trainer import console
 from trainer.config.train import ReportConfig, TrainConfig
 from trainer.report import describe
