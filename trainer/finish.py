@@ -19,6 +19,7 @@ from reward_actor.atomic import replace_text
 from reward_actor.contract import NUM_QUANTILES, HeldOut, ScoringContract
 from reward_actor.export import export
 from reward_actor.model.tokenizer import load_tokenizer
+from reward_actor.readout import Readout
 from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
 from trainer.evaluation.metrics import compare_with_baselines, folded, measure
 from trainer.job import RunFacts
@@ -44,37 +45,38 @@ def finish(
 ) -> dict[str, Any]:
     """Measure, normalise, export: what `result.json` says, on every worker. The engine is used up.
 
-    Its metrics, `heldout_*`, are of raw scores, as in the log and in `rayward eval`; the export's
-    contract normalises them.
+    Its metrics, `heldout_*`, are those of `rayward eval`: rewards as the export's contract
+    normalises them, and raw scores under their own names.
     """
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
     heldout, attributes = trainer.data.heldout, config.loss.attributes
     scores = trainer.score(heldout) if len(heldout) else np.zeros(0, np.float32)
-    metrics = measure(heldout, scores, attributes)
     raw_scores = folded(scores, attributes)
-    if baselines:
-        compared = compare_with_baselines(heldout, raw_scores, baselines)
-        metrics["baselines"] = {name: asdict(result) for name, result in compared.items()}
     contract = replace(contract, held_out=held_out(raw_scores, heldout.lengths))
     if config.evaluation.normalise:
         contract = normalised(contract, raw_scores)
+    rewards = Readout.of(contract).read(raw_scores[:, None]).rewards
+    metrics = measure(heldout, scores, attributes, rewards)
+    if baselines:
+        compared = compare_with_baselines(heldout, rewards, baselines)
+        metrics["baselines"] = {name: asdict(result) for name, result in compared.items()}
     result = {**asdict(facts), **{f"heldout_{key}": value for key, value in metrics.items()}}
     weights = zero.whole_weights(trainer.engine)
     zero.release(trainer.engine)
     if dist.get_rank() == 0:
         with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
-            files = _files(Path(folder), trainer, contract, facts, metrics, raw_scores)
+            files = _files(Path(folder), trainer, contract, facts, metrics, raw_scores, rewards)
             _export(config, contract, weights, files)
         replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def normalised(contract: ScoringContract, rewards: NDArray[np.float32]) -> ScoringContract:
+def normalised(contract: ScoringContract, raw_scores: NDArray[np.float32]) -> ScoringContract:
     """The contract under which these raw scores have mean 0 and standard deviation 1.
 
     Unchanged where that cannot be measured: with fewer than two scores, or equal ones.
     """
-    wide = rewards.astype(np.float64)
+    wide = raw_scores.astype(np.float64)
     std = float(wide.std()) if len(wide) > 1 else 0.0
     return replace(contract, mean=float(wide.mean()), std=std) if std > 0 else contract
 
@@ -100,6 +102,7 @@ def _files(
     facts: RunFacts,
     metrics: Mapping[str, Any],
     raw_scores: NDArray[np.float32],
+    rewards: NDArray[np.float64],
 ) -> dict[str, Path]:
     """The files about the model that go into its export: card, plots and report."""
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
@@ -115,7 +118,8 @@ def _files(
             log=list(read_log(output_dir / LOG_FILE)),
             evaluations=list(read_log(output_dir / EVALUATIONS_FILE)),
             heldout=trainer.data.heldout,
-            rewards=raw_scores,
+            raw_scores=raw_scores,
+            rewards=rewards,
             decode=lambda ids: str(tokenizer.decode(list(ids))),
         )
     except Exception:  # a plot must not cost anyone a trained model

@@ -33,6 +33,8 @@ class RunFacts:
     num_failed_checkpoints: int
     counts: dict[str, int]
     """Of the training comparisons, by kind: `Comparisons.counts`."""
+    row_format: str
+    """How the rows are read, and why: `Prepared.row_format`."""
 
     @classmethod
     def of(cls, data: Prepared, num_steps: int) -> RunFacts:
@@ -45,6 +47,7 @@ class RunFacts:
             dropped=str(data.dropped),
             num_failed_checkpoints=0,
             counts=data.train.counts(),
+            row_format=data.row_format,
         )
 
 

@@ -99,7 +99,7 @@ def _baselines(
         say(f"warning: no baselines: {type(error).__name__}: {error}")
         return {}
     if rewards:
-        found = {name: accuracy(prepared.heldout, of) for name, of in rewards.items()}
+        found = {name: accuracy(prepared.heldout, of).mean for name, of in rewards.items()}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"baselines on the held-out pairs: {shown}")
     return rewards

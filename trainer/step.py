@@ -86,10 +86,11 @@ class Stepper:
                 {"router_loss": sums["router_loss"] / len(batch)} if self.router_coefficient else {}
             ),
             "accuracy": sums["num_correct"] / num_pairs,
-            "reward_margin": sums["sum_margin"] / num_pairs,
-            "min_reward": sums["min_reward"],
-            "mean_reward": sums["sum_reward"] / sums["num_sequences"],
-            "max_reward": sums["max_reward"],
+            # Of raw scores: what normalises them is measured after the last step.
+            "raw_margin": sums["sum_margin"] / num_pairs,
+            "min_raw_score": sums["min_raw_score"],
+            "mean_raw_score": sums["sum_raw_score"] / sums["num_sequences"],
+            "max_raw_score": sums["max_raw_score"],
             "learning_rate": rates[0],
             "grad_norm": grad_norm,
             "num_pairs": int(sums["num_pairs"]),
@@ -177,7 +178,7 @@ class Stepper:
 
 
 _SUMS = (
-    "loss", "num_correct", "sum_margin", "num_pairs", "sum_reward", "num_sequences",
+    "loss", "num_correct", "sum_margin", "num_pairs", "sum_raw_score", "num_sequences",
     "num_rows", "num_padded", "router_loss",
 )  # fmt: skip
 
@@ -209,15 +210,15 @@ class _Totals:
         self._sums[8] += loss.double()
 
     def reduced(self) -> dict[str, float]:
-        """The sums of all workers by name, and min_reward, max_reward and memory_mb."""
+        """The sums of all workers by name, and min_raw_score, max_raw_score and memory_mb."""
         self._highest[2] = _peak_memory_mb(self._sums.device)
         dist.all_reduce(self._sums)
         dist.all_reduce(self._highest, op=dist.ReduceOp.MAX)
         highest, negative_lowest, memory_mb = self._highest.tolist()
         return {
             **dict(zip(_SUMS, self._sums.tolist(), strict=True)),
-            "min_reward": -negative_lowest,
-            "max_reward": highest,
+            "min_raw_score": -negative_lowest,
+            "max_raw_score": highest,
             "memory_mb": memory_mb,
         }
 

@@ -170,7 +170,7 @@ def train_without_ray(
     from trainer.job import Job, RunFacts
 
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    facts = RunFacts(len(data.train), 0, num_steps, 0, "none", 0, data.train.counts())
+    facts = RunFacts(len(data.train), 0, num_steps, 0, "none", 0, data.train.counts(), "chat")
     found, loop.ray.get = loop.ray.get, lambda given: given
     try:
         return loop.training_loop(Job(config, contract, data, facts, {}))  # type: ignore[arg-type]

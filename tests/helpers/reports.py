@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COUNTS = {"pairs": 8_168, "ties": 0, "rankings": 0, "single completions": 0, "margins": 0}
 FACTS = RunFacts(
     num_pairs=8_168, num_shared_prompts=0, num_steps=200, num_dropped=3, dropped="3 too long",
-    num_failed_checkpoints=0, counts=COUNTS,
+    num_failed_checkpoints=0, counts=COUNTS, row_format="text: the tokenizer has no chat template",
 )  # fmt: skip
 CONTRACT = ScoringContract(
     format="text", chat_template=None, turn_end="", add_special_tokens=False, append_eos=True,

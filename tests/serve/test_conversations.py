@@ -33,7 +33,7 @@ def export(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(root / "base")
-    return make_export(root / "base", root / "tools", seed=5)
+    return make_export(root / "base", root / "tools", seed=5, mean=0.5, std=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,7 @@ def test_files(url: str, export: Path, of_sides: list[float], tmp_path: Path, wh
     result = evaluate_model(url if where == "service" else str(export), str(pairs))
     assert result["num_pairs"] == 1
     assert result["reward_margin"] == pytest.approx(trained - other, abs=1e-5)
+    assert result["raw_margin"] == pytest.approx(2 * (trained - other), abs=2e-5)
 
 
 def test_what_is_wrong_is_named(url: str) -> None:

@@ -32,12 +32,14 @@ def card_of(
 
 def test_the_card_shows_what_is_known_and_links_the_report() -> None:
     held, rewards = plausible(tokenizer())
-    result = evaluate(held, rewards)
+    result = evaluate(held, 2 * rewards, rewards)
     num_prompts = result.subsets["math & logic"].num_prompts
     card = card_of(["report.html", "plots/loss.png"], **result.as_dict())
     assert f"On 450 held-out pairs of {result.num_prompts} prompts" in card
     assert f"in {100 * result.accuracy:.1f} % (ties count half; 95 % interval " in card
     assert f"expected calibration error is {100 * result.calibration_error:.1f} %" in card
+    margins = f"{result.reward_margin:.3f} (of the raw scores, before normalisation, "
+    assert f"the mean difference of the rewards is {margins}{result.raw_margin:.3f})" in card
     assert f"Reward and length correlate by {result.length_correlation:+.2f}; the chosen" in card
     assert f"| math & logic | 150 | {num_prompts} |" in card
     assert r"| \<i\>chat\</i\> | 150 |" in card
@@ -57,20 +59,23 @@ def test_the_card_says_whether_the_model_is_better_than_simple_ones() -> None:
         held, rewards, {"length": -held.lengths, "bag of words": rewards}
     )
     found = {name: asdict(one) for name, one in beaten.items()}
-    card = card_of(**evaluate(held, rewards).as_dict(), baselines=found)
+    card = card_of(**evaluate(held, rewards, rewards).as_dict(), baselines=found)
     (length, words) = (line for line in card.splitlines() if line.startswith(("| len", "| bag")))
     assert f"| {100 * beaten['length'].accuracy:.1f} % |" in length
     assert f"| {100 * beaten['length'].lead.mean:+.1f} (" in length
     assert length.endswith("points | better |")
     assert words.endswith("points | not shown to be better |")
-    assert "| baseline, on the same pairs |" not in card_of(**evaluate(held, rewards).as_dict())
+    assert "| baseline, on the same pairs |" not in card_of(
+        **evaluate(held, rewards, rewards).as_dict()
+    )
 
 
 def test_the_metadata_of_a_card_are_what_the_hub_reads() -> None:
     changed = CONFIG.model_copy(deep=True)
     changed.model.path = "some-lab/base-1B"
     changed.data.train = {"some-lab/preferences:train": Source.model_validate({})}
-    result = evaluate(*plausible(tokenizer()))
+    held, rewards = plausible(tokenizer())
+    result = evaluate(held, rewards, rewards)
     data = ModelCard(card_of(config=changed, **result.as_dict())).data
     assert data.base_model == "some-lab/base-1B"
     assert data.datasets == ["some-lab/preferences"]
@@ -122,7 +127,8 @@ def test_the_card_says_what_the_model_was_trained_by(
 
 
 def test_the_card_claims_no_unseen_prompts_where_that_is_not_so() -> None:
-    found = evaluate(*plausible(tokenizer())).as_dict()
+    held, rewards = plausible(tokenizer())
+    found = evaluate(held, rewards, rewards).as_dict()
     assert "about prompts that were not trained on" in card_of(**found)
     assert "was chosen on these pairs" not in card_of(**found)
     config = CONFIG.model_copy(deep=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from data_files import BAD, COLUMNS, DIALOGUE, GOOD, PAIR, USER, rendered, write
 
-from trainer.data.load import choose_format, read_rows
+from trainer.data.load import choose_format, explain_format, read_rows
 from trainer.data.parse import parse_row
 
 
@@ -170,3 +170,18 @@ def test_turns_of_one_conversation_stay_together(tmp_path: Path):
     ]
     first, second = read_rows(write(tmp_path / "a.jsonl", rows), COLUMNS)
     assert first.key == second.key == "Name a fruit."
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen", "has_template", "expected"),
+    [
+        ("auto", "chat", True, "chat: the tokenizer has a chat template"),
+        ("auto", "text", True, "text: they are dialogues in text"),
+        ("auto", "text", False, "text: the tokenizer has no chat template"),
+        ("text", "text", True, "text: model.format says so"),
+    ],
+)
+def test_why_rows_are_chat_or_text_is_said(
+    wanted: Any, chosen: Any, has_template: bool, expected: str
+) -> None:
+    assert explain_format(wanted, chosen, has_template) == expected

@@ -29,7 +29,7 @@ from trainer.evaluation.metrics import (
 )
 
 Item = tuple[Comparison, tuple[float, ...]]
-"""A comparison and the rewards of its sequences."""
+"""A comparison and the raw scores of its sequences."""
 
 
 def item(
@@ -44,9 +44,13 @@ def item(
     return Comparison(sequences, scores, key, subset=subset), rewards
 
 
+MEAN, STD = 0.5, 4.0
+
+
 def evaluated(items: list[Item], seed: int = 0) -> EvalResult:
-    rewards = np.array([r for _, values in items for r in values], np.float32)
-    return evaluate(Comparisons.of([c for c, _ in items], ["d"]), rewards, seed)
+    """Of these raw scores, and of the rewards that they are by MEAN and STD."""
+    raw = np.array([r for _, values in items for r in values], np.float32).astype(np.float64)
+    return evaluate(Comparisons.of([c for c, _ in items], ["d"]), raw, (raw - MEAN) / STD, seed)
 
 
 @st.composite
@@ -89,7 +93,8 @@ def test_every_number_is_what_a_loop_over_the_pairs_gives(found: list[Item]) -> 
     longer = [margin for margin, (a, b), _ in pairs if a > b]
     assert (result.num_pairs, result.num_ties) == (len(pairs), ties)
     assert result.accuracy == accuracy(margins)
-    assert result.reward_margin == pytest.approx(sum(margins) / len(margins))
+    assert result.raw_margin == pytest.approx(sum(margins) / len(margins))
+    assert result.reward_margin == pytest.approx(result.raw_margin / STD)
     log_losses = [math.log1p(math.exp(-margin)) for margin in margins]
     assert result.log_loss == pytest.approx(sum(log_losses) / len(margins))
     assert (result.num_shorter, result.accuracy_shorter) == (len(shorter), accuracy(shorter))
@@ -99,13 +104,17 @@ def test_every_number_is_what_a_loop_over_the_pairs_gives(found: list[Item]) -> 
         if of_name:
             assert result.subsets[name].num_pairs == len(of_name)
             assert result.subsets[name].accuracy == accuracy(of_name)
-            assert result.subsets[name].reward_margin == pytest.approx(np.mean(of_name))
+            assert result.subsets[name].raw_margin == pytest.approx(np.mean(of_name))
+            assert result.subsets[name].reward_margin == pytest.approx(np.mean(of_name) / STD)
         else:
             assert name not in result.subsets
-    rewards = [r for _, values in found for r in values]
-    assert result.min_reward == np.float32(min(rewards))
-    assert result.max_reward == np.float32(max(rewards))
-    assert result.mean_reward == pytest.approx(np.mean(rewards), rel=1e-6, abs=1e-6)
+    raw = [r for _, values in found for r in values]
+    assert result.min_raw_score == np.float32(min(raw))
+    assert result.max_raw_score == np.float32(max(raw))
+    assert result.mean_raw_score == pytest.approx(np.mean(raw), rel=1e-6, abs=1e-6)
+    assert result.min_reward == (np.float32(min(raw)).astype(float) - MEAN) / STD
+    assert result.mean_reward == pytest.approx((result.mean_raw_score - MEAN) / STD)
+    assert result.max_reward == (np.float32(max(raw)).astype(float) - MEAN) / STD
 
 
 @given(items(), st.randoms(use_true_random=False))
@@ -236,6 +245,21 @@ def test_ranks_are_of_rewards_within_their_prompts() -> None:
     ranks = [[5, 4, 3, 6, 7.5, 1.5, 7.5, 1.5], [7.5, 1.5, 3, 6, 5, 4, 7.5, 1.5]]
     found = rank_correlation(comparisons, rewards.ravel(), others.ravel())
     assert found == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_without_rewards_nothing_is_called_one() -> None:
+    comparison, raw = item((1.0, 0.0), subset="a")
+    values = evaluate(Comparisons.of([comparison], ["d"]), np.array(raw)).as_dict()
+    assert not [name for of in (values, values["subsets"]["a"]) for name in of if "reward" in name]
+    assert values["raw_margin"] == values["subsets"]["a"]["raw_margin"] == 1
+
+
+def test_of_an_ensemble_its_rewards_decide() -> None:
+    """Whose raw scores, combined, may say the opposite."""
+    held = Comparisons.of([item((0.0, 0.0))[0]], ["d"])
+    result = evaluate(held, np.array([0.0, 1.0]), np.array([1.0, 0.0]))
+    assert (result.accuracy, result.reward_margin, result.raw_margin) == (1, 1, -1)
+    assert result.log_loss == pytest.approx(np.logaddexp(0, 1))
 
 
 def test_rewards_that_cannot_be_evaluated_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ from trainer.report.plots import smooth
 from trainer.report.templates import TEMPLATES
 
 Decode = Callable[[Sequence[int]], str]
+RAW_SCALE = 2
 PNG = b"\x89PNG\r\n\x1a\n"
 PLOTS = ("loss", "accuracy", "margin", "calibration", "rewards", "length")
 
@@ -46,8 +48,10 @@ def written(directory: Path, config: TrainConfig, decode: Decode, **given: Any) 
     """The page of a report of these things, and nothing else."""
     parts = {
         "facts": FACTS, "metrics": {}, "log": [], "evaluations": [], "heldout": None,
-        "rewards": None,
+        "raw_scores": None, "rewards": None,
     }  # fmt: skip
+    if "rewards" in given:
+        given = {"raw_scores": RAW_SCALE * given["rewards"], **given}
     write_report(directory, config=config, contract=CONTRACT, decode=decode, **parts | given)
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -100,7 +104,8 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
     names = write_report(
         tmp_path, config=config, contract=CONTRACT, facts=FACTS, log=log,
         metrics={"baselines": {name: asdict(one) for name, one in beaten.items()}},
-        evaluations=evaluations, heldout=held, rewards=rewards, decode=tokenizer.decode,
+        evaluations=evaluations, heldout=held, raw_scores=RAW_SCALE * rewards, rewards=rewards,
+        decode=tokenizer.decode,
     )  # fmt: skip
     assert names == ["report.html", *(f"plots/{name}.png" for name in PLOTS)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "report.html"]
@@ -110,12 +115,15 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
         png = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert png.startswith(PNG)
         assert base64.b64encode(png).decode() in text
-    result = evaluate(held, rewards)
+    result = evaluate(held, RAW_SCALE * rewards, rewards)
     for shown in (
         "Reward model: polite",
         f"{100 * result.accuracy:.1f} %",
         f"95 %: {100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f} %",
-        f"{result.reward_margin:.3f}",
+        f">{result.reward_margin:.3f}<",
+        f"of raw scores {result.raw_margin:.3f}",
+        f"{result.log_loss:.4f}",
+        "text: the tokenizer has no chat template",
         f"{result.length_correlation:+.2f}",
         "math &amp; logic",
         "&lt;i&gt;chat&lt;/i&gt;",
@@ -141,6 +149,23 @@ def test_equal_numbers_give_equal_bytes(
     assert len(files) == 7
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_without_matplotlib_a_report_says_why_it_has_no_pictures(
+    tmp_path: Path, config: TrainConfig, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    held, rewards = plausible(tokenizer, 20)
+    text = written(
+        tmp_path, config, tokenizer.decode, log=[step_line(1)], heldout=held, rewards=rewards
+    )
+    check_is_alone(text)
+    assert "matplotlib is not installed where this was trained" in text
+    assert "<img " not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_nothing_held_out_leaves_out_what_needs_it(
@@ -169,7 +194,7 @@ def test_attributes_alone_have_no_pairs_to_show(
     tmp_path: Path, config: TrainConfig, tokenizer: Any
 ) -> None:
     alone = Comparisons.of([Comparison([[5, 6]], (0,), "a", attributes=[[0.5]])], ["a.jsonl"], 1)
-    log = [{**step_line(1), "accuracy": 0.0, "reward_margin": 0.0, "num_pairs": 0}]
+    log = [{**step_line(1), "accuracy": 0.0, "raw_margin": 0.0, "num_pairs": 0}]
     text = written(
         tmp_path, config, tokenizer.decode, log=log, heldout=alone, rewards=np.zeros(1, np.float32)
     )

@@ -158,7 +158,7 @@ def test_without_a_terminal_about_twenty_plain_lines_are_printed(
     first = step_line(1)
     assert printed[0] == (
         f"step 1/200  loss {first['loss']:.4f}  accuracy {first['accuracy']:.3f}  "
-        f"reward_margin {first['reward_margin']:.3f}  {first['pairs_per_s']:.0f} pairs/s"
+        f"raw_margin {first['raw_margin']:.3f}  {first['pairs_per_s']:.0f} pairs/s"
     )
     assert printed[-1] == plain(Line("heldout", evaluation_line(200)), 200)
     assert printed[-1].startswith("step 200/200  held out: accuracy 0.795 (0.760 to 0.828)")
@@ -181,7 +181,7 @@ def test_a_terminal_gets_one_display_with_everything_on_it(tmp_path: Path) -> No
         "100/200",
         f"loss {last['loss']:.4f}",
         f"accuracy {last['accuracy']:.3f}",
-        f"reward margin {last['reward_margin']:.3f}",
+        f"raw margin {last['raw_margin']:.3f}",
         f"{last['pairs_per_s']:,.1f} pairs/s",
         f"{last['tokens_per_s']:,.0f} tokens/s",
         f"{last['padding_saved']:.0%} of padding saved",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,8 @@ def config_of(base_model: Path, output_dir: Path, train: Any, **changes: Any) ->
 
 
 def streamed(config: TrainConfig, split_bytes: int = 5000) -> Prepared:
-    contract = prepare(config)[1]
-    return prepare_stream(config, contract, split_bytes)
+    prepared, contract = prepare(config)
+    return replace(prepare_stream(config, contract, split_bytes), row_format=prepared.row_format)
 
 
 def assert_equal(found: Prepared, expected: Prepared) -> None:

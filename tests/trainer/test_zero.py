@@ -85,7 +85,8 @@ def sequences_of(comparisons: Comparisons) -> list[list[int]]:
 
 
 def evaluated(scorer: RewardScorer, comparisons: Comparisons) -> EvalResult:
-    return evaluate(comparisons, scorer.raw_scores(sequences_of(comparisons))[:, 0])
+    reading = scorer.readout.read(scorer.raw_scores(sequences_of(comparisons)))
+    return evaluate(comparisons, reading.raw_scores, reading.rewards)
 
 
 def config_of(run: Path) -> TrainConfig:
@@ -94,7 +95,7 @@ def config_of(run: Path) -> TrainConfig:
 
 
 def curve(run: Path) -> list[tuple[float, ...]]:
-    keys = ("loss", "grad_norm", "learning_rate", "accuracy", "reward_margin")
+    keys = ("loss", "grad_norm", "learning_rate", "accuracy", "raw_margin")
     return [tuple(line[key] for key in keys) for line in log_of(run)]
 
 
@@ -123,7 +124,8 @@ def test_the_log_tells_every_step(runs: dict[str, Path]):
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     assert [line["epoch"] for line in lines] == [step // 4 for step in range(NUM_STEPS)]
     for line in lines:
-        assert line["min_reward"] <= line["mean_reward"] <= line["max_reward"]
+        assert line["min_raw_score"] <= line["mean_raw_score"] <= line["max_raw_score"]
+        assert not any("reward" in key for key in line), "there is no normalisation yet"
         assert 0 <= line["accuracy"] <= 1
         assert min(line["pairs_per_s"], line["tokens_per_s"], line["memory_mb"]) > 0
 
@@ -140,8 +142,12 @@ def test_every_export_scores_as_its_training_did(runs: dict[str, Path]):
         trained = json.loads((run / "result.json").read_text())
         assert trained["heldout_num_pairs"] == len(heldout)
         bound = scorer.contract.golden.tolerance[dtype]
-        for key in ("reward_margin", "min_reward", "mean_reward", "max_reward"):
+        for key in ("raw_margin", "min_raw_score", "mean_raw_score", "max_raw_score"):
             assert getattr(result, key) == pytest.approx(trained[f"heldout_{key}"], abs=bound), name
+        scaled = max(bound, bound / scorer.contract.std)
+        for key in ("reward_margin", "min_reward", "mean_reward", "max_reward"):
+            assert getattr(result, key) == pytest.approx(trained[f"heldout_{key}"], abs=scaled)
+        assert trained["heldout_mean_reward"] == pytest.approx(0, abs=1e-6)
         raw_scores = scorer.raw_scores(sequences_of(heldout))[:, 0]
         found = scorer.contract.held_out
         assert found is not None

@@ -90,6 +90,22 @@ def choose_format(
     return "chat" if has_chat_template and not all(row.is_dialogue for row in rows) else "text"
 
 
+def explain_format(
+    wanted: Literal["auto", "chat", "text"],
+    chosen: Literal["chat", "text"],
+    has_chat_template: bool,
+) -> str:
+    """What `choose_format` has chosen, and why."""
+    if wanted != "auto":
+        return f"{chosen}: model.format says so"
+    if chosen == "chat":
+        return "chat: the tokenizer has a chat template"
+    why = (
+        "they are dialogues in text" if has_chat_template else "the tokenizer has no chat template"
+    )
+    return f"text: {why}"
+
+
 def load_comparisons(
     sources: Mapping[str, Source],
     renderer: Renderer,

@@ -11,7 +11,14 @@ from reward_actor.atomic import replace_text
 from trainer.config.data import DataConfig
 from trainer.config.train import TrainConfig
 from trainer.data.gather import take
-from trainer.data.load import check_columns, choose_format, gather_rows, iterate_rows, read_rows
+from trainer.data.load import (
+    check_columns,
+    choose_format,
+    explain_format,
+    gather_rows,
+    iterate_rows,
+    read_rows,
+)
 from trainer.data.rows import Row, Side
 from trainer.data.split import Prepared, decide, rules_of
 
@@ -61,16 +68,20 @@ def prepare(config: TrainConfig) -> tuple[Prepared, ScoringContract]:
         _make_base(base, rows(), config.training.seed)
     renderer = _renderer(config, rows())
     contract = renderer.contract
+    row_format = explain_format(
+        config.model.format, contract.format, renderer.tokenizer.chat_template is not None
+    )
     if data.streaming:
         from trainer.data.stream import prepare_stream
 
-        return prepare_stream(config, contract), contract
+        return replace(prepare_stream(config, contract), row_format=row_format), contract
     attributes = config.loss.attributes
     rules = rules_of(data, attributes)
     everything = [gather_rows(some, renderer, rules) for some in loaded]
     train, heldout, summary = decide(everything, data, attributes, contract)
     kept = take(everything[0].comparisons, train), take(everything[-1].comparisons, heldout)
-    return Prepared.of(*kept, summary, data, config.training.seed), contract
+    prepared = Prepared.of(*kept, summary, data, config.training.seed)
+    return replace(prepared, row_format=row_format), contract
 
 
 def _check_columns(data: DataConfig) -> None:

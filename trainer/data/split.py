@@ -102,6 +102,9 @@ class TrainingData:
 class Prepared(TrainingData, Summary):
     """The data of a training and how it came about."""
 
+    row_format: str = ""
+    """Chat or text, and why, for people."""
+
     @classmethod
     def of(
         cls,
@@ -139,7 +142,8 @@ class Prepared(TrainingData, Summary):
         heldout = "" if facts.eval_sources else f", {len(self.heldout)} held out by prompt,"
         lines = [
             f"{len(self.train)} training pairs{heldout} of {self.num_rows} rows; "
-            f"dropped: {self.dropped}"
+            f"dropped: {self.dropped}",
+            f"rows are read as {self.row_format}",
         ]
         if facts.total.num_truncated:
             lines.append(f"{facts.total.num_truncated} over-long pairs cut on the left")

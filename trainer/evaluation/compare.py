@@ -27,7 +27,7 @@ from trainer.evaluation.evaluate import (
     tally_of,
 )
 from trainer.evaluation.intervals import Estimate
-from trainer.evaluation.metrics import difference, evaluate, pair_indices, rank_correlation
+from trainer.evaluation.metrics import accuracy, difference, pair_indices, rank_correlation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,8 +52,8 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class DifferingPair:
-    """A pair, and by how much chosen is ahead for each model, in standard deviations of the raw
-    scores that this model gave. Without texts in rows of token ids."""
+    """A pair, and by how much chosen is ahead for each model, in standard deviations of the
+    rewards that this model gave. Without texts in rows of token ids."""
 
     row: int
     margin_a: float
@@ -119,17 +119,17 @@ def compare_models(
     if not comparisons.is_decided.any():
         raise ValueError(f"no pair of {data} that both can score: {of_a}, {of_b}")
     rewards_a, rewards_b = (of.rewards(both) for of in (of_a, of_b))
-    result_a, result_b = evaluate(comparisons, rewards_a), evaluate(comparisons, rewards_b)
+    accuracy_a, accuracy_b = (accuracy(comparisons, of) for of in (rewards_a, rewards_b))
     chosen, rejected, _ = pair_indices(comparisons)
     ahead_a, ahead_b = (np.sign(of[chosen] - of[rejected]) for of in (rewards_a, rewards_b))
     warnings = row_warnings(data, tally_of(rows)) + few_prompts(comparisons)
     if any(row.ids for row in both) and of_a.model_version != of_b.model_version:
         warnings.append(f"{data} holds token ids: both models must have one tokenizer")
     return ModelComparison(
-        a=of_a.result(result_a.accuracy, result_a.accuracy_low, result_a.accuracy_high),
-        b=of_b.result(result_b.accuracy, result_b.accuracy_low, result_b.accuracy_high),
-        num_pairs=result_a.num_pairs,
-        num_prompts=result_a.num_prompts,
+        a=of_a.result(accuracy_a),
+        b=of_b.result(accuracy_b),
+        num_pairs=len(chosen),
+        num_prompts=accuracy_a.num_prompts,
         difference=difference(comparisons, rewards_b, rewards_a),
         agreement=float((ahead_a == ahead_b).mean()),
         rank_correlation=rank_correlation(comparisons, rewards_a, rewards_b),
@@ -154,11 +154,13 @@ class _Scored:
         return f"{self.model} drops {self.num_dropped} rows ({reasons or 'equal completions'})"
 
     def rewards(self, rows: Sequence[Row]) -> NDArray[np.float64]:
-        """(S,) raw scores of the completions of these rows."""
-        return np.array([score for row in rows for score in self.rows[row.number].raw_scores])
+        """(S,) of the completions of these rows."""
+        return np.array([reward for row in rows for reward in self.rows[row.number].rewards])
 
-    def result(self, *accuracy: float) -> ModelResult:
-        return ModelResult(self.model, self.model_version, self.num_dropped, self.errors, *accuracy)
+    def result(self, of: Estimate) -> ModelResult:
+        return ModelResult(
+            self.model, self.model_version, self.num_dropped, self.errors, of.mean, of.low, of.high
+        )
 
 
 def _scored(

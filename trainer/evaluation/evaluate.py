@@ -36,6 +36,7 @@ class _Evaluated:
     comparisons: Comparisons
     raw_scores: NDArray[np.float64]
     """(S,) of their sequences."""
+    rewards: NDArray[np.float64]
     num_dropped: int
     model_version: str
     warnings: list[str]
@@ -89,7 +90,7 @@ def evaluate_model(
             deduplicate=deduplicate,
         )
     return {
-        **metrics.evaluate(found.comparisons, found.raw_scores).as_dict(),
+        **metrics.evaluate(found.comparisons, found.raw_scores, found.rewards).as_dict(),
         "num_dropped": found.num_dropped,
         "model": model_or_url,
         "model_version": found.model_version,
@@ -168,19 +169,22 @@ def _of_directory(
     (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=sequences)])
     for error in filter(None, scores.errors):
         raise ValueError(f"{directory} cannot score {error.type}: {error.message}")
-    raw_scores = np.array(scores.raw_scores, dtype=np.float64)
+    raw_scores, rewards = (
+        np.array(of, dtype=np.float64) for of in (scores.raw_scores, scores.rewards)
+    )
     tally = loaded.tally
     warnings = row_warnings(data, tally)
-    return _Evaluated(comparisons, raw_scores, tally.count, scorer.model_version, warnings)
+    version = scorer.model_version
+    return _Evaluated(comparisons, raw_scores, rewards, tally.count, version, warnings)
 
 
 def _of_service(url: str, data: str, rows: Sequence[Row]) -> _Evaluated:
     with scoring(url) as model:
         scored, version, _ = score_rows(model, rows, data)
-    raw_scores = np.array([score for one in scored for score in one.raw_scores])
     return _Evaluated(
         as_comparisons(scored, data),
-        raw_scores,
+        np.array([score for one in scored for score in one.raw_scores]),
+        np.array([reward for one in scored for reward in one.rewards]),
         len(rows) - len(scored),
         version,
         row_warnings(data, tally_of(rows)),
@@ -211,7 +215,8 @@ def row_warnings(data: str, tally: Tally) -> list[str]:
 class ScoredRow(NamedTuple):
     row: Row
     raw_scores: list[float]
-    """K, in the order of the row's completions."""
+    """K, in the order of the row's completions, as the two others."""
+    rewards: list[float]
     num_tokens: list[int]
 
 
@@ -226,14 +231,19 @@ def score_rows(
     usable = [row for row in rows if _compares(row)]
     results = model.score([group for row in usable for group in _groups(row)])
     samples = iter(
-        [s for result in results for s in zip(result.raw_scores, result.num_tokens, strict=True)]
+        [
+            sample
+            for result in results
+            for sample in zip(result.raw_scores, result.rewards, result.num_tokens, strict=True)
+        ]
     )
     scored = []
     for row in usable:
         found = list(islice(samples, len(row.scores)))
-        raw_scores = [score for score, _ in found if score is not None]
-        if len(raw_scores) == len(found):
-            scored.append(ScoredRow(row, raw_scores, [num for _, num in found]))
+        raw_scores = [score for score, _, _ in found if score is not None]
+        rewards = [reward for _, reward, _ in found if reward is not None]
+        if len(rewards) == len(found):
+            scored.append(ScoredRow(row, raw_scores, rewards, [num for _, _, num in found]))
     errors: Counter[str] = Counter(
         error.type for result in results for error in result.errors if error
     )

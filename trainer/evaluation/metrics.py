@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 NUM_BINS = 10
 _HIGHER = (
     "accuracy", "accuracy_low", "accuracy_high", "accuracy_shorter", "accuracy_longer",
-    "reward_margin", "min_reward", "mean_reward", "max_reward",
+    "raw_margin", "min_raw_score", "mean_raw_score", "max_raw_score",
 )  # fmt: skip
 _LOWER = ("log_loss", "calibration_error")
+_OF_REWARDS = ("reward_margin", "min_reward", "mean_reward", "max_reward")
 RMSE = "rmse_"
 """Before the name of an attribute: the root mean squared error of its head."""
 
@@ -41,7 +42,7 @@ class CalibrationBin:
     high: float
     num_pairs: int
     confidence: float | None
-    """The mean of sigmoid(|reward_margin|)."""
+    """The mean of sigmoid(|raw_margin|)."""
     accuracy: float | None
 
 
@@ -50,7 +51,8 @@ class SubsetResult:
     num_pairs: int
     num_prompts: int
     accuracy: float
-    reward_margin: float
+    reward_margin: float | None
+    raw_margin: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class BaselineResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `evaluate` found. None is a number that is not defined for these comparisons."""
+    """What `evaluate` found. None is a number that is not defined for these comparisons.
+
+    A reward is normalised, a raw score is not; what is said of probabilities is of raw scores.
+    """
 
     num_pairs: int
     num_ties: int
@@ -76,16 +81,22 @@ class EvalResult:
     accuracy_stderr: float
     num_prompts: int
     """What the pairs are about; `Comparison.key` says what counts as one prompt."""
-    reward_margin: float
-    """The mean of reward_chosen - reward_rejected."""
+    reward_margin: float | None
+    """The mean of reward_chosen - reward_rejected; None, as all of rewards, where there are raw
+    scores alone: while a training runs, there is no normalisation yet."""
+    min_reward: float | None
+    mean_reward: float | None
+    """Over all S sequences, each once; as the two others, and those of raw scores."""
+    max_reward: float | None
+    raw_margin: float
+    """The mean of raw_chosen - raw_rejected."""
+    min_raw_score: float
+    mean_raw_score: float
+    max_raw_score: float
     log_loss: float
-    """The mean of -log sigmoid(reward_chosen - reward_rejected)."""
-    min_reward: float
-    mean_reward: float
-    """Over all S sequences, each once; as the two others."""
-    max_reward: float
+    """The mean of -log sigmoid(raw_chosen - raw_rejected)."""
     calibration_error: float
-    """ECE of sigmoid(reward_chosen - reward_rejected), see `_calibration`."""
+    """ECE of sigmoid(raw_chosen - raw_rejected), see `_calibration`."""
     num_calibration_bins: int
     """The bins that any pair fell into: few of them tell little."""
     length_correlation: float | None
@@ -100,36 +111,44 @@ class EvalResult:
     """By name; rows without a named subset are in none."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `subsets` only where there are some."""
+        """For JSON; rewards and `subsets` only where there are some."""
         values = {**asdict(self), "calibration_bins": [asdict(b) for b in self.calibration_bins]}
         if not self.subsets:
             del values["subsets"]
+        if self.reward_margin is None:
+            for of in (values, *values.get("subsets", {}).values()):
+                for name in _OF_REWARDS:
+                    of.pop(name, None)
         return values
 
 
-def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> EvalResult:
-    """Compare rewards (S,) with what is known about their sequences; `seed` is the bootstrap's.
+def evaluate(
+    comparisons: Comparisons,
+    raw_scores: NDArray[Any],
+    rewards: NDArray[Any] | None = None,
+    seed: int = 0,
+) -> EvalResult:
+    """Compare raw scores (S,), and the rewards (S,) that they become, with what is known about
+    their sequences; `seed` is the bootstrap's.
 
-    Before normalisation: the trained probabilities are those of differences of raw scores.
+    The rewards decide which side is ahead, the raw scores where there are no rewards: of one model
+    both say the same, of an ensemble they need not. The trained probabilities are those of
+    differences of raw scores.
 
-    Raises ValueError for rewards that are not finite, and without pairs.
+    Raises ValueError for numbers that are not finite, and without pairs.
     """
-    reward = np.asarray(rewards, dtype=np.float64)
-    if reward.shape != (comparisons.num_sequences,):
-        raise ValueError(
-            f"rewards have the shape {reward.shape}, not ({comparisons.num_sequences},)"
-        )
-    for index in np.flatnonzero(~np.isfinite(reward)):
-        raise ValueError(f"the reward of sequence {index} is {reward[index]}, not finite")
+    raw = _checked(comparisons, raw_scores, "raw score")
+    reward = None if rewards is None else _checked(comparisons, rewards, "reward")
     chosen, rejected, comparison = pair_indices(comparisons)
     if not len(chosen):
         raise ValueError("there is no pair to evaluate")
-    margin = reward[chosen] - reward[rejected]
+    deciding = raw if reward is None else reward
+    raw_margin, margin = (of[chosen] - of[rejected] for of in (raw, deciding))
     points = _points(margin)
     right = estimate(points, comparisons.prompts[comparison], seed=seed)
     lengths = comparisons.lengths
     shorter, longer = lengths[chosen] < lengths[rejected], lengths[chosen] > lengths[rejected]
-    error, bins = _calibration(margin, points)
+    error, bins = _calibration(raw_margin, _points(raw_margin))
     return EvalResult(
         num_pairs=len(chosen),
         num_ties=_num_possible_pairs(comparisons) - len(chosen),
@@ -138,26 +157,42 @@ def evaluate(comparisons: Comparisons, rewards: NDArray[Any], seed: int = 0) -> 
         accuracy_high=right.high,
         accuracy_stderr=right.stderr,
         num_prompts=right.num_prompts,
-        reward_margin=_mean(margin),
-        log_loss=_mean(np.logaddexp(0.0, -margin)),
-        min_reward=float(reward.min()),
-        mean_reward=_mean(reward),
-        max_reward=float(reward.max()),
+        reward_margin=None if reward is None else _mean(margin),
+        min_reward=None if reward is None else float(reward.min()),
+        mean_reward=None if reward is None else _mean(reward),
+        max_reward=None if reward is None else float(reward.max()),
+        raw_margin=_mean(raw_margin),
+        min_raw_score=float(raw.min()),
+        mean_raw_score=_mean(raw),
+        max_raw_score=float(raw.max()),
+        log_loss=_mean(np.logaddexp(0.0, -raw_margin)),
         calibration_error=error,
         num_calibration_bins=sum(b.num_pairs > 0 for b in bins),
-        length_correlation=_correlation(reward, lengths.astype(np.float64)),
+        length_correlation=_correlation(deciding, lengths.astype(np.float64)),
         num_shorter=int(shorter.sum()),
         accuracy_shorter=_mean(points[shorter]) if shorter.any() else None,
         num_longer=int(longer.sum()),
         accuracy_longer=_mean(points[longer]) if longer.any() else None,
         calibration_bins=bins,
-        subsets=_by_subset(comparisons, comparison, points, margin),
+        subsets=_by_subset(
+            comparisons, comparison, points, None if reward is None else margin, raw_margin
+        ),
     )
 
 
-def accuracy(comparisons: Comparisons, rewards: NDArray[Any]) -> float:
+def _checked(comparisons: Comparisons, values: NDArray[Any], what: str) -> Floats:
+    wide: Floats = np.asarray(values, dtype=np.float64)
+    if wide.shape != (comparisons.num_sequences,):
+        raise ValueError(f"{what}s have the shape {wide.shape}, not ({comparisons.num_sequences},)")
+    for index in np.flatnonzero(~np.isfinite(wide)):
+        raise ValueError(f"the {what} of sequence {index} is {wide[index]}, not finite")
+    return wide
+
+
+def accuracy(comparisons: Comparisons, rewards: NDArray[Any]) -> Estimate:
     """Of rewards (S,): as `evaluate` has it, without anything else."""
-    return _mean(_points_of(comparisons, rewards))
+    comparison = pair_indices(comparisons)[2]
+    return estimate(_points_of(comparisons, rewards), comparisons.prompts[comparison])
 
 
 def difference(
@@ -179,20 +214,24 @@ def compare_with_baselines(
 ) -> dict[str, BaselineResult]:
     """The rewards (S,) of a model compared with those of each baseline, by its name."""
     return {
-        name: BaselineResult(accuracy(comparisons, of), difference(comparisons, rewards, of))
+        name: BaselineResult(accuracy(comparisons, of).mean, difference(comparisons, rewards, of))
         for name, of in baselines.items()
     }
 
 
 def measure(
-    comparisons: Comparisons, scores: NDArray[Any], attributes: Mapping[str, float]
+    comparisons: Comparisons,
+    scores: NDArray[Any],
+    attributes: Mapping[str, float],
+    rewards: NDArray[Any] | None = None,
 ) -> dict[str, Any]:
     """The raw scores (S,) of one head, or (S, A) of one for each of `attributes`, given with its
-    weight -> the metrics of `evaluate` if there is a pair, and the error of every head that there
-    is a number for, as `rmse_NAME`. Empty if nothing of this is defined."""
+    weight -> the metrics of `evaluate`, with the rewards (S,) if they are known, if there is a
+    pair, and the error of every head that there is a number for, as `rmse_NAME`. Empty if nothing
+    of this is defined."""
     result: dict[str, Any] = {}
     if len(pair_indices(comparisons)[0]):
-        result = evaluate(comparisons, folded(scores, attributes)).as_dict()
+        result = evaluate(comparisons, folded(scores, attributes), rewards).as_dict()
     for index, name in enumerate(attributes):
         target = comparisons.attributes[:, index].astype(np.float64)
         known = ~np.isnan(target)
@@ -203,10 +242,10 @@ def measure(
 
 
 def folded(scores: NDArray[Any], attributes: Mapping[str, float]) -> NDArray[np.float32]:
-    """The raw scores of every head -> (S,) raw scores of the reward, their weighted sum."""
+    """The raw scores of every head -> (S,) raw scores of the model, their weighted sum."""
     weights = np.array(list(attributes.values()) or [1.0], dtype=np.float32)
-    rewards: NDArray[np.float32] = (scores.reshape(-1, len(weights)) * weights).sum(axis=1)
-    return rewards
+    raw_scores: NDArray[np.float32] = (scores.reshape(-1, len(weights)) * weights).sum(axis=1)
+    return raw_scores
 
 
 def is_defined(metric: str, comparisons: Comparisons, attributes: Iterable[str]) -> bool:
@@ -346,7 +385,11 @@ def _ranks(values: NDArray[Any]) -> Floats:
 
 
 def _by_subset(
-    comparisons: Comparisons, comparison: Indices, points: Floats, margin: Floats
+    comparisons: Comparisons,
+    comparison: Indices,
+    points: Floats,
+    reward_margin: Floats | None,
+    raw_margin: Floats,
 ) -> dict[str, SubsetResult]:
     subset = comparisons.subsets[comparison]
     order = np.argsort(subset, kind="stable")
@@ -359,6 +402,7 @@ def _by_subset(
                 len(members),
                 len(np.unique(comparisons.prompts[comparison[members]])),
                 _mean(points[members]),
-                _mean(margin[members]),
+                None if reward_margin is None else _mean(reward_margin[members]),
+                _mean(raw_margin[members]),
             )
     return dict(sorted(results.items()))

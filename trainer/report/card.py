@@ -20,7 +20,7 @@ from trainer.report.templates import TEMPLATES
 _PLOTS = {
     "plots/loss.png": "Loss by step",
     "plots/accuracy.png": "Accuracy by step",
-    "plots/margin.png": "Reward margin by step",
+    "plots/margin.png": "Margin of the raw scores by step",
     "plots/calibration.png": "Calibration",
     "plots/length.png": "Reward by length",
     "plots/rewards.png": "Distribution of the rewards",

@@ -6,6 +6,7 @@ Shapes: S sequences, P pairs.
 from __future__ import annotations
 
 import base64
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,20 +42,27 @@ def write_report(
     log: Lines,
     evaluations: Lines,
     heldout: Comparisons | None,
+    raw_scores: NDArray[Any] | None,
     rewards: NDArray[Any] | None,
     decode: Callable[[Sequence[int]], str],
 ) -> list[str]:
     """Write `directory/report.html` and `directory/plots/*.png`; returns their names in it. No
     path is shown.
 
-    `metrics` are of the held-out comparisons (`measure`), `rewards` (S,) the raw scores of
-    `heldout`'s sequences; `decode` turns token ids to text.
+    `metrics` are of the held-out comparisons (`measure`), `raw_scores` (S,) and `rewards` (S,) of
+    `heldout`'s sequences; `decode` turns token ids to text. Without matplotlib there are no plots.
     """
     held, hard = None, []
-    if heldout is not None and rewards is not None and len(pair_indices(heldout)[0]):
-        held = _held_out(heldout, rewards)
+    if (
+        heldout is not None
+        and raw_scores is not None
+        and rewards is not None
+        and len(pair_indices(heldout)[0])
+    ):
+        held = _held_out(heldout, raw_scores, rewards)
         hard = hardest_pairs(heldout, rewards, decode)
-    plots = write_plots(directory / PLOTS_DIR, log, evaluations, held)
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    plots = write_plots(directory / PLOTS_DIR, log, evaluations, held) if can_draw else {}
     errors = {k.removeprefix(RMSE): value for k, value in metrics.items() if k.startswith(RMSE)}
     what = "pairs" if held else "completions"
     notes = describe.heldout_notes(config, facts.num_shared_prompts, what)
@@ -70,6 +78,7 @@ def write_report(
         facts=facts,
         speed=_speed(log),
         notes=notes if held or errors else [],
+        can_draw=can_draw,
         plots=[
             (shown, base64.b64encode((directory / PLOTS_DIR / f"{name}.png").read_bytes()).decode())
             for name, shown in plots.items()
@@ -83,7 +92,7 @@ def write_report(
     return [REPORT_FILE, *(f"{PLOTS_DIR}/{plot}.png" for plot in plots)]
 
 
-def _held_out(heldout: Comparisons, rewards: NDArray[Any]) -> HeldOut:
+def _held_out(heldout: Comparisons, raw_scores: NDArray[Any], rewards: NDArray[Any]) -> HeldOut:
     chosen, rejected, _ = pair_indices(heldout)
     values, lengths = rewards.astype(np.float64), heldout.lengths
     return HeldOut(
@@ -91,7 +100,7 @@ def _held_out(heldout: Comparisons, rewards: NDArray[Any]) -> HeldOut:
         values[rejected],
         lengths[chosen],
         lengths[rejected],
-        evaluate(heldout, rewards),
+        evaluate(heldout, raw_scores, rewards),
     )
 
 
@@ -118,13 +127,15 @@ def _data(config: TrainConfig, contract: ScoringContract, facts: RunFacts) -> di
         "trained on": describe.source_names(config.data, "train"),
         "evaluated on": describe.evaluation_set(config.data),
         "comparisons": describe.trained_on(facts.counts),
+        "rows are read as": facts.row_format,
         "loss": describe.loss_settings(config.loss, facts.counts),
         "dropped": f"{facts.num_dropped:,} ({facts.dropped})",
         "longest sequence": f"{contract.max_length:,} tokens at most",
     }
     if (contract.mean, contract.std) != (0.0, 1.0):
         rows["normalisation"] = (
-            f"the export gives (reward - {contract.mean:.4g}) / {contract.std:.4g}; rewards in "
-            "this report are without it"
+            f"reward = (raw score - {contract.mean:.4g}) / {contract.std:.4g}: mean and standard "
+            "deviation of the held-out raw scores. Log loss and calibration are of raw scores, "
+            "whose differences the probabilities are made of; so are the curves of the training"
         )
     return rows

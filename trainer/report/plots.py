@@ -39,8 +39,6 @@ _STYLE: Any = {
     "grid.color": "#E4E4E4",
     "figure.constrained_layout.h_pad": 0.12,  # inches
     "figure.constrained_layout.w_pad": 0.12,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
     "figure.figsize": (7.0, 4.2),
     "figure.dpi": 130,
 }
@@ -69,7 +67,7 @@ def write_plots(
     for key, name, draw in (
         ("loss", "loss", _loss),
         ("accuracy", "accuracy", _accuracy),
-        ("reward_margin", "margin", _margin),
+        ("raw_margin", "margin", _margin),
     ):  # a training on attributes alone has neither accuracy nor margin
         if np.isfinite(_column(log, key)).any() and (key == "loss" or _has_pairs(log)):
             title = f"{key.replace('_', ' ').capitalize()} by step"
@@ -135,6 +133,7 @@ def _curve(axes: Axes, log: Lines, key: str) -> None:
     marker = "o" if len(values) < 3 else None
     axes.plot(steps, smooth(values, width), color=_BLUE, linewidth=1.8, marker=marker, label=label)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(_whole_numbers())
 
 
 def _heldout_curve(axes: Axes, evaluations: Lines, key: str, label: str) -> None:
@@ -151,7 +150,7 @@ def _loss(axes: Axes, log: Lines, evaluations: Lines) -> None:
     axes.axhline(
         np.log(2), color=_GREY, linewidth=1, linestyle=":", label="log loss of guessing (ln 2)"
     )
-    axes.legend()
+    _legend(axes)
 
 
 def _accuracy(axes: Axes, log: Lines, evaluations: Lines) -> None:
@@ -166,15 +165,17 @@ def _accuracy(axes: Axes, log: Lines, evaluations: Lines) -> None:
     axes.axhline(0.5, color=_GREY, linewidth=1, linestyle=":", label="guessing")
     axes.set(title="Accuracy", ylabel="share of pairs with chosen above rejected")
     axes.yaxis.set_major_formatter(_percent())
-    axes.legend(loc="lower right")
+    _legend(axes)
 
 
 def _margin(axes: Axes, log: Lines, evaluations: Lines) -> None:
-    _curve(axes, log, "reward_margin")
-    _heldout_curve(axes, evaluations, "reward_margin", "held out")
+    _curve(axes, log, "raw_margin")
+    _heldout_curve(axes, evaluations, "raw_margin", "held out")
     axes.axhline(0, color=_GREY, linewidth=1, linestyle=":")
-    axes.set(title="Reward margin", ylabel="mean of reward(chosen) - reward(rejected)")
-    axes.legend(loc="upper left")
+    axes.set(
+        title="Margin of the raw scores (before normalisation)", ylabel="mean of chosen - rejected"
+    )
+    _legend(axes)
 
 
 def _calibration(axes: Axes, result: EvalResult) -> None:
@@ -196,14 +197,14 @@ def _calibration(axes: Axes, result: EvalResult) -> None:
         )  # fmt: skip
     axes.set(
         title=f"Calibration (expected error {100 * result.calibration_error:.1f} %)",
-        xlabel="confidence, sigmoid of the absolute reward margin (pairs at the foot of each bar)",
+        xlabel="confidence: sigmoid of the absolute raw margin (numbers: pairs)",
         ylabel="share of pairs predicted right",
         xlim=(0.495, 1.005),
         ylim=(0, 1.02),
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_percent())
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def _rewards(axes: Axes, heldout: HeldOut) -> None:
@@ -219,7 +220,8 @@ def _rewards(axes: Axes, heldout: HeldOut) -> None:
         axes.hist(values, edges, histtype="step", color=color, linewidth=1.4)
         axes.axvline(float(values.mean()), color=color, linewidth=1.2, linestyle="--")
     axes.set(title="Rewards of the held-out pairs (dashed: means)", xlabel="reward", ylabel="pairs")
-    axes.legend(loc="upper left")
+    axes.yaxis.set_major_locator(_whole_numbers())
+    _legend(axes)
 
 
 def _length(axes: Axes, heldout: HeldOut) -> None:
@@ -238,7 +240,21 @@ def _length(axes: Axes, heldout: HeldOut) -> None:
         xlabel="tokens of prompt and completion",
         ylabel="reward",
     )
-    axes.legend(loc="best")
+    axes.xaxis.set_major_locator(_whole_numbers())
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where no data is."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside lower left", ncols=3, frameon=False)
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
 
 
 def _percent() -> Any:

@@ -77,7 +77,7 @@ def plain(line: Line, num_steps: int) -> str:
     values, step = line.values, f"step {line.values['step']}/{num_steps}"
     if line.kind == "train":
         return "  ".join([step, *_known(values, _PLAIN)])
-    margin = _known(values, {"reward_margin": "reward_margin {:.3f}"})
+    margin = _known(values, {"raw_margin": "raw_margin {:.3f}"})
     return f"{step}  held out: {'  '.join([*_accuracy(values), *margin, *_errors(values)])}"
 
 
@@ -89,13 +89,13 @@ def _is_printed(line: Line, start: int, num_steps: int, every: int) -> bool:
 _PLAIN = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.3f}",
-    "reward_margin": "reward_margin {:.3f}",
+    "raw_margin": "raw_margin {:.3f}",
     "pairs_per_s": "{:.0f} pairs/s",
 }
 _CELLS = {
     "loss": "loss [bold]{:.4f}[/]",
     "accuracy": "accuracy [bold]{:.3f}[/]",
-    "reward_margin": "reward margin [bold]{:.3f}[/]",
+    "raw_margin": "raw margin [bold]{:.3f}[/]",
     "learning_rate": "learning rate [bold]{:.2g}[/]",
     "pairs_per_s": "[bold]{:,.1f}[/] pairs/s",
     "tokens_per_s": "[bold]{:,.0f}[/] tokens/s",
@@ -195,7 +195,7 @@ class _Board:
         if self._evaluation is None:
             return Group(self._bar, numbers)
         values = self._evaluation
-        margin = _known(values, {"reward_margin": "reward margin [bold]{:.3f}[/]"})
+        margin = _known(values, {"raw_margin": "raw margin [bold]{:.3f}[/]"})
         found = [f"[bold]{text}[/]" for text in _accuracy(values)] + margin
         found += [escape(text) for text in _errors(values)]
         return Group(self._bar, numbers, f"  held out at step {values['step']}: {', '.join(found)}")
