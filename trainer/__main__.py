@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
             say(_main_settings(config))
         # Imported late: --help and config errors are instant.
         if args.folds is None:
+            from trainer.report.summary import show_summary
             from trainer.run import train
 
-            train(config)
+            result = train(config)
+            show_summary(result.export_dir, result.metrics, config.data)
         else:
             from trainer.folds import train_folds
 

@@ -13,7 +13,8 @@ from reward_actor.atomic import replace_text
 from trainer import console
 from trainer.config.train import TrainConfig
 from trainer.data.split import MIN_PROMPTS
-from trainer.report.describe import run_name
+from trainer.evaluation.intervals import NORMAL
+from trainer.report import describe
 from trainer.run import train
 
 FOLDS_FILE = "folds.json"
@@ -71,7 +72,12 @@ def train_folds(
     results = []
     for number in range(1, num_folds + 1):
         say(f"fold {number} of {num_folds}")
-        results.append(train(_fold(config, number, num_folds), say).metrics)
+        metrics = train(_fold(config, number, num_folds), say).metrics
+        say(
+            f"fold {number}: accuracy {metrics['heldout_accuracy']:.4f} on "
+            f"{metrics['heldout_num_pairs']:,} pairs of {metrics['heldout_num_prompts']:,} prompts"
+        )
+        results.append(metrics)
     found = _pooled(results)
     file = Path(config.output_dir).expanduser() / FOLDS_FILE
     replace_text(file, json.dumps(asdict(found), indent=2) + "\n")
@@ -87,7 +93,7 @@ def _fold(config: TrainConfig, number: int, num_folds: int) -> TrainConfig:
     fold.output_dir = str(Path(config.output_dir) / name)
     if fold.checkpoint.storage_path is not None:
         fold.checkpoint.storage_path = f"{fold.checkpoint.storage_path.rstrip('/')}/{name}"
-    fold.report.run_name = f"{run_name(config)}-{name}"
+    fold.report.run_name = f"{describe.run_name(config)}-{name}"
     return fold
 
 
@@ -121,14 +127,13 @@ def _pooled(folds: Sequence[Mapping[str, Any]]) -> FoldsResult:
 
 def _report(found: FoldsResult) -> list[str]:
     lines = [
-        f"fold {number}: accuracy {fold['heldout_accuracy']:.4f} on {fold['heldout_num_pairs']:,} "
-        f"pairs of {fold['heldout_num_prompts']:,} prompts"
-        for number, fold in enumerate(found.folds, 1)
-    ]
-    lines.append(
         f"all folds: accuracy {found.accuracy:.4f} +- {found.accuracy_stderr:.4f} (standard error, "
         f"{found.num_pairs:,} pairs of {found.num_prompts:,} prompts)"
-    )
+    ]
+    reach = NORMAL * found.accuracy_stderr
+    chance = describe.chance(found.accuracy - reach, found.accuracy + reach)
+    if chance:
+        lines.append(f"warning: {chance}")
     lines += [
         f"  {of.lead:+.4f} +- {of.lead_stderr:.4f} above {name} ({of.accuracy:.4f})"
         for name, of in found.baselines.items()

@@ -53,10 +53,12 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     check_selection(config.evaluation, config.loss.attributes, prepared.heldout)
     for line in prepared.report():
         say(line)
-    for warning in prepared.warnings:
+    training = config.training
+    warnings = _step_warnings(prepared.num_used, training.global_batch_pairs)
+    for warning in [*prepared.warnings, *warnings]:
         say(f"warning: {warning}")
-    num_steps = config.training.max_steps or config.training.num_epochs * steps_per_epoch(
-        prepared.num_used, config.training.global_batch_pairs
+    num_steps = training.max_steps or training.num_epochs * steps_per_epoch(
+        prepared.num_used, training.global_batch_pairs
     )
     from trainer.network.optimizers import check_optimizer  # with torch, that `prepare` has loaded
 
@@ -74,30 +76,22 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
         else:
             say("this run is finished already; nothing to do")
     export_dir = output_dir / EXPORT_DIR
-    say(f"the reward model is in {export_dir}")
     if config.report.push_to_hub:
-        say(f"it is at {hub.push(export_dir, config.report)}")
+        say(f"the export is at {hub.push(export_dir, config.report)}")
     metrics = {key: value for key, value in result.items() if key.startswith("heldout_")}
-    for line in _accuracy_lines(metrics):
-        say(line)
     seconds = round(time.perf_counter() - began, 1)
     return TrainResult(export_dir, int(result["num_steps"]), len(prepared.train), metrics, seconds)
 
 
-def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The accuracy and what it has to be compared with; nothing where no pair was held out, or by
-    a run of an older version."""
-    if "heldout_num_prompts" not in metrics:
+def _step_warnings(num_used: int, global_batch_pairs: int) -> list[str]:
+    """Of a batch that takes all of an epoch's `num_used` comparisons, or could take more."""
+    if num_used > global_batch_pairs:
         return []
-    of = {key.removeprefix("heldout_"): value for key, value in metrics.items()}
-    lines = [
-        f"held-out accuracy {of['accuracy']:.4f} ({of['accuracy_low']:.4f} to "
-        f"{of['accuracy_high']:.4f}) on {of['num_pairs']:,} pairs of {of['num_prompts']:,} prompts"
-    ]
-    return lines + [
-        f"  {one['lead']['mean']:+.4f} ({one['lead']['low']:+.4f} to {one['lead']['high']:+.4f}) "
-        f"above {name} ({one['accuracy']:.4f})"
-        for name, one in of.get("baselines", {}).items()
+    what = "larger than" if num_used < global_batch_pairs else "all of"
+    return [
+        f"training.global_batch_pairs {global_batch_pairs} is {what} the {num_used} pairs of an "
+        "epoch: every epoch is a single optimizer step; use a smaller batch, such as "
+        f"{max(1, num_used // 20)}"
     ]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trainer.finish import held_out
-from trainer.run import _accuracy_lines
+from trainer.run import _step_warnings
 
 scores = arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32))
 
@@ -41,14 +41,16 @@ def test_nothing_is_said_of_what_cannot_be_measured(raw_scores: list[float]) -> 
     assert held_out(np.array(raw_scores, np.float32), np.ones(len(raw_scores), np.int64)) is None
 
 
-def test_the_end_tells_the_accuracy_of_runs_that_have_one() -> None:
-    assert _accuracy_lines({}) == []
-    older = {"heldout_accuracy": 0.9, "heldout_accuracy_low": 0.8, "heldout_accuracy_high": 1.0}
-    assert _accuracy_lines(older) == []  # of a version that counted no prompts
-    found = {**older, "heldout_num_pairs": 3_000, "heldout_num_prompts": 40}
-    lead = {"mean": 0.1, "low": -0.1, "high": 0.3}
-    found["heldout_baselines"] = {"length": {"accuracy": 0.8, "lead": lead}}
-    assert _accuracy_lines(found) == [
-        "held-out accuracy 0.9000 (0.8000 to 1.0000) on 3,000 pairs of 40 prompts",
-        "  +0.1000 (-0.1000 to +0.3000) above length (0.8000)",
-    ]
+@pytest.mark.parametrize(
+    ("num_used", "batch", "expected"),
+    [(65, 64, None), (64, 64, "is all of the 64 pairs"), (30, 64, "is larger than the 30 pairs")],
+)
+def test_an_epoch_of_one_step_is_told_before_it(
+    num_used: int, batch: int, expected: str | None
+) -> None:
+    told = _step_warnings(num_used, batch)
+    assert len(told) == (expected is not None)
+    for warning in told:
+        assert expected is not None
+        assert f"training.global_batch_pairs 64 {expected} of an epoch" in warning
+        assert warning.endswith(f"such as {num_used // 20}")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 NUM_RESAMPLES = 1000
 _TAIL = 0.025  # of a 95 % interval, on each side
-_NORMAL = 1.96  # standard errors from the mean to an end of it, for a normal distribution
+NORMAL = 1.96
+"""Standard errors from the mean to an end of a 95 % interval, for a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def estimate(
     unseen = 1 - _TAIL ** (1 / num_prompts)
     low, high = (mean + unseen * (end - mean) for end in between)
     if (sums * num_pairs[0] == sums[0] * num_pairs).all():  # every resample is the same
-        return Estimate(mean, low, high, (high - low) / (2 * _NORMAL), num_prompts)
+        return Estimate(mean, low, high, (high - low) / (2 * NORMAL), num_prompts)
     # Prompts with as many pairs and as large a sum are alike, so a resample is one draw of how
     # often each kind comes up: the same distribution as drawing the prompts one by one.
     kinds, counts = np.unique(np.stack([num_pairs, sums]), axis=1, return_counts=True)

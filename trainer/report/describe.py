@@ -80,6 +80,15 @@ def heldout_notes(config: TrainConfig, num_shared: int | None, what: str) -> lis
     return notes
 
 
+def chance(low: float, high: float) -> str:
+    """What the 95 % interval of an accuracy says about guessing; nothing where it is above that."""
+    if low > 0.5:
+        return ""
+    if high < 0.5:
+        return "below chance: the rejected side more often gets the higher reward"
+    return "not above chance: the interval includes 50 %"
+
+
 def verdict(lead: Mapping[str, Any]) -> str:
     """Whether the model is better than a baseline, given its lead (an `Estimate`) over it."""
     return {1: "better", -1: "worse", 0: "not shown to be better"}[Estimate(**lead).sign]
