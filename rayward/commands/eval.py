@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rayward.loading import add_loading, as_options, chosen, loading_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NAME = "eval"
 HELP = "what preferences say about a model or a running service"
@@ -89,37 +93,136 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _print_evaluation(result: dict[str, Any]) -> None:
-    """Single values, then a table for each thing of several; lists of objects are only in JSON."""
+def _print_evaluation(result: Mapping[str, Any]) -> None:
+    """What each number is, and what is good; the names of JSON are in no table."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    def cell(value: Any) -> str:
-        if value is None or value == []:
-            return "-"
-        if isinstance(value, list):
-            value = ", ".join(map(str, value))
-        return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
-
-    console = Console()
-    single = Table(box=None, show_header=False)
-    single.add_column(justify="right")
-    single.add_column(overflow="fold")
-    for name, value in result.items():
-        if not isinstance(value, dict) and not _holds_dicts(value):
-            single.add_row(name, cell(value))
-    console.print(single)
-    for name, parts in result.items():
-        if not (isinstance(parts, dict) and parts):
-            continue
-        rows = {k: v if isinstance(v, dict) else {"": v} for k, v in parts.items()}
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = Table(name, *columns)
-        for part, row in rows.items():
-            table.add_row(escape(part), *(cell(row[c]) if c in row else "" for c in columns))
+    tables = _benchmark_tables if "benchmark" in result else _pair_tables
+    console = Console(highlight=False)
+    for table in tables(result):
         console.print(table)
 
 
-def _holds_dicts(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+def _pair_tables(of: Mapping[str, Any]) -> list[Table]:
+    """Of `evaluate_model`."""
+    from trainer.report.describe import chance
+
+    not_counted = f"{of['num_ties']:,} ties and {of['num_dropped']:,} dropped rows are not counted"
+    interval = f"95 %: {_percent(of['accuracy_low'])} to {_percent(of['accuracy_high'])}, by prompt"
+    verdict = chance(of["accuracy_low"], of["accuracy_high"])
+    correlation = of["length_correlation"]
+    rows = {
+        "accuracy": (
+            _percent(of["accuracy"]),
+            f"{interval}; guessing 50 %, higher is better"
+            + (f"\n[bold red]{verdict}[/]" if verdict else ""),
+        ),
+        "pairs": (f"{of['num_pairs']:,}", f"of {of['num_prompts']:,} prompts; {not_counted}"),
+        "reward margin": (
+            f"{of['reward_margin']:+.3f}",
+            f"mean of chosen - rejected, higher is better; of raw scores {of['raw_margin']:+.3f}",
+        ),
+        "rewards": (
+            f"{of['mean_reward']:+.3f}",
+            f"mean; from {of['min_reward']:+.3f} to {of['max_reward']:+.3f}",
+        ),
+        "raw scores": (
+            f"{of['mean_raw_score']:+.3f}",
+            f"mean, before normalisation; from {of['min_raw_score']:+.3f} to "
+            f"{of['max_raw_score']:+.3f}",
+        ),
+        "log loss": (
+            f"{of['log_loss']:.4f}",
+            "of raw scores; guessing 0.6931, lower is better",
+        ),
+        "calibration error": (
+            _percent(of["calibration_error"]),
+            "of raw scores: how far confidence and accuracy are apart, lower is better; "
+            f"{of['num_calibration_bins']} of 10 bins have pairs",
+        ),
+        "reward and length": (
+            "-" if correlation is None else f"{correlation:+.2f}",
+            "correlation; near 0, length decides little",
+        ),
+        **{
+            f"chosen is {side}": (
+                _percent(of[f"accuracy_{side}"]),
+                f"accuracy of the {of[f'num_{side}']:,} pairs whose chosen side is the {side} one",
+            )
+            for side in ("shorter", "longer")
+            if of[f"num_{side}"]
+        },
+    }
+    tables = [_numbers(f"{of['model']} on {of['data']}", rows, of)]
+    if of.get("subsets"):
+        columns = ("subset", "pairs", "prompts", "accuracy", "reward margin")
+        tables.append(
+            _table(
+                "Subsets",
+                columns,
+                [
+                    (name, f"{one['num_pairs']:,}", f"{one['num_prompts']:,}",
+                     _percent(one["accuracy"]), f"{one['reward_margin']:+.3f}")
+                    for name, one in of["subsets"].items()
+                ],
+            )
+        )  # fmt: skip
+    return tables
+
+
+def _benchmark_tables(of: Mapping[str, Any]) -> list[Table]:
+    """Of `evaluate_rewardbench`."""
+    from rich.markup import escape
+
+    parts = "sections" if "sections" in of else "subsets"
+    reasons = ", ".join(f"{num} {name}" for name, num in of["errors"].items())
+    missing, unknown = of["missing_subsets"], of["unknown_subsets"]
+    if isinstance(missing, dict):
+        missing = [name for names in missing.values() for name in names]
+    rows = {
+        "score": (_percent(of["score"]), f"mean of the {parts}, higher is better"),
+        "rows": (f"{of['num_rows']:,}", "a prompt with its completions each"),
+        "without a reward": (f"{of['num_unscored']:,}", f"completions; {reasons or 'none'}"),
+        "missing subsets": (f"{len(missing)}", ", ".join(missing)),
+        "unknown subsets": (f"{len(unknown)}", escape(", ".join(unknown))),
+    }
+    tables = [_numbers(f"{of['benchmark']}: {of['model']} on {of['data']}", rows, of)]
+    if "sections" in of:
+        sections = [(name, _percent(score)) for name, score in of["sections"].items()]
+        tables.append(_table("Sections", ("section", "accuracy"), sections))
+    found = [
+        (name, f"{one['num_rows']:,}", _percent(one.get("score", one.get("accuracy"))))
+        for name, one in of["subsets"].items()
+    ]
+    return [*tables, _table("Subsets", ("subset", "rows", "score"), found)]
+
+
+def _numbers(title: str, rows: Mapping[str, tuple[str, str]], of: Mapping[str, Any]) -> Table:
+    """A row for each number: what it is called, the number, what it means."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    caption = f"{of['model_version']}, {of['seconds']:.1f} s"
+    table = Table(title=escape(title), caption=caption, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    for name, (number, meaning) in rows.items():
+        table.add_row(name, number, meaning)
+    return table
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rayward.unscored import tell_unscored
+
+if TYPE_CHECKING:
+    from reward_actor.rollout.records import RolloutGroup
 
 NAME = "rollout"
 HELP = "sample completions with vLLM and score them"
@@ -92,11 +96,21 @@ def run(arguments: argparse.Namespace) -> int:
         write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
     num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
     print(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
-    num_failed = sum(rollout.error is not None for rollout in rollouts.values())
-    if num_failed:
-        print(f"{num_failed} prompts were not sampled; see their `error`", file=sys.stderr)
     ray.shutdown()
-    return 0
+    return tell_unscored([text for index in sorted(rollouts) for text in problems(rollouts[index])])
+
+
+def problems(rollout: RolloutGroup) -> list[str | None]:
+    """Why its completions have no reward; None for one that has, or that nobody was to score. One
+    text for a prompt that could not be sampled."""
+    if rollout.error is not None:
+        return [f"not sampled: {rollout.error}"]
+    if rollout.scores is None:
+        return [None] * len(rollout.completions)
+    return [
+        None if error is None else f"{error.type}: {error.message}"
+        for error in rollout.scores.errors
+    ]
 
 
 def is_directory(scorer: str) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from rayward.loading import add_loading, is_url, loading_options
+from rayward.unscored import tell_unscored
 
 NAME = "score"
 HELP = "score a file of prompts and completions"
@@ -42,18 +42,20 @@ def run(arguments: argparse.Namespace) -> int:
         group_of(row, place)
     with _scorer(arguments.model, loading) as (score, path, format):
         scores = score([group_of(row, place, format) for place, row in rows])
-    num_errors = sum(error is not None for result in scores for error in result.errors)
+    problems = [
+        None if error is None else f"{error.type}: {error.message}"
+        for result in scores
+        for error in result.errors
+    ]
     write_rows(
         arguments.output,
         (scored_row(row, result) for (_, row), result in zip(rows, scores, strict=True)),
     )
-    num_scored = sum(len(result.rewards) for result in scores) - num_errors
+    num_scored = problems.count(None)
     print(
         f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output} ({path})"
     )
-    if num_errors:
-        print(f"{num_errors} completions have no reward; see their `errors`", file=sys.stderr)
-    return 0
+    return tell_unscored(problems)
 
 
 def _explain(

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from data_files import with_damage
 from score_files import ROWS, write
 
 import rayward
-from rayward.commands.rollout import is_directory
+from rayward.commands.rollout import is_directory, problems
+from rayward.unscored import tell_unscored
 from reward_actor import Group
 from reward_actor.files import group_of, read_rows
+from reward_actor.groups import GroupScores, SampleError
+from reward_actor.rollout.records import RolloutGroup
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
@@ -37,7 +41,43 @@ def test_score_writes_rewards_beside_the_rows(
     assert rows[0]["model_version"] == scorer.model_version
     printed = capsys.readouterr()
     assert "scored 5 completions of 3 prompts" in printed.out
-    assert "1 completions have no reward" in printed.err
+    assert "1 of 6 have no reward:\n  1 x too_long: " in printed.err
+
+
+def test_a_file_without_any_reward_is_a_failure(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt_ids": [5], "completion_ids": [[7] * 999, [7] * 998, [7] * 999]}
+    source, output = write(tmp_path / "in.jsonl", [long]), tmp_path / "out.jsonl"
+    command = ["score", str(export_dir), str(source), str(output)]
+    assert rayward.main(command) == 1
+    printed = capsys.readouterr()
+    assert "scored 0 completions of 1 prompts" in printed.out
+    assert "3 of 3 have no reward:\n  2 x too_long: " in printed.err
+    assert json.loads(output.read_text())["rewards"] == [None] * 3
+    write(source, [{"prompt": "Hi.", "completions": []}])
+    assert rayward.main(command) == 1
+    assert "there is no completion to score" in capsys.readouterr().err
+
+
+def test_of_many_reasons_the_first_three_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tell_unscored([None, "a", "b", "a", "c", "d", "e"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "6 of 7 have no reward:", "  2 x a", "  1 x b", "  1 x c", "  and 2 other reasons"
+    ]  # fmt: skip
+    assert tell_unscored([None]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_rollouts_lack_is_told_as_well() -> None:
+    sampled = RolloutGroup("Hi.", [5], ["a", "b"], [[6], [7]], [[0.0], [0.0]], ["stop", "stop"])
+    too_long = SampleError("too_long", "2 tokens")
+    scores = GroupScores([1.0, None], [1.0, None], [2, 2], [False] * 2, [None, too_long], "v")
+    assert problems(sampled) == [None, None], "sampled only"
+    assert problems(replace(sampled, scores=scores)) == [None, "too_long: 2 tokens"]
+    assert problems(RolloutGroup("Hi.", [], [], [], [], [], error="no room")) == [
+        "not sampled: no room"
+    ]
 
 
 @pytest.mark.parametrize(

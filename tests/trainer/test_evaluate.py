@@ -75,6 +75,25 @@ def test_a_ranking_is_all_its_pairs(export_dir: Path, rankings: str) -> None:
     )
 
 
+def test_rewards_are_those_of_score_and_raw_scores_have_their_own_names(
+    seeds: list[Path], data: str, tmp_path: Path
+) -> None:
+    """By a contract whose mean is 0.5 and whose standard deviation is 2."""
+    result = evaluate_model(str(seeds[1]), data, device="cpu")
+    scored = tmp_path / "scored.jsonl"
+    assert rayward.main(["score", str(seeds[1]), data, str(scored), "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in scored.read_text().splitlines()][:30]
+    rewards, raw_scores = (
+        np.array([row[name] for row in rows]) for name in ("rewards", "raw_scores")
+    )
+    margins, raw_margins = (of[:, 0] - of[:, 1] for of in (rewards, raw_scores))
+    assert result["reward_margin"] == pytest.approx(margins.mean(), abs=1e-5)
+    assert result["mean_reward"] == pytest.approx(rewards.mean(), abs=1e-5)
+    assert result["raw_margin"] == pytest.approx(2 * margins.mean(), abs=2e-5)
+    assert result["mean_raw_score"] == pytest.approx(raw_scores.mean(), abs=1e-5)
+    assert result["log_loss"] == pytest.approx(np.logaddexp(0, -raw_margins).mean(), abs=1e-5)
+
+
 def test_only_so_many_rows_are_read(export_dir: Path, data: str) -> None:
     assert evaluate_model(str(export_dir), data, max_pairs=4, device="cpu")["num_pairs"] == 4
 
@@ -103,7 +122,9 @@ def test_the_numbers_are_those_of_a_trainings_end(
     scorer = RewardScorer.from_pretrained(export_dir, device="cpu")
     ids = [heldout.sequence(i) for i in range(heldout.num_sequences)]
     (scores,) = scorer.score([Group(prompt_ids=[], completion_ids=ids)])
-    expected = metrics.evaluate(heldout, np.array(scores.raw_scores, dtype=np.float64)).as_dict()
+    expected = metrics.evaluate(
+        heldout, *(np.array(of, dtype=float) for of in (scores.raw_scores, scores.rewards))
+    ).as_dict()
     command = ["eval", str(export_dir), file, "--json", "--device", "cpu"]
     for name, value in columns.items():
         command += ["--" + name.replace("_", "-"), value]
@@ -156,13 +177,15 @@ def test_the_command_prints_json_or_a_table(
     result = json.loads(capsys.readouterr().out)
     assert result["num_pairs"] == 10
     assert rayward.main(command) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["accuracy", f"{result['accuracy']:.4f}"] in lines
-    assert ["num_dropped", "1"] in lines
-    assert [word for line in lines for word in line if word in ("fruit", "tools")] == [
-        "fruit",
-        "tools",
-    ]
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert f"accuracy {100 * result['accuracy']:.1f} % 95 %: " in text
+    assert "not above chance: the interval includes 50 %" in text
+    assert "10 of 4 prompts; 2 ties and 1 dropped rows are not counted" in text
+    assert f"log loss {result['log_loss']:.4f} of raw scores; guessing 0.6931, lower is" in text
+    assert f"reward margin {result['reward_margin']:+.3f} mean of chosen - rejected" in text
+    assert "Subsets" in text
+    assert text.index("fruit 5 ") < text.index("tools 3 ")
+    assert not set(result) & set(text.split()) - {"accuracy", "data", "model"}, "no names of JSON"
 
 
 def test_bad_data_and_bad_models_are_named(export_dir: Path, base_model: Path, data: str) -> None:
