@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
+    """Run one command. Exit codes: 0 done, 1 a check failed or no completion got a reward, 2 wrong
+    input, 130 interrupted.
 
     Without `argv` it is this process's own command, and takes the process over: its terminal is for
     our lines, and the directory that it runs in is no place for imports.
@@ -28,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     arguments = sys.argv[1:]
     if "--verbose" not in arguments:
-        terminal.keep_for_ours(
-            arguments[0] if arguments[:1] and arguments[0].isidentifier() else ""
-        )
+        terminal.keep_for_ours(next(iter(arguments), "help"))
     status = run(arguments)
     if status == 0:
         terminal.drop_log()

@@ -108,13 +108,13 @@ def _pair_tables(of: Mapping[str, Any]) -> list[Table]:
     from trainer.report.describe import chance
 
     not_counted = f"{of['num_ties']:,} ties and {of['num_dropped']:,} dropped rows are not counted"
-    interval = f"95 %: {_percent(of['accuracy_low'])} to {_percent(of['accuracy_high'])}, by prompt"
+    low, high = 100 * of["accuracy_low"], 100 * of["accuracy_high"]
     verdict = chance(of["accuracy_low"], of["accuracy_high"])
     correlation = of["length_correlation"]
     rows = {
         "accuracy": (
             _percent(of["accuracy"]),
-            f"{interval}; guessing 50 %, higher is better"
+            f"95 %: {low:.1f} to {high:.1f} %, by prompt; guessing 50 %, higher is better"
             + (f"\n[bold red]{verdict}[/]" if verdict else ""),
         ),
         "pairs": (f"{of['num_pairs']:,}", f"of {of['num_prompts']:,} prompts; {not_counted}"),

@@ -17,6 +17,8 @@ import reports
 from hypothesis import given
 from hypothesis import strategies as st
 from log_lines import evaluation_line, step_line
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from reports import CONTRACT, FACTS, config_of, plausible
 
 from trainer.config.config_file import load_config
@@ -24,6 +26,7 @@ from trainer.config.data import Source
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.evaluation.metrics import compare_with_baselines, evaluate
+from trainer.report import plots
 from trainer.report.page import write_report
 from trainer.report.plots import smooth
 from trainer.report.templates import TEMPLATES
@@ -138,6 +141,21 @@ def test_a_whole_report_stands_alone_and_holds_every_number(
         assert shown in text
 
 
+@pytest.mark.parametrize("num_steps", [1, 3, 200])
+def test_axes_count_whole_steps_and_legends_hide_no_data(num_steps: int) -> None:
+    log = [step_line(step, num_steps) for step in range(1, num_steps + 1)]
+    for draw in (plots._loss, plots._accuracy, plots._margin):
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes, log, [evaluation_line(num_steps, num_steps)])
+        FigureCanvasAgg(figure).draw()
+        assert all(float(step).is_integer() for step in axes.get_xticks())
+        [legend] = figure.legends
+        width = figure.bbox.width
+        assert legend.get_window_extent().y1 < axes.get_tightbbox().y0  # type: ignore[union-attr]
+        assert 0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= width
+
+
 def test_equal_numbers_give_equal_bytes(
     tmp_path: Path, config: TrainConfig, tokenizer: Any
 ) -> None:
@@ -223,6 +241,7 @@ def test_equal_rewards_make_a_report_too(
     text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=np.zeros_like(rewards))
     assert "not defined" in text  # the correlation with length
     assert "50.0 %" in text
+    assert "The accuracy is not above chance" in text
 
 
 def test_the_report_shows_names_and_never_a_path(tmp_path: Path, tokenizer: Any) -> None:
@@ -240,6 +259,8 @@ def test_the_report_shows_names_and_never_a_path(tmp_path: Path, tokenizer: Any)
     text = written(tmp_path, config, tokenizer.decode, heldout=held, rewards=rewards)
     assert "secret" not in text
     assert "pairs.jsonl, pairs.jsonl (2) (weight 2), lab/set:train" in text
+    assert "{pairs.jsonl: 1.0, pairs.jsonl (2): 2.0, &#39;lab/set:train&#39;: 1.0}" in text
+    assert '<td class="key">data.eval</td><td class="setting">held.jsonl</td>' in text
     for name in ("small, all weights, text format", "held.jsonl", "runs", "nvme"):
         assert name in text
 

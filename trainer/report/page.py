@@ -23,7 +23,7 @@ from trainer.report import describe
 from trainer.report.hardest import hardest_pairs
 from trainer.report.plots import HeldOut, Lines, write_plots
 from trainer.report.templates import TEMPLATES
-from trainer.report.tracking import settings_of
+from trainer.report.tracking import as_text, settings_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +66,7 @@ def write_report(
     errors = {k.removeprefix(RMSE): value for k, value in metrics.items() if k.startswith(RMSE)}
     what = "pairs" if held else "completions"
     notes = describe.heldout_notes(config, facts.num_shared_prompts, what)
-    default = {key: str(field.default) for key, field in leaves() if not field.is_required()}
+    default = {key: as_text(field.default) for key, field in leaves() if not field.is_required()}
     settings = settings_of(describe.public(config))
     page = TEMPLATES.get_template(REPORT_FILE).render(
         title=f"Reward model: {describe.run_name(config)}",

@@ -127,11 +127,12 @@ def _curve(axes: Axes, log: Lines, key: str) -> None:
     steps, values = _column(log, "step"), _column(log, key)
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
-    axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=0.8)
-    width = len(values) / 25
-    label = f"training, averaged over {width:.0f} steps" if width >= 2 else "training"
+    width, label = len(values) // 25, "training"
+    if width >= 2:
+        axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=0.8)
+        values, label = smooth(values, width), f"training, averaged over {width} steps"
     marker = "o" if len(values) < 3 else None
-    axes.plot(steps, smooth(values, width), color=_BLUE, linewidth=1.8, marker=marker, label=label)
+    axes.plot(steps, values, color=_BLUE, linewidth=1.8, marker=marker, label=label)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(_whole_numbers())
 
@@ -147,9 +148,7 @@ def _loss(axes: Axes, log: Lines, evaluations: Lines) -> None:
     _curve(axes, log, "loss")
     _heldout_curve(axes, evaluations, "log_loss", "held out (log loss)")
     axes.set(title="Loss", ylabel="mean loss (nats)")
-    axes.axhline(
-        np.log(2), color=_GREY, linewidth=1, linestyle=":", label="log loss of guessing (ln 2)"
-    )
+    axes.axhline(np.log(2), color=_GREY, linewidth=1, linestyle=":", label="guessing (ln 2)")
     _legend(axes)
 
 
@@ -163,7 +162,7 @@ def _accuracy(axes: Axes, log: Lines, evaluations: Lines) -> None:
         ecolor=_ORANGE, capsize=3, linewidth=1.2,
     )  # fmt: skip
     axes.axhline(0.5, color=_GREY, linewidth=1, linestyle=":", label="guessing")
-    axes.set(title="Accuracy", ylabel="share of pairs with chosen above rejected")
+    axes.set(title="Accuracy", ylabel="share of pairs with chosen ahead")
     axes.yaxis.set_major_formatter(_percent())
     _legend(axes)
 
@@ -254,7 +253,7 @@ def _legend(axes: Axes) -> None:
 def _whole_numbers() -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(integer=True)
+    return MaxNLocator(integer=True, min_n_ticks=1)  # a log of one step has one
 
 
 def _percent() -> Any:

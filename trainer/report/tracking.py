@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
+import yaml
+
 from reward_actor.atomic import replace_text
 from reward_actor.json_files import json_object
 from trainer import console
@@ -283,9 +285,26 @@ _START: dict[str, Callable[[TrainConfig, str | None], _Tracker]] = {
 
 
 def settings_of(config: TrainConfig) -> dict[str, str]:
-    """Every setting by its dotted key, as text."""
+    """Every setting by its dotted key, as text; of a data set only what is not as by default."""
     sections = config.model_dump(mode="json")
+    for which in ("train", "eval"):
+        sources = getattr(config.data, which) or {}
+        shown = {
+            name: {"weight": of.weight, **of.named} if of.named else of.weight
+            for name, of in sources.items()
+        }
+        is_plain = list(shown.values()) == [1]
+        sections["data"][which] = next(iter(shown)) if is_plain else shown or None
     found = {"output_dir": str(sections.pop("output_dir"))}
     for section, values in sections.items():
-        found.update({f"{section}.{key}": str(value) for key, value in values.items()})
+        found.update({f"{section}.{key}": as_text(value) for key, value in values.items()})
     return found
+
+
+def as_text(value: Any) -> str:
+    """A setting's value; a list or a mapping as the command line takes it."""
+    if not isinstance(value, list | dict):
+        return str(value)
+    return yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    ).strip()
