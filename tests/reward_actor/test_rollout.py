@@ -125,7 +125,8 @@ def test_other_tokenizers_travel_as_text(
         num_kv_heads=1, head_dim=32, intermediate_size=32, max_position_embeddings=128,
     )  # fmt: skip
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "rollouts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    asked = [*PROMPTS, "word " * 200]
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
     address = ray.get_runtime_context().gcs_address
     command = [nursery.python, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
     command += ["--scorer", service, "--ray-address", address, "--num-completions", "2"]
@@ -134,8 +135,10 @@ def test_other_tokenizers_travel_as_text(
     )
     assert done.returncode == 0, done.stderr
     assert "completions travel as: text" in done.stdout
+    assert "1 of 7 have no reward:\n  1 x not sampled: the prompt has" in done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["prompt"] for row in rows] == asked
+    assert "the policy takes 128" in rows.pop()["error"]
     scorer = RewardScorer.from_pretrained(export_dir, "cpu")
     for row in rows:
         [offline] = scorer.score([Group(row["prompt"], row["completions"])])
