@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from reward_actor.errors import RewardServiceError
 from serve.errors import answer_http_error, answer_invalid, answer_service_error
 from serve.http import routes
-from serve.http.auth import Tokens, guard
+from serve.http.auth import guard
 from serve.http.faults import Faults
 from serve.http.limits import Limits, OwnRequests
 from serve.http.requests import DESCRIBED, SCHEMA_REF
+from serve.http.tokens import Tokens
 from serve.monitoring.request_log import RequestLog
 from serve.playground import routes as playground
 from serve.protocols import kserve, llama_factory, openrlhf, shared, slime, tei, vllm

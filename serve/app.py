@@ -24,7 +24,8 @@ from serve.config import ServeConfig
 from serve.current_model import forget
 from serve.deployments import Ingress, RewardModel
 from serve.haproxy import settings as haproxy
-from serve.http.auth import Tokens, require_guard
+from serve.http.auth import require_guard
+from serve.http.tokens import Tokens
 from serve.monitoring.metrics import publish_targets
 from serve.registry import Registry
 

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from serve.http.auth import add_token
+    from serve.http.tokens import add_token
 
     scopes = [scope.strip() for scope in arguments.scopes.split(",")]
     made = add_token(Path(arguments.file), arguments.name, scopes, replace=arguments.replace)

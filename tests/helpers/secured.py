@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from isolation import environment_for_a_cluster, free_port
 from processes import descendants, titled
 
-from serve.http.auth import add_token
+from serve.http.tokens import add_token
 
 
 @dataclass

@@ -16,8 +16,9 @@ from fastapi import APIRouter
 
 import rayward
 from serve.config import ServeConfig
-from serve.http.auth import Guard, ScoreRoute, Tokens, add_token, require_guard
+from serve.http.auth import Guard, ScoreRoute, require_guard
 from serve.http.origin import comes_from_elsewhere
+from serve.http.tokens import Tokens, add_token
 from serve.playground.routes import FILES
 
 
@@ -34,7 +35,7 @@ def token_file(tmp_path: Path) -> Path:
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the tokens see; the file is looked at once in a second of it."""
     clock = [0.0]
-    monkeypatch.setattr("serve.http.auth.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("serve.http.tokens.time.monotonic", lambda: clock[0])
     return clock
 
 
@@ -173,7 +174,7 @@ def test_every_digest_is_compared(token_file: Path, monkeypatch: pytest.MonkeyPa
         compared.append(left)
         return left == right
 
-    monkeypatch.setattr("serve.http.auth.hmac.compare_digest", noted)
+    monkeypatch.setattr("serve.http.tokens.hmac.compare_digest", noted)
     num = len(tokens._entries)
     for token in (first.encode(), b"wrong"):
         compared.clear()

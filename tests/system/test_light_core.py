@@ -33,6 +33,7 @@ LIGHT = [
     "reward_actor.integrations.trl",
     "reward_actor.integrations.verl",
     "reward_actor.readout",
+    "serve.http.tokens",
     "serve.registry",
     "reward_actor.schema",
     "reward_actor.config_errors",

@@ -26,7 +26,7 @@ from processes import titled
 from secured import Secured, secured_service
 from traversal import NAMES
 
-from serve.http.auth import add_token
+from serve.http.tokens import add_token
 
 if TYPE_CHECKING:
     from nursery import Nursery
