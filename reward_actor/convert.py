@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from reward_actor.contract import CONTRACT_FILE, DTYPES, FLOAT32_TOLERANCE, ScoringContract
+from reward_actor.devices import resolve_device
 from reward_actor.export import export
 from reward_actor.model.directory import CheckpointError, read_config
 from reward_actor.model.heads import ACTIVATION_SETTING, Head
@@ -76,6 +77,7 @@ def convert(
         raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}")
     if format not in (None, "chat", "text"):
         raise ValueError(f"format is {format!r}; it must be chat or text")
+    device = resolve_device(device)
     if destination.exists():
         raise ValueError(f"{destination} exists; convert into a directory that does not")
     place = Path(tokenizer_from).expanduser() if tokenizer_from else source

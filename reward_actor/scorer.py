@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from reward_actor.contract import Combine
+from reward_actor.devices import resolve_device
 from reward_actor.engine.cache import RewardCache
 from reward_actor.engine.engine import Attention, Engine, Plan
 from reward_actor.engine.memory import limit_to_share
@@ -26,7 +27,7 @@ from reward_actor.model.ensemble import (
     ensemble_version,
     shared_contract,
 )
-from reward_actor.model.load import LoadedModel, load, resolve_device
+from reward_actor.model.load import LoadedModel, load
 from reward_actor.readout import Reading
 from reward_actor.render import Renderer
 from reward_actor.token_ids import checked
@@ -136,11 +137,15 @@ class RewardScorer:
         for engine in scorer.engines:
             engine.freeze()  # nobody else has these networks
         if check_golden:
-            for member, engine in zip(scorer.members, scorer.engines, strict=True):
-                renderer = Renderer(member.tokenizer, member.contract)
-                replay(renderer, member.dtype, engine.raw_scores, f"the {engine.path} path")
+            scorer.replay()
         logger.info("%s takes the path %r in %s", path, scorer.path, scorer.dtype)
         return scorer
+
+    def replay(self) -> None:
+        """Raise ContractError unless every member reproduces its golden samples."""
+        for member, engine in zip(self.members, self.engines, strict=True):
+            renderer = Renderer(member.tokenizer, member.contract)
+            replay(renderer, member.dtype, engine.raw_scores, f"the {engine.path} path")
 
     @property
     def dtype(self) -> str:

@@ -18,6 +18,7 @@ from ray.serve.schema import LoggingConfig
 from reward_actor.client.handle import DEFAULT_APP_NAME
 from reward_actor.cluster import capacity, connect, require_resources
 from reward_actor.config_errors import validate
+from reward_actor.devices import resolve_device
 from reward_actor.ray_internals import serve_http_options
 from reward_actor.terminal import phase
 from serve.config import ServeConfig
@@ -142,13 +143,16 @@ def start(
     """Start the service and return its URL once it is ready.
 
     Joins the cluster at `ray_address` or $RAY_ADDRESS, or starts a private one. Raises ValueError
-    for a port in use, an address that others can reach without tokens, a cluster that is too small
-    or serves already, or a model that does not reproduce its golden samples.
+    for a device that is not there, a port in use, an address that others can reach without tokens,
+    a cluster that is too small or serves already, or a model that does not reproduce its golden
+    samples.
     """
+    is_private = not (ray.is_initialized() or ray_address or os.environ.get("RAY_ADDRESS"))
+    if is_private:  # another's cluster may have the device elsewhere
+        resolve_device(config.device)
     config = resolve(config)
     require_guard(host, config)
     _require_free(host, port)
-    is_private = not (ray.is_initialized() or ray_address or os.environ.get("RAY_ADDRESS"))
     if config.tls_cert is not None and not is_private:
         raise ValueError(
             "tls_cert is for a service with a Ray cluster of its own; in another's cluster let a "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reward_actor.contract import ScoringContract, model_version
+from reward_actor.devices import resolve_device
 from reward_actor.model.directory import CheckpointError as CheckpointError
 from reward_actor.model.ends import Inferred
 from reward_actor.model.inferred import infer_contract
@@ -90,15 +91,17 @@ def load(
     """Load a reward model for scoring: evaluation mode, no gradients.
 
     Any layout of `reward_actor.model.layouts`. Raises CheckpointError and ContractError as
-    `open_directory` does, and CheckpointError for weights that do not fit the network.
+    `open_directory` does, ValueError for a device that is not there, and CheckpointError for
+    weights that do not fit the network.
     """
+    device = resolve_device(device)
     opened = open_directory(path, dtype=dtype, trust_remote_code=trust_remote_code)
     layout, directory = opened.layout, opened.layout.directory
     network = load_network(
         layout, getattr(torch, opened.dtype), trust_remote_code=trust_remote_code
     )
     try:
-        model = RewardModel(network).to(resolve_device(device)).eval().requires_grad_(False)
+        model = RewardModel(network).to(device).eval().requires_grad_(False)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if not opened.contract.golden.samples:
@@ -180,12 +183,6 @@ def _not_finite(model: RewardModel) -> str:
     other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     hint = "" if dtype == "float32" else f"; load it with dtype {other}"
     return f"its scores overflow in {dtype}{hint}"
-
-
-def resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_directory(path: str | Path) -> Path:
