@@ -374,5 +374,6 @@ def check_scores(contract: ScoringContract, dtype: str, scores: list[float], pat
             raise ContractError(
                 f"golden sample {index} scores {got:.7g} through {path} in {dtype}, but the "
                 f"contract expects {want:.7g} (tolerance {tolerance:.2g}). The weights, the "
-                "tokenizer or the software differ from the export's; do not trust this model."
+                "tokenizer or the software differ from the export's; do not trust this model. "
+                "rayward score DIR INPUT --explain ROW shows what becomes of a row"
             )

@@ -63,7 +63,8 @@ def replay(
             raise ContractError(
                 f"golden sample {index} renders to other token ids than at export "
                 f"({len(ids)} against {len(sample.input_ids)}): the tokenizer or the chat template "
-                "is not the one that the model was trained with"
+                "is not the one that the model was trained with; rayward score DIR INPUT --explain "
+                "ROW shows what becomes of a row"
             )
     scores = raw_scores([sample.input_ids for sample in samples])
     combined = Readout.of(contract).read(scores).raw_scores

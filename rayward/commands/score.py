@@ -15,7 +15,7 @@ HELP = "score a file of prompts and completions"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL|URL")
+    parser.add_argument("model", metavar="MODEL|URL", help="directory or URL of a model")
     parser.add_argument(
         "input", metavar="INPUT", help=".jsonl rows of prompt and completions, or pairs"
     )
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _explain(
     arguments: argparse.Namespace, rows: list[tuple[str, dict[str, Any]]], loading: dict[str, Any]
 ) -> int:
+    from reward_actor.contract import ContractError
     from reward_actor.explain import explain
     from reward_actor.files import group_of
     from reward_actor.scorer import RewardScorer
@@ -70,7 +71,11 @@ def _explain(
     if not 1 <= arguments.explain <= len(rows):
         raise ValueError(f"--explain is {arguments.explain}; INPUT has rows 1 to {len(rows)}")
     place, row = rows[arguments.explain - 1]
-    scorer = RewardScorer.from_pretrained(arguments.model, **loading)
+    scorer = RewardScorer.from_pretrained(arguments.model, check_golden=False, **loading)
+    try:
+        scorer.replay()
+    except ContractError as error:  # it is such a model that has to be explained
+        print(f"warning: {error}", file=sys.stderr)
     for line in explain(scorer, group_of(row, place, scorer.contract.format)):
         print(line)
     return 0

@@ -19,6 +19,7 @@ from rayward.unscored import tell_unscored
 from reward_actor import Group
 from reward_actor.files import group_of, read_rows
 from reward_actor.groups import GroupScores, SampleError
+from reward_actor.model.manifest import write_manifest
 from reward_actor.rollout.records import RolloutGroup
 
 
@@ -141,6 +142,23 @@ def test_a_row_is_explained(
     ):
         assert rayward.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_fails_its_golden_samples_can_be_explained(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = Path(shutil.copytree(export_dir, tmp_path / "bad"))
+    contract = json.loads((bad / "scoring_contract.json").read_text())
+    contract["golden"]["raw_scores"]["float32"][0] += 0.1
+    (bad / "scoring_contract.json").write_text(json.dumps(contract))
+    write_manifest(bad)  # without it its digests say so first
+    source = str(write(tmp_path / "in.jsonl", ROWS))
+    assert rayward.main(["score", str(bad), source, str(tmp_path / "out.jsonl")]) == 2
+    assert "rayward score DIR INPUT --explain ROW shows" in capsys.readouterr().err
+    assert rayward.main(["score", str(bad), source, "--explain", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "warning: golden sample 0 scores" in printed.err
+    assert printed.out.count("<- read here") == 2
 
 
 def test_converting_says_how_sequences_end_and_why(
