@@ -1,11 +1,10 @@
-"""`python -m rayward COMMAND ...`: the parser, and what exit codes mean."""
+"""`python -m rayward COMMAND ...`: finds the command, and says which there are."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rayward.commands import (
     compare,
@@ -17,56 +16,60 @@ from rayward.commands import (
     score,
     serve,
     token,
+    train,
 )
 from rayward.commands import eval as evaluate
-from rayward.commands import train as train
-from reward_actor.errors import RewardServiceError
+from reward_actor.command_line import Parser, complain, nearest, run_command
 
-# In the order of `rayward --help`, after `train`, whose options are those of its configuration.
-_COMMANDS = (init_model, evaluate, compare, serve, token, score, rollout, convert, ensemble, doctor)
+# As `rayward --help` shows them.
+_TOPICS = {
+    "train": (train, init_model),
+    "measure": (evaluate, compare),
+    "serve and score": (serve, token, score, rollout),
+    "tools": (convert, ensemble, doctor),
+}
+COMMANDS = {command.NAME: command for topic in _TOPICS.values() for command in topic}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """See `rayward.main`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == [train.NAME]:
-        return train.run_with(arguments[1:])
-    parsed, unknown = _parser().parse_known_args(arguments)
-    command: Callable[[argparse.Namespace], int] = parsed.command
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"rayward {version('rayward')}")
+        return 0
+    if name not in COMMANDS:
+        near = nearest(name, [*COMMANDS, "--help", "--version"], "rayward --help lists them")
+        return complain(f"there is no command {name}{near}")
     # Loading weights shows a bar, and warns of settings that matter to other uses.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        if unknown:
-            from reward_actor.config_errors import did_you_mean
-
-            name = unknown[0].partition("=")[0]
-            # Nothing public of argparse (Python 3.11 to 3.14) lists a parser's options.
-            known = list(parsed.parser._option_string_actions)  # noqa: SLF001
-            raise ValueError(f"unknown argument {name}" + did_you_mean(name, known))
-        return command(parsed)
-    except (ValueError, OSError, RewardServiceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(make_parser(name), COMMANDS[name].run, arguments, COMMANDS[name].EXTRA)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rayward",
-        description="The front door, `rayward COMMAND ...`: what every command accepts, and its "
-        "exit codes.",
-    )
-    added = parser.add_subparsers(required=True, metavar="COMMAND")
-    added.add_parser(train.NAME, help=train.HELP)
-    for command in _COMMANDS:
-        sub = added.add_parser(
-            command.NAME, help=command.HELP, description=command.HELP, allow_abbrev=False
-        )
-        command.add_options(sub)
-        sub.set_defaults(command=command.run, parser=sub)
+def make_parser(name: str) -> Parser:
+    """Of the command of this name."""
+    parser = Parser(f"rayward {name}", COMMANDS[name].HELP)
+    COMMANDS[name].add_options(parser)
     return parser
+
+
+def _help() -> str:
+    topics = "\n\n".join(
+        "\n".join([f"{topic}:", *(f"  {one.NAME:<12}{one.HELP}" for one in commands)])
+        for topic, commands in _TOPICS.items()
+    )
+    return (
+        "usage: rayward COMMAND ...\n\n"
+        "A reward service for RLHF: train, measure and serve reward models.\n\n"
+        f"{topics}\n\n"
+        "rayward COMMAND --help lists the options; rayward --version says which version this is.\n"
+        "Exit codes: 0 done, 1 a check or a training failed, 2 wrong input, 130 interrupted."
+    )
 
 
 if __name__ == "__main__":

@@ -6,22 +6,24 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
+from reward_actor.command_line import Flag, option
+
 LOADING = ("device", "dtype", "attention", "trust_remote_code")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Options that are absent unless they are given: a service that has its model refuses them."""
-    for name, help in (
-        ("--device", "auto, cpu, cuda, cuda:1, ..."),
-        ("--dtype", "auto (the contract's), float32, bfloat16"),
-        ("--attention", "auto (the fastest exact path), forest, padded"),
+    for name, metavar, help in (
+        ("--device", "DEVICE", "auto, cpu, cuda, cuda:1, ... [auto]"),
+        ("--dtype", "DTYPE", "auto (the contract's), float32, bfloat16, float16 [auto]"),
+        ("--attention", "PATH", "auto (the fastest exact path), forest, padded [auto]"),
     ):
-        parser.add_argument(name, default=argparse.SUPPRESS, help=help)
+        parser.add_argument(name, metavar=metavar, default=argparse.SUPPRESS, help=help)
     parser.add_argument(
         "--trust-remote-code",
-        action="store_true",
+        action=Flag,
         default=argparse.SUPPRESS,
-        help="run Python code found in the model",
+        help="run Python code found in the model [off]",
     )
 
 
@@ -46,7 +48,7 @@ def chosen(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
 
 def as_options(names: Iterable[str]) -> str:
     """Names of settings as they are typed."""
-    return ", ".join("--" + name.replace("_", "-") for name in names)
+    return ", ".join(map(option, names))
 
 
 def is_url(model: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -11,13 +12,37 @@ from pydantic import BaseModel, ValidationError
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def validate(model: type[Config], data: Mapping[str, Any], source: str = "") -> Config:
-    """`model(**data)`. Raises ValueError with one line for each wrong key; `source` begins it."""
+def validate(
+    model: type[Config],
+    data: Mapping[str, Any],
+    source: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Config:
+    """`model(**data)`. Raises ValueError with a complaint for each wrong key.
+
+    options: how one types the keys that come from a command line. A complaint about one of these
+    names it so; any other begins with `source`.
+    """
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors(include_url=False)]
-        raise ValueError((f"{source}: " if source else "") + "; ".join(lines)) from None
+        details = error.errors(include_url=False)
+        lines = [_from(source, _explain(model, detail), options or {}) for detail in details]
+        raise ValueError("; ".join(lines)) from None
+
+
+def as_typed(message: str, options: Mapping[str, str]) -> str:
+    """The message with these keys as one types them. A key of one word is an ordinary word, too,
+    but where the message begins."""
+    for key, option in options.items():
+        at = r"(?<![\w.-])" if re.search(r"[._]", key) else "^"
+        message = re.sub(rf"{at}{re.escape(key)}(?![\w-])", option, message)
+    return message
+
+
+def _from(source: str, line: str, options: Mapping[str, str]) -> str:
+    typed = as_typed(line, options)
+    return f"{source}: {line}" if source and typed == line else typed
 
 
 def _explain(model: type[BaseModel], detail: Any) -> str:

@@ -30,6 +30,7 @@ class ServeConfig(BaseModel):
     engine: Literal["forest", "vllm"] = Field(
         "forest", description="forest (ours) or vllm (its pooling engine, for several GPUs)"
     )
+    trust_remote_code: bool = Field(False, description="run Python code found in the model")
     num_replicas: Positive = Field(1, description="reward model replicas, one device each")
     min_replicas: int | None = Field(
         None, ge=0, description="with max_replicas: scale by queued tokens, from as few as this"
@@ -41,7 +42,7 @@ class ServeConfig(BaseModel):
     upscale_delay_s: float = Field(10.0, ge=0, description="scaling: how long a need must last")
     downscale_delay_s: float = Field(300.0, ge=0, description="scaling: how long it must be gone")
     num_ingress: Positive = Field(1, description="ingress replicas: HTTP, rendering, tokenising")
-    device: str = Field("auto", description="auto, cpu, or cuda")
+    device: str = Field("auto", description="auto (cuda where there is one), cpu or cuda")
     dtype: str = Field("auto", description="auto (the contract's), float32, bfloat16 or float16")
     tensor_parallel: Positive = Field(
         1, description="GPUs that share one model: a replica has as many (engine vllm)"
@@ -126,7 +127,6 @@ class ServeConfig(BaseModel):
         le=1,
         description="share of rewards beyond nearly all held-out ones; above: same",
     )
-    trust_remote_code: bool = Field(False, description="run Python code found in the model")
 
     @model_validator(mode="after")
     def replicas_agree(self) -> ServeConfig:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from trainer.config.options import add_arguments, config_from_arguments
+from reward_actor.command_line import Parser, run_command
+from reward_actor.config_errors import as_typed
+from trainer.config.options import add_arguments, config_from_arguments, typed_keys
 from trainer.config.train import TrainConfig
 from trainer.console import TrainingError, say
 
+DESCRIPTION = (
+    "Train a Bradley-Terry reward model. The same command goes on from the last checkpoint after "
+    "an interruption."
+)
+EXTRA = "train"
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
-    """Train as the arguments say; the exit status: 0, 2 for what the user can put right, 1 for a
-    training that failed, 130 for an interrupted one."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        usage=f"{prog} --config FILE [--section.key value ...] [--output-dir DIR] [--folds K]",
-        description="Train a Bradley-Terry reward model. The same command goes on from the last "
-        "checkpoint after an interruption.",
-    )
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say; see `run` for the exit status."""
+    parser = Parser("python -m trainer", DESCRIPTION)
+    add_options(parser)
+    return run_command(parser, run, sys.argv[1:] if argv is None else argv, EXTRA)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [--config FILE|PRESET] [--section.key value ...] [--output-dir DIR] [--folds K]"
     parser.add_argument(
         "--folds",
         type=int,
@@ -29,15 +37,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
         "that part: an accuracy by all prompts, with its standard error",
     )
     add_arguments(parser)
-    args, unknown = parser.parse_known_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit status: 0, 1 for a training that failed, 130 for an interrupted one. Raises
+    ValueError for what the user can put right."""
+    config = config_from_arguments(arguments)
     try:
-        config = config_from_arguments(args, unknown)
-        if args.config is None:
-            args.config = _chosen_preset(config)
-            config = config_from_arguments(args)
+        if arguments.config is None:
+            arguments.config = _chosen_preset(config)
+            config = config_from_arguments(arguments)
             say(_main_settings(config))
         # Imported late: --help and config errors are instant.
-        if args.folds is None:
+        _check_device(config)
+        if arguments.folds is None:
             from trainer.report.summary import show_summary
             from trainer.run import train
 
@@ -46,10 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer") -> 
         else:
             from trainer.folds import train_folds
 
-            train_folds(config, args.folds)
+            train_folds(config, arguments.folds)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(as_typed(str(error), typed_keys(arguments))) from error
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -78,6 +90,14 @@ def _main_settings(config: TrainConfig) -> str:
         f"{training.global_batch_pairs} pairs a step, {config.model.dtype}, "
         f"{config.distributed.num_workers} workers, ZeRO {config.distributed.zero_stage}"
     )
+
+
+def _check_device(config: TrainConfig) -> None:
+    """A training on this machine alone needs its GPU here; that of a cluster may be anywhere."""
+    if config.distributed.device == "cuda" and not os.environ.get("RAY_ADDRESS"):
+        from reward_actor.devices import resolve_device
+
+        resolve_device("cuda", "distributed.device")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "compare"
 HELP = "whether one of two models or services is better, and where they differ"
+EXTRA = "train"
 _SHOWN = 300  # characters of a text in the table
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+from reward_actor.command_line import Flag
+
 NAME = "convert"
 HELP = "turn another system's reward model into ours"
+EXTRA = "serve"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="directory of the reward model or adapter")
     parser.add_argument("destination", metavar="DST", help="directory to write; must not exist")
-    parser.add_argument("--tokenizer-from", metavar="DIR", help="use this directory's tokenizer")
     parser.add_argument(
-        "--format", choices=("chat", "text"), help="[chat where there is a template]"
+        "--tokenizer-from", metavar="DIR", help="use this directory's tokenizer [SRC's]"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("chat", "text"),
+        metavar="chat|text",
+        help="how sequences are rendered [chat where there is a template]",
     )
     parser.add_argument(
         "--ends-with",
@@ -23,29 +31,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--append-eos",
-        action=argparse.BooleanOptionalAction,
+        action=Flag,
         help="whether EOS comes behind that [as its system does]",
     )
     parser.add_argument(
         "--head-rows",
         metavar="A[-B]",
         help="score by the logit of a token of a language model's own head, or by the difference "
-        "of two; a token or its id",
+        "of two; a token or its id [SRC's own head]",
     )
     parser.add_argument(
         "--heads",
         metavar="NAME=WEIGHT,...",
-        help="its head's outputs in order; the reward is their weighted sum (no weights: mean)",
+        help="its head's outputs in order; the reward is their weighted sum (no weights: mean) "
+        "[as SRC says]",
     )
     parser.add_argument(
         "--template-args",
         metavar="JSON",
-        help="arguments of the chat template where a row or request does not give its own",
+        help="arguments of the chat template where a row or request does not give its own [{}]",
     )
-    parser.add_argument("--dtype", default="auto", help="of the weights [what the source holds]")
-    parser.add_argument("--device", default="cpu", help="where the golden samples are scored")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that SRC comes with"
+        "--dtype", metavar="DTYPE", default="auto", help="of the weights [what SRC holds]"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        default="cpu",
+        help="where the golden samples are scored: auto, cpu, cuda, cuda:1, ... [%(default)s]",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action=Flag,
+        default=False,
+        help="run the Python code that SRC comes with [off]",
     )
 
 

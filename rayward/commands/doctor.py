@@ -15,15 +15,17 @@ from pathlib import Path
 
 NAME = "doctor"
 HELP = "check the installation and the devices, and say what to do"
+EXTRA = None
 
-# The versions that the project is tested with: (distribution, version prefix, what needs it).
+# The versions that the project is tested with: (distribution, version prefix, what needs it, the
+# extra of ours that brings it).
 _TESTED = (
-    ("torch", "2.13.", "training and serving"),
-    ("transformers", "5.19.", "training and serving"),
-    ("ray", "2.60.", "training and serving"),
-    ("deepspeed", "0.19.", "training"),
-    ("fastapi", "0.136.", "serving"),
-    ("pydantic", "2.14.", "everything"),
+    ("torch", "2.13.", "training and serving", "serve"),
+    ("transformers", "5.19.", "training and serving", "serve"),
+    ("ray", "2.60.", "training and serving", "serve"),
+    ("deepspeed", "0.19.", "training", "train"),
+    ("fastapi", "0.136.", "serving", "serve"),
+    ("pydantic", "2.14.", "everything", ""),
 )
 _SHARED_MEMORY_GIB = 1.0
 _DISK_GIB = 5.0
@@ -55,8 +57,8 @@ def checks() -> Iterator[Check]:
     """Every check, in the order in which one would mend them."""
     python = ".".join(map(str, sys.version_info[:3]))
     yield Check("python", sys.version_info[:2] == (3, 11), python, "Python 3.11 is what is tested")
-    for name, tested, purpose in _TESTED:
-        yield _package(name, tested, purpose)
+    for name, tested, purpose, extra in _TESTED:
+        yield _package(name, tested, purpose, extra)
     yield _vllm()
     yield _torchvision()
     yield _device()
@@ -67,12 +69,23 @@ def checks() -> Iterator[Check]:
     yield _ray_auth()
 
 
-def _package(name: str, tested: str, purpose: str) -> Check:
+def _is_clone() -> bool:
+    """Whether this is the project's own directory, which has a Makefile, and not a wheel's."""
+    return (Path(__file__).parents[2] / "Makefile").is_file()
+
+
+def _installation(extra: str) -> str:
+    if _is_clone():
+        return "run `make setup`"
+    return f'pip install "rayward[{extra}]"' if extra else "pip install --upgrade rayward"
+
+
+def _package(name: str, tested: str, purpose: str, extra: str) -> Check:
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Check(name, False, f"missing ({purpose} needs it)", "run `make setup`")
-    advice = f"tested with {tested}x; run `make setup`, or test your own work with {found}"
+        return Check(name, False, f"missing ({purpose} needs it)", _installation(extra))
+    advice = f"tested with {tested}x; {_installation(extra)}, or test your own work with {found}"
     return Check(name, found.startswith(tested), found, advice)
 
 
@@ -83,11 +96,11 @@ def _vllm() -> Check:
                 "vllm",
                 version(name).startswith("0.32."),
                 f"{name} {version(name)}",
-                "tested with 0.32; run `make setup`",
+                f"tested with 0.32; {_installation('rollout')}",
             )
         except PackageNotFoundError:
             continue
-    return Check("vllm", False, "missing (rollouts need it)", "run `make setup`")
+    return Check("vllm", False, "missing (rollouts need it)", _installation("rollout"))
 
 
 def _torchvision() -> Check:
@@ -111,7 +124,7 @@ def _device() -> Check:
     try:
         import torch
     except ImportError:
-        return Check("device", False, "torch is missing", "run `make setup`")
+        return Check("device", False, "torch is missing", _installation("serve"))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("device", True, ", ".join(names))
@@ -120,7 +133,9 @@ def _device() -> Check:
             "device",
             False,
             f"an NVIDIA driver, but torch {torch.__version__} sees no GPU",
-            "a CPU build of torch is installed: remove .venv and run `make setup`",
+            "a CPU build of torch is installed: "
+            + ("remove .venv and " if _is_clone() else "uninstall torch and ")
+            + _installation("serve"),
         )
     capability = torch.backends.cpu.get_cpu_capability()
     return Check("device", True, f"CPU only: {os.cpu_count()} cores, {capability}")

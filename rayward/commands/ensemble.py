@@ -6,6 +6,7 @@ import argparse
 
 NAME = "ensemble"
 HELP = "make several reward models one, for score and serve"
+EXTRA = "serve"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +15,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--combine",
         choices=("mean", "min", "mean_minus_std"),
+        metavar="mean|min|mean_minus_std",
         default="mean",
         help="how their rewards become one [%(default)s]",
     )
-    parser.add_argument("--k", type=float, default=1.0, help="of mean_minus_std [%(default)s]")
+    parser.add_argument(
+        "--k", type=float, metavar="FLOAT", default=1.0, help="of mean_minus_std [1]"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,34 +9,42 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayward.loading import add_loading, as_options, chosen, loading_options
+from reward_actor.command_line import Flag, add_setting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NAME = "eval"
 HELP = "what preferences say about a model or a running service"
+EXTRA = "train"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL|URL")
+    parser.epilog = (
+        "Where a number looks wrong, `rayward score MODEL DATA --explain ROW` shows the tokens of "
+        "a row, which of them is read, and why."
+    )
+    parser.add_argument("model", metavar="MODEL|URL", help="directory or URL of a model")
     add_data(parser)
     parser.add_argument(
         "--rewardbench",
         type=int,
         choices=(1, 2),
-        help="DATA is RewardBench of this version: score it by its own rules",
+        metavar="1|2",
+        help="DATA is RewardBench of this version: score it by its own rules [none]",
     )
     parser.add_argument(
         "--over-long",
         choices=("drop", "truncate_left"),
+        metavar="drop|truncate_left",
         default=argparse.SUPPRESS,
         help="what happens to a row with too long a sequence [drop]",
     )
     parser.add_argument(
         "--deduplicate",
-        action=argparse.BooleanOptionalAction,
+        action=Flag,
         default=argparse.SUPPRESS,
-        help="use rows of equal tokens, labels and subset once [no]",
+        help="use rows of equal tokens, labels and subset once [off]",
     )
     add_loading(parser)
 
@@ -83,14 +91,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="DATA", help="pairs or rankings: .jsonl, .jsonl.gz, .parquet"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action=Flag, help="print one JSON object [off]")
+    columns = parser.add_argument_group("columns of DATA")
     for name, field in Columns.model_fields.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            metavar="NAME",
-            default=argparse.SUPPRESS,
-            help=f"of DATA: {field.description} [{field.default}]",
-        )
+        add_setting(columns, name, field, dest=name)
 
 
 def _print_evaluation(result: Mapping[str, Any]) -> None:

@@ -7,19 +7,29 @@ from pathlib import Path
 
 NAME = "init-model"
 HELP = "make a small base model: tokenizer and network"
+EXTRA = "train"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--corpus", help="text to train the tokenizer on: .jsonl, .jsonl.gz, .txt")
+    parser.add_argument("directory", metavar="DIR", help="directory to write")
     parser.add_argument(
-        "--tokenizer-from", metavar="DIR", help="use this model's tokenizer instead"
+        "--corpus",
+        metavar="FILE",
+        help="text to train the tokenizer on: .jsonl, .jsonl.gz, .txt [none]",
     )
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--num-layers", type=int, default=2)
-    parser.add_argument("--max-length", type=int, default=2048, help="positions of the network")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokenizer-from", metavar="DIR", help="use this model's tokenizer instead [none]"
+    )
+    for name, default, help in (
+        ("--vocab-size", 2048, "tokens in the vocabulary"),
+        ("--hidden-size", 128, "width of the network"),
+        ("--num-layers", 2, "layers of the network"),
+        ("--max-length", 2048, "tokens in a sequence at most: positions of the network"),
+        ("--seed", 0, "of the first weights"),
+    ):
+        parser.add_argument(
+            name, type=int, metavar="INT", default=default, help=f"{help} [{default}]"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:

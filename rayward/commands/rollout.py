@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "rollout"
 HELP = "sample completions with vLLM and score them"
+EXTRA = "rollout"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,28 +24,66 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help=".jsonl rows of rollouts")
     parser.add_argument(
         "--scorer",
+        metavar="URL|APP|DIR",
         help="URL of a service, name of a Serve application, directory of a reward model, or "
-        "nothing: sample only; ./NAME is always a directory",
+        "nothing: sample only; ./NAME is always a directory [none]",
     )
-    parser.add_argument("--num-actors", type=int, default=1)
-    parser.add_argument("--num-completions", type=int, default=4)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument(
-        "--num-gpus", type=int, help="GPUs per actor [1 where there is one, else 0]"
+    sampling = parser.add_argument_group("sampling")
+    for name, type, default, help in (
+        ("--num-completions", int, 4, "of each prompt"),
+        ("--max-tokens", int, 256, "tokens in a completion at most"),
+        ("--temperature", float, 1.0, "of the sampling"),
+        ("--top-p", float, 1.0, "share of the probability that is sampled from"),
+        ("--seed", int, 0, "of the sampling"),
+    ):
+        sampling.add_argument(
+            name,
+            type=type,
+            metavar=type.__name__.upper(),
+            default=default,
+            help=f"{help} [{default:g}]",
+        )
+    engines = parser.add_argument_group("engines")
+    engines.add_argument(
+        "--num-actors", type=int, metavar="INT", default=1, help="one engine each [%(default)s]"
     )
-    parser.add_argument("--dtype", default="auto", help="of the policy")
-    parser.add_argument(
-        "--max-model-len", type=int, help="tokens of prompt and completion [what they need]"
+    engines.add_argument(
+        "--num-gpus", type=int, metavar="INT", help="of an actor [1 where there is one, else 0]"
     )
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--cpu-kv-cache-gib", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
+    engines.add_argument(
+        "--dtype", metavar="DTYPE", default="auto", help="of the policy [%(default)s]"
+    )
+    engines.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="of prompt and completion together [what they need]",
+    )
+    engines.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="FLOAT",
+        default=0.9,
+        help="share of its GPU that an engine takes [%(default)s]",
+    )
+    engines.add_argument(
+        "--cpu-kv-cache-gib",
+        type=int,
+        metavar="GIB",
+        default=1,
+        help="of an engine on the CPU, for keys and values [%(default)s]",
+    )
+    engines.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="join this Ray cluster instead of starting one [none]",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
+    if not joins and find_spec("vllm") is None:  # else only the actors would miss it
+        raise ModuleNotFoundError(name="vllm")
     from rich.console import Console
     from rich.progress import Progress
 

@@ -12,6 +12,7 @@ from rayward.unscored import tell_unscored
 
 NAME = "score"
 HELP = "score a file of prompts and completions"
+EXTRA = "serve"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

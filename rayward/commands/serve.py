@@ -7,29 +7,56 @@ import os
 import signal
 import threading
 
+from rayward.loading import chosen
+from reward_actor.command_line import add_setting, option
+
 NAME = "serve"
 HELP = "serve a reward model over HTTP until interrupted"
+EXTRA = "serve"
+
+# The first setting of a topic, in the order of ServeConfig.
+_HEADINGS = {
+    "num_replicas": "replicas",
+    "device": "devices",
+    "max_batch_tokens": "batches",
+    "drop_in_scores": "models and protocols",
+    "token_file": "access",
+    "max_queued_tokens": "limits",
+    "access_log": "monitoring",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
-    _add_serve_settings(parser)
+    from serve.config import ServeConfig
+
+    parser.usage = "%(prog)s MODEL [--option value ...]"
+    parser.add_argument("model", metavar="MODEL", help="directory of the reward model")
+    parser.add_argument(
+        "--host", metavar="HOST", default="127.0.0.1", help="address to listen on [%(default)s]"
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="PORT", default=8000, help="to listen on [%(default)s]"
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="join this Ray cluster instead of starting one [none]",
+    )
+    group: argparse._ActionsContainer = parser
+    for name, field in ServeConfig.model_fields.items():
+        if name in _HEADINGS:
+            group = parser.add_argument_group(_HEADINGS[name])
+        if name != "model":
+            add_setting(group, name, field, dest=name)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from reward_actor.config_errors import validate
+    from reward_actor.config_errors import as_typed, validate
     from serve.config import ServeConfig
 
-    prefix = "setting_"
-    settings = {
-        name.removeprefix(prefix): value
-        for name, value in vars(arguments).items()
-        if name.startswith(prefix) and value is not None
-    }
-    config = validate(ServeConfig, {"model": arguments.model, **settings})
+    given = chosen(arguments, ServeConfig.model_fields)
+    options = {name: option(name) for name in ServeConfig.model_fields} | {"model": "MODEL"}
+    config = validate(ServeConfig, given, options=options)
     from serve.haproxy import settings as haproxy
 
     joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
@@ -40,7 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     from serve.app import start
     from serve.monitoring.metrics import targets
 
-    url = start(config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address)
+    try:
+        url = start(
+            config, host=arguments.host, port=arguments.port, ray_address=arguments.ray_address
+        )
+    except ValueError as error:
+        raise ValueError(as_typed(str(error), options)) from error
     print(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
     print(f"try it   {url}/playground")
     print(f"metrics  http://{targets()[0]}/metrics")
@@ -58,17 +90,3 @@ def run(arguments: argparse.Namespace) -> int:
         ray_serve.delete(APP_NAME)
     ray.shutdown()
     return 0
-
-
-def _add_serve_settings(parser: argparse.ArgumentParser) -> None:
-    from serve.config import ServeConfig
-
-    for name, field in ServeConfig.model_fields.items():
-        if name == "model":
-            continue
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            dest=f"setting_{name}",
-            metavar="VALUE",
-            help=f"{field.description} [{field.default!r}]".replace("%", "%%"),
-        )

@@ -6,20 +6,32 @@ import argparse
 import sys
 from pathlib import Path
 
+from reward_actor.command_line import Flag
+
 NAME = "token"
 HELP = "make a token for callers of the service"
+EXTRA = None  # the core is enough
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="who will use it")
     parser.add_argument(
-        "--file", required=True, help="token file of `rayward serve`; made if missing"
+        "--file",
+        metavar="FILE",
+        required=True,
+        help="token file of `rayward serve`; made if missing [required]",
     )
     parser.add_argument(
-        "--scopes", default="score", help="score, admin or score,admin [%(default)s]"
+        "--scopes",
+        metavar="SCOPES",
+        default="score",
+        help="score, admin or score,admin [%(default)s]",
     )
     parser.add_argument(
-        "--replace", action="store_true", help="end the tokens that NAME has so far at once"
+        "--replace",
+        action=Flag,
+        default=False,
+        help="end the tokens that NAME has so far at once [off]",
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
 NAME = "train"
 HELP = "train a reward model from preferences and export it"
+EXTRA = "train"
 
 
-def run_with(arguments: Sequence[str]) -> int:
-    """With the options of `trainer.config.options`, which parses them itself."""
-    from trainer.__main__ import main
+def add_options(parser: argparse.ArgumentParser) -> None:
+    from trainer.__main__ import DESCRIPTION, add_options
 
-    return main(arguments, prog="rayward train")
+    parser.description = DESCRIPTION
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from trainer.__main__ import run
+
+    return run(arguments)

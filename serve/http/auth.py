@@ -56,7 +56,7 @@ def require_guard(host: str, config: ServeConfig) -> None:
         raise ValueError(
             f"a service at {host} can be reached from other machines, so it needs tokens: make one "
             "with `rayward token NAME --file tokens.json` and start with --token-file tokens.json, "
-            "or say that nobody else can reach it with --allow-unauthenticated true"
+            "or say that nobody else can reach it with --allow-unauthenticated"
         )
 
 

@@ -97,7 +97,7 @@ def test_a_job_trains_and_its_export_outlives_it(
             row = {"prompt": f"Say {number}.", "chosen": f"{number}.", "rejected": f"{number + 1}!"}
             file.write(json.dumps(row) + "\n")
     options = ["--model.path", str(base_model), "--data.train", str(data)]
-    options += ["--training.global_batch_pairs", "8", "--training.micro_batch_tokens", "256"]
+    options += ["--training.global-batch-pairs", "8", "--training.micro-batch-tokens", "256"]
     options += ["--output-dir", str(output)]
     done = submit(nursery.python, jobs_address, "--config", "quickstart", *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,5 +114,5 @@ def test_a_relative_output_dir_is_refused(
     options += ["--output-dir", "outputs/x"]
     done = submit(nursery.python, jobs_address, "--config", "quickstart", *options)
     assert done.returncode != 0
-    assert "output_dir" in done.stdout + done.stderr
+    assert "error: --output-dir: " in done.stdout + done.stderr
     assert "Traceback" not in done.stdout

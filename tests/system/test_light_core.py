@@ -22,6 +22,7 @@ LIGHT = [
     "reward_actor.binary",
     "reward_actor.engine.cache",
     "reward_actor.client.sync",
+    "reward_actor.command_line",
     "reward_actor.contract",
     "reward_actor.errors",
     "reward_actor.files",
@@ -144,6 +145,14 @@ def test_the_package_without_extras_scores(service: str, tmp_path: Path) -> None
         expected = client.score("Hi.", ["Hello!", "Hello!", "What?"]).rewards
         [scores] = client.score_groups([Group(prompt_ids=[5], completion_ids=[[6], [7]])])
     assert json.loads(done.stdout) == pytest.approx(expected + scores.rewards, abs=1e-5)
+    for command, extra in (("train --data.train x", "train"), ("serve x", "serve")):
+        done = subprocess.run(
+            [f"{light}/bin/rayward", *command.split()],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.endswith(f'which is not installed: pip install "rayward[{extra}]"\n')
+        assert done.stderr.count("\n") == 1
 
 
 def _has_what_is_no_python(environment: Path) -> None:

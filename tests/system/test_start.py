@@ -78,8 +78,8 @@ REFUSED = {
     "{base}": "no trained reward head",
     "/nowhere": "is not a directory",
     "{export} --port {port}": "cannot be used",
-    "{export} --num-replicas 0": "num_replicas is '0'",
-    "{export} --num-replica 2": "did you mean '--num-replicas'",
+    "{export} --num-replicas 0": "error: --num-replicas is '0'",
+    "{export} --num-replica 2": "did you mean --num-replicas?",
     "{export} --ray-address 127.0.0.1:1": "no Ray cluster answers",
 }
 

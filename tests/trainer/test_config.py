@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward_actor.command_line import Parser, option
 from trainer.config.config_file import load_config, preset_names
 from trainer.config.options import add_arguments, config_from_arguments, leaves
 
@@ -19,9 +20,9 @@ NEEDED = [("model.path", "base"), ("data.train", "pairs.jsonl")]
 
 
 def parse(*argv: str):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = Parser("rayward train", "")
     add_arguments(parser)
-    return config_from_arguments(*parser.parse_known_args(argv))
+    return config_from_arguments(parser.parse(argv))
 
 
 def test_defaults_and_overrides(tmp_path: Path):
@@ -42,21 +43,24 @@ def test_every_setting_is_an_option_with_a_description():
     text = " ".join(parser.format_help().split())
     for key, field in leaves():
         assert field.description
-        assert f"--{key.replace('output_dir', 'output-dir')} " in text
+        assert re.search(rf"{option(key)}[ ,]", text)
         assert " ".join(field.description.split()) in text
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**31), st.floats(1e-9, 1e3), st.sampled_from(["true", "false"]))
+@given(
+    st.integers(0, 2**31),
+    st.floats(1e-9, 1e3),
+    st.sampled_from(["--loss.use-margin", "--no-loss.use-margin"]),
+)
 def test_what_is_given_arrives(seed: int, rate: float, flag: str):
     config = parse(
         "--model.path", "m", "--data.train", "d", "--training.seed", str(seed),
-        "--optimizer.learning_rate", repr(rate), "--loss.use_margin", flag,
-        "--output-dir", "out",
+        "--optimizer.learning-rate", repr(rate), flag, "--output-dir", "out",
     )  # fmt: skip
     assert config.training.seed == seed
     assert config.optimizer.learning_rate == rate
-    assert config.loss.use_margin is (flag == "true")
+    assert config.loss.use_margin is (flag == "--loss.use-margin")
     assert config.output_dir == "out"
 
 
@@ -148,6 +152,48 @@ def test_lists_and_mappings_are_given_as_yaml():
     assert config.distributed.deepspeed == {"zero_optimization": {"overlap_comm": False}}
 
 
+def test_the_spelling_of_before_is_taken_with_a_warning(capsys: pytest.CaptureFixture[str]):
+    config = parse(
+        "--data.train", "d", "--optimizer.learning_rate=3e-4", "--loss.use_margin", "false",
+        "--checkpoint.asynchronous", "false", "--data.deduplicate=false", "--output_dir", "out",
+        "--data.streaming", "True",
+    )  # fmt: skip
+    assert config.optimizer.learning_rate == 3e-4
+    assert (config.loss.use_margin, config.checkpoint.asynchronous) == (False, False)
+    assert (config.data.deduplicate, config.data.streaming) == (False, True)
+    assert config.output_dir == "out"
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --optimizer.learning_rate=3e-4 is spelled --optimizer.learning-rate=3e-4 now",
+        "warning: --loss.use_margin false is spelled --no-loss.use-margin now",
+        "warning: --checkpoint.asynchronous false is spelled --no-checkpoint.asynchronous now",
+        "warning: --data.deduplicate=false is spelled --no-data.deduplicate now",
+        "warning: --output_dir is spelled --output-dir now",
+        "warning: --data.streaming True is spelled --data.streaming now",
+    ]
+
+
+def test_a_complaint_names_what_was_typed_and_the_file_for_the_rest(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {num_epochs: y, seed: z}\ndistributed: {num_workers: 99}\n")
+    with pytest.raises(ValueError, match="seed") as raised:
+        parse("--config", str(file), "--data.train", "{a: 0}", "--training.num-epochs", "x")
+    by_order = str(raised.value).split("; ")
+    assert [line.partition(" is ")[0] for line in by_order] == [
+        "--data.train.a.weight",
+        "--training.num-epochs",
+        f"{file}: training.seed",
+    ]
+    file.write_text("distributed: {num_workers: 99}\n")
+    with pytest.raises(ValueError, match=rf"^{file}: distributed.num_workers is 99 but"):
+        parse("--config", str(file), "--data.train", "d")
+    with pytest.raises(ValueError, match=r"^distributed.num_workers is 99 but --training.global-b"):
+        parse("--config", str(file), "--data.train", "d", "--training.global-batch-pairs", "8")
+    with pytest.raises(ValueError, match=r"^--evaluation.patience needs --evaluation.every-steps$"):
+        parse("--data.train", "d", "--evaluation.patience", "2")
+    with pytest.raises(ValueError, match=r"^--data.train is '\{a: \[', which is not YAML"):
+        parse("--data.train", "{a: [")
+
+
 def test_what_is_required_is_named():
     with pytest.raises(ValueError, match=r"^data.train is required$"):
         load_config(None)
@@ -187,7 +233,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
 
 def test_an_unknown_option_is_named():
     with pytest.raises(
-        ValueError, match=r"unknown option --training\.sed; did you mean 'training\.seed'"
+        ValueError, match=r"^unknown option --training\.sed; did you mean --training\.seed\?$"
     ):
         parse("--training.sed", "1")
     with pytest.raises(ValueError, match="unexpected argument 'stray'"):

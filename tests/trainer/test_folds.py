@@ -79,14 +79,15 @@ def test_every_prompt_is_held_out_once(ray_cluster: str, base_model: Path, tmp_p
     ("options", "message"),
     [
         (["--folds", "1"], "error: --folds 1: there must be two at least"),
-        (["--folds", "3", "--data.eval", "b.jsonl"], "error: data.eval cannot be used with --"),
-        (["--folds", "3", "--data.fold", "1/2"], "error: data.fold cannot be used with --folds"),
-        (["--folds", "3", "--evaluation.patience", "2", "--evaluation.every_steps", "9"],
-         "error: evaluation.patience cannot be used with --folds: it would end a training by"),
+        (["--folds", "3", "--data.eval", "b.jsonl"], "error: --data.eval cannot be used with --"),
+        (["--folds", "3", "--data.fold", "1/2"], "error: --data.fold cannot be used with --folds"),
+        (["--folds", "3", "--evaluation.patience", "2", "--evaluation.every-steps", "9"],
+         "error: --evaluation.patience cannot be used with --folds: it would end a training by"),
         (["--data.fold", "3/2"], "data.fold is '3/2': a fold is one of two or more, such as 2/5"),
         (["--data.fold", "1/1"], "data.fold is '1/1': a fold is one of two or more"),
         (["--data.fold", "half"], "data.fold is 'half': a fold is one of two"),
-        (["--data.fold", "1/2", "--data.eval", "b.jsonl"], "data.fold and data.eval both say"),
+        (["--data.fold", "1/2", "--data.eval", "b.jsonl"],
+         "error: --data.fold and --data.eval both say"),
     ],
 )  # fmt: skip
 def test_a_split_that_is_said_twice_or_is_none_is_refused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
 
 
-def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
+def load_config(
+    path: str | None,
+    overrides: Sequence[tuple[str, str | bool]] = (),
+    options: Mapping[str, str] | None = None,
+) -> TrainConfig:
     """The YAML file at `path`, or the preset of that name, with dotted keys replaced, in order, by
     `overrides`.
 
-    Lists and mappings are given as YAML: `["a", "b"]`, `{name: 0.5}`. Raises ValueError for a file
-    that cannot be read, and for every key that is unknown (naming the nearest one), missing or
-    wrong.
+    Lists and mappings are given as YAML: `["a", "b"]`, `{name: 0.5}`. `options`: how keys are
+    typed, for complaints. Raises ValueError for a file that cannot be read, and for every key that
+    is unknown (naming the nearest one), missing or wrong.
     """
     data = {} if path is None else _read_yaml(_file(path))
     for name in TrainConfig.model_fields:
@@ -37,8 +41,8 @@ def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{key}: {section} is {place!r}, not a section")
-        place[leaf] = _value(key, value)
-    return validate(TrainConfig, data, source=path or "")
+        place[leaf] = _value((options or {}).get(key, key), value)
+    return validate(TrainConfig, data, path or "", options)
 
 
 def _file(path: str) -> Path:
@@ -46,7 +50,9 @@ def _file(path: str) -> Path:
     return preset if path in preset_names() and not Path(path).is_file() else Path(path)
 
 
-def _value(key: str, text: str) -> Any:
+def _value(key: str, text: str | bool) -> Any:
+    if isinstance(text, bool):
+        return text
     if text.lower() in ("none", "null"):
         return None
     if not text.startswith(("[", "{")):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from reward_actor.config_errors import did_you_mean
+from reward_actor.command_line import add_setting, option
 from trainer.config.config_file import load_config, preset_names
 from trainer.config.data import Section
 from trainer.config.train import TrainConfig
@@ -26,53 +26,28 @@ def leaves() -> Iterator[tuple[str, FieldInfo]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --config and one option for every setting, with its default and description."""
+    """Add --config and one option for every setting, under the heading of its section."""
     parser.add_argument(
         "--config",
         metavar="FILE|PRESET",
         help="YAML file with the settings below, or one of "
         f"{', '.join(preset_names())} [what suits the network that is trained]",
     )
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
     for key, field in leaves():
-        default = "required" if field.is_required() else _shown(field.default)
-        parser.add_argument(
-            "--output-dir" if key == "output_dir" else f"--{key}",
-            dest=key,
-            metavar=_metavar(field),
-            default=argparse.SUPPRESS,
-            help=f"{field.description} [{default}]".replace("%", "%%"),
-        )
+        section = key.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        add_setting(groups[section], key, field, dest=key)
 
 
-def config_from_arguments(args: argparse.Namespace, unknown: Sequence[str] = ()) -> TrainConfig:
-    """The config of a parser that `add_arguments` has filled.
-
-    `unknown` is what `parse_known_args` left over; it raises ValueError, with the nearest option.
-    """
-    for argument in unknown:
-        if argument.startswith("-"):
-            name = argument.lstrip("-").partition("=")[0]
-            known = [key for key, _ in leaves()]
-            raise ValueError(f"unknown option --{name}" + did_you_mean(name, known))
-    if unknown:
-        raise ValueError(f"unexpected argument {unknown[0]!r}")
-    given = vars(args)
-    return load_config(args.config, [(key, given[key]) for key, _ in leaves() if key in given])
+def config_from_arguments(args: argparse.Namespace) -> TrainConfig:
+    """The config of a parser that `add_arguments` has filled. Raises ValueError, which names a
+    setting as it was given: as an option, or as a key of the file."""
+    overrides = [(key, getattr(args, key)) for key, _ in leaves() if key in args]
+    return load_config(args.config, overrides, typed_keys(args))
 
 
-def _shown(value: Any) -> str:
-    return (
-        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
-def _metavar(field: FieldInfo) -> str:
-    annotation = field.annotation
-    if getattr(annotation, "__origin__", None) is dict:
-        return "YAML"
-    if getattr(annotation, "__origin__", None) is Literal:
-        return "|".join(annotation.__args__)  # type: ignore[union-attr]
-    for kind, shown in ((bool, "BOOL"), (int, "INT"), (float, "FLOAT")):
-        if kind is annotation or kind in getattr(annotation, "__args__", ()):
-            return shown
-    return "TEXT"
+def typed_keys(args: argparse.Namespace) -> dict[str, str]:
+    """The options of those settings that a file does not give: all of them where there is none."""
+    return {key: option(key) for key, _ in leaves() if args.config is None or key in args}

@@ -1,0 +1,169 @@
+"""The dialect of our commands: `--kebab-case value`, `--flag/--no-flag`, one line for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Collection, Sequence
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+from reward_actor.errors import RewardServiceError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+_OURS = ("rayward", "reward_actor", "serve", "trainer")
+# What the extra of a command does not bring.
+_EXTRAS = {"vllm": "rollout", "peft": "peft", "bitsandbytes": "peft"}
+_BOOLEANS = {
+    "true": True, "yes": True, "on": True, "1": True,
+    "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
+_SUFFIXES = {
+    "_s": "SECONDS", "_tokens": "TOKENS", "_bytes": "BYTES",
+    "_column": "NAME", "_dir": "DIR", "_file": "FILE",
+}  # fmt: skip
+_TYPES = {int: "INT", float: "FLOAT", dict: "YAML", list: "YAML"}
+
+
+class Flag(argparse.BooleanOptionalAction):
+    """`--flag` and `--no-flag`; the help is what it is given, without a Python default."""
+
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = help
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of the dialect. Use `parse`, which raises ValueError of one line where argparse
+    would print its usage and exit."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Raises ValueError, which names the nearest option where one is unknown."""
+        parsed, unknown = self.parse_known_args(self._current(arguments))
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; {self._list_of_options}")
+
+    @property
+    def _list_of_options(self) -> str:
+        return f"{self.prog} --help lists the options"
+
+    def _current(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments in today's spelling: before it options had the underscores of their keys,
+        and flags a value. Such a one is taken with a warning."""
+        rest, current = list(arguments), list[str]()
+        while rest:
+            argument = rest.pop(0)
+            typed, _, value = argument.partition("=")
+            if argument == "--":
+                return [*current, argument, *rest]
+            if not typed.startswith("--") or " " in typed:  # as argparse tells options from values
+                current.append(argument)
+                continue
+            name = typed.replace("_", "-")
+            action = self._option_string_actions.get(name)
+            if action is None:
+                near = nearest(name, self._option_string_actions, self._list_of_options)
+                raise ValueError(f"unknown option {typed}{near}")
+            new = name + argument[len(typed) :]
+            if isinstance(action, Flag) and name == action.option_strings[0]:
+                if not value and rest and rest[0].lower() in _BOOLEANS:
+                    value = rest.pop(0)
+                    argument += f" {value}"
+                if value.lower() in _BOOLEANS:
+                    new = action.option_strings[0 if _BOOLEANS[value.lower()] else 1]
+            if new != argument:
+                print(f"warning: {argument} is spelled {new} now", file=sys.stderr)
+            current.append(new)
+        return current
+
+
+def run_command(
+    parser: Parser,
+    run: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str],
+    extra: str | None,
+) -> int:
+    """The exit code of a command: its own, 2 for what the user can put right, in one line, and 130
+    for an interrupt. `extra`: of our package, with what the command imports."""
+    try:
+        return run(parser.parse(arguments))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if extra is None or package in ("", *_OURS):
+            raise
+        extra = _EXTRAS.get(package, extra)
+        return complain(
+            f'{parser.prog} needs {package}, which is not installed: pip install "rayward[{extra}]"'
+        )
+    except (ValueError, OSError, RewardServiceError) as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def complain(error: Exception | str) -> int:
+    """Print the error, and return the exit code for it."""
+    print("error:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+    return 2
+
+
+def nearest(name: str, known: Collection[str], otherwise: str) -> str:
+    """A clause to append to a complaint about `name`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; {otherwise}"
+
+
+def option(key: str) -> str:
+    """A setting as it is typed."""
+    return "--" + key.replace("_", "-")
+
+
+def add_setting(place: argparse._ActionsContainer, key: str, field: FieldInfo, dest: str) -> None:
+    """An option for a setting, absent unless it is given. Its value is a string, which pydantic
+    reads, or for a flag a bool."""
+    kwargs: dict[str, Any] = {}
+    if field.annotation is bool:
+        kwargs["action"] = Flag
+    else:
+        kwargs["metavar"] = _metavar(key, field.annotation)
+    default = "required" if field.is_required() else shown(field.default)
+    help = f"{field.description} [{default}]" if default else field.description or ""
+    place.add_argument(
+        option(key), dest=dest, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **kwargs
+    )
+
+
+def shown(value: Any) -> str:
+    """A default as one would type it; on or off for that of a flag."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metavar(key: str, annotation: Any) -> str:
+    for suffix, metavar in _SUFFIXES.items():
+        if key.endswith(suffix):
+            return metavar
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(args)
+    if origin is Annotated:
+        return _metavar(key, args[0])
+    if NoneType in args:
+        [kind] = (arg for arg in args if arg is not NoneType)
+        return _metavar(key, kind)
+    return _TYPES.get(origin or annotation, "TEXT")
