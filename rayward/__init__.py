@@ -20,13 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rayward import clashes
     from reward_actor import terminal
+    from reward_actor.command_line import complain
 
     clashes.leave_working_directory()
     try:
         clashes.check()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     arguments = sys.argv[1:]
     if "--verbose" not in arguments:
         terminal.keep_for_ours(next(iter(arguments), "help"))

@@ -20,6 +20,7 @@ from rayward.commands import (
 )
 from rayward.commands import eval as evaluate
 from reward_actor.command_line import Parser, complain, nearest, run_command
+from reward_actor.terminal import say
 
 # As `rayward --help` shows them.
 _TOPICS = {
@@ -35,12 +36,12 @@ def run(argv: Sequence[str] | None = None) -> int:
     """See `rayward.main`."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(_help())
+        say(_help())
         return 0
     if name == "--version":
         from importlib.metadata import version
 
-        print(f"rayward {version('rayward')}")
+        say(f"rayward {version('rayward')}")
         return 0
     if name not in COMMANDS:
         near = nearest(name, [*COMMANDS, "--help", "--version"], "rayward --help lists them")

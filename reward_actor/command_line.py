@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from reward_actor.errors import RewardServiceError
+from reward_actor.terminal import log_file, note, out, warn
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -42,6 +43,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.add_argument(
+            "--verbose",
+            action="store_true",
+            help="show what other libraries print, which goes to a log file otherwise",
+        )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Raises ValueError, which names the nearest option where one is unknown."""
@@ -49,6 +55,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return parsed
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or out())
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}; {self._list_of_options}")
@@ -82,7 +91,7 @@ class Parser(argparse.ArgumentParser):
                 if value.lower() in _BOOLEANS:
                     new = action.option_strings[0 if _BOOLEANS[value.lower()] else 1]
             if new != argument:
-                print(f"warning: {argument} is spelled {new} now", file=sys.stderr)
+                warn(f"{argument} is spelled {new} now")
             current.append(new)
         return current
 
@@ -109,12 +118,20 @@ def run_command(
         return complain(error)
     except KeyboardInterrupt:
         return 130
+    except (
+        Exception
+    ) as error:  # nobody foresaw it: one line here, the rest where lines of others go
+        traceback.print_exc()
+        return complain(f"{type(error).__name__}: {error}", 1)
 
 
-def complain(error: Exception | str) -> int:
-    """Print the error, and return the exit code for it."""
-    print("error:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-    return 2
+def complain(error: Exception | str, status: int = 2) -> int:
+    """Print the error, and return the exit code for it; where it is no mistake of the user's,
+    also where the output of libraries is."""
+    log = log_file() if status == 1 else None
+    where = [] if log is None else [f"(what else was printed is in {log})"]
+    note(" ".join(["error:", *(line.strip() for line in str(error).splitlines()), *where]))
+    return status
 
 
 def nearest(name: str, known: Collection[str], otherwise: str) -> str:

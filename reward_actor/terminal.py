@@ -1,8 +1,9 @@
 """What people see: our own lines. What other libraries print goes to a log file.
 
-In a command, standard output is ours and standard error is split: `err()` is the terminal's, file
-descriptor 2 the log's. On a Ray worker standard output is ours, which the driver prints as it comes
-(`reward_actor.ray_internals.take_worker_lines`), and standard error everybody's.
+In a command, `out()` and `err()` are the terminal's, while `sys.stdout`, `sys.stderr` and the file
+descriptors 1 and 2, which libraries and child processes write to, lead to the log. On a Ray worker
+our lines are its standard output, which the driver prints as they come
+(`reward_actor.ray_internals.take_worker_lines`), and all else is its standard error.
 
 A full disk under a log, or a pipe that nobody reads any more, must not end what runs, so a line
 that cannot be written is lost.
@@ -18,7 +19,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import Progress
 
 PACKAGES = ("rayward", "reward_actor", "trainer", "serve")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +32,18 @@ _ROOT = Path(__file__).resolve().parents[1]
 _out: TextIO | None = None
 _err: TextIO | None = None
 _log: Path | None = None
+_display: Console | None = None
+NOT_REDIRECTED: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+
+
+def out() -> TextIO:
+    """Standard output, for our own lines."""
+    return _out or sys.stdout
 
 
 def err() -> TextIO:
     """Standard error, for our own lines."""
-    return sys.stderr if _err is None else _err
+    return _err or sys.stderr
 
 
 def log_file() -> Path | None:
@@ -40,14 +53,37 @@ def log_file() -> Path | None:
 
 def say(text: str) -> None:
     """Print a line."""
-    with contextlib.suppress(OSError):
-        print(text, file=_out or sys.stdout, flush=True)
+    _print(text, out())
+
+
+def note(text: str) -> None:
+    """Print a line to standard error."""
+    _print(text, err())
 
 
 def warn(text: str) -> None:
     """Print a warning to standard error."""
+    note(f"warning: {text}")
+
+
+def _print(text: str, file: TextIO) -> None:
     with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=err(), flush=True)
+        if _display is None:
+            print(text, file=file, flush=True)
+        else:  # above what is on display
+            _display.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def showing(display: Live | Progress) -> Iterator[None]:
+    """Show a display that does not redirect `sys.stdout`; our lines go above it."""
+    global _display
+    with display:
+        _display = display.console
+        try:
+            yield
+        finally:
+            _display = None
 
 
 @contextlib.contextmanager
@@ -58,20 +94,19 @@ def phase(text: str) -> Iterator[None]:
     from rich.spinner import Spinner
 
     console = Console(file=err())
-    if console.is_terminal:
-        spinner = Spinner("dots", text=text)
-        with Live(spinner, console=console, transient=True, redirect_stderr=False):
-            yield
-    else:
-        with contextlib.suppress(OSError):
-            print(text, file=err(), flush=True)
+    if not console.is_terminal or _display is not None:
+        note(text)
+        yield
+        return
+    spinner = Spinner("dots", text=text)
+    with showing(Live(spinner, console=console, transient=True, **NOT_REDIRECTED)):
         yield
 
 
 def keep_for_ours(name: str) -> None:
     """Send everything that this process and its children print, our own lines excepted, to a new
     file of their user alone, until the process ends."""
-    global _err, _log
+    global _out, _err, _log
     safe = "".join(letter for letter in name if letter.isalnum())
     handle, path = tempfile.mkstemp(prefix=f"rayward-{safe}-", suffix=".log")
     _log = Path(path)
@@ -79,7 +114,7 @@ def keep_for_ours(name: str) -> None:
     for fd in (1, 2):
         os.dup2(handle, fd)
     os.close(handle)
-    sys.stdout, _err = ours  # print() is ours; sys.stderr goes on writing to 2
+    _out, _err = ours
     _show_our_warnings()
 
 

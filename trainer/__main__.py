@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reward_actor.command_line import Parser, run_command
+from reward_actor.command_line import Parser, complain, run_command
 from reward_actor.config_errors import as_typed
+from reward_actor.terminal import note, say
 from trainer.config.options import add_arguments, config_from_arguments, typed_keys
 from trainer.config.train import TrainConfig
-from trainer.console import TrainingError, say
+from trainer.errors import TrainingError
 
 DESCRIPTION = (
     "Train a Bradley-Terry reward model. The same command goes on from the last checkpoint after "
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [--config FILE|PRESET] [--section.key value ...] [--output-dir DIR] [--folds K]"
+    parser.usage = (
+        "%(prog)s [--config FILE|PRESET] [--section.key value ...] [--output-dir DIR] [--folds K]"
+    )
     parser.add_argument(
         "--folds",
         type=int,
@@ -63,10 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(as_typed(str(error), typed_keys(arguments))) from error
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return complain(error, 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        note("interrupted; the same command resumes from the last checkpoint")
         return 130
     return 0
 

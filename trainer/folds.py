@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reward_actor import terminal
 from reward_actor.atomic import replace_text
-from trainer import console
 from trainer.config.train import TrainConfig
 from trainer.data.split import MIN_PROMPTS
 from trainer.evaluation.intervals import NORMAL
@@ -49,7 +49,7 @@ class FoldsResult:
 
 
 def train_folds(
-    config: TrainConfig, num_folds: int, say: Callable[[str], None] = console.say
+    config: TrainConfig, num_folds: int, say: Callable[[str], None] = terminal.say
 ) -> FoldsResult:
     """Train on all but one of `num_folds` parts of the prompts, for each part, and measure on it.
 

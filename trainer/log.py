@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.console import warn
+from reward_actor.terminal import warn
 
 LOG_FILE = "training_log.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"

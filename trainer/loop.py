@@ -17,8 +17,8 @@ import ray
 import torch
 from transformers.utils import logging as transformers_logging
 
+from reward_actor.terminal import say
 from trainer.checkpoints.checkpoints import Checkpoints
-from trainer.console import say
 from trainer.evaluation.evaluations import Evaluations
 from trainer.finish import finish
 from trainer.job import Job

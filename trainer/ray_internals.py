@@ -22,7 +22,8 @@ from ray.train.v2._internal.execution.failure_handling import (
     FailureDecision,
 )
 
-from trainer.console import TrainingError, say
+from reward_actor.terminal import say
+from trainer.errors import TrainingError
 
 _ABORT_S = 10
 _NODE = re.compile(r"^\s*(?:node_)?ip: (\S+)", re.MULTILINE)

@@ -23,8 +23,8 @@ from trainer import worker
 from trainer.checkpoints.manifest import survey
 from trainer.checkpoints.storage import StorageError, checkpoint_storage
 from trainer.config.train import TrainConfig
-from trainer.console import TrainingError
 from trainer.data.split import Prepared
+from trainer.errors import TrainingError
 from trainer.evaluation.baselines import baseline_rewards
 from trainer.evaluation.metrics import accuracy
 from trainer.job import Job, RunFacts

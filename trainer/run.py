@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import console
+from reward_actor import terminal
 from trainer.checkpoints.manifest import stored_steps
 from trainer.checkpoints.run_directory import EXPORT_DIR, finished, locked
 from trainer.checkpoints.run_identity import check_identity, identity
@@ -38,7 +38,7 @@ class TrainResult:
     seconds: float
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> TrainResult:
+def train(config: TrainConfig, say: Callable[[str], None] = terminal.say) -> TrainResult:
     """Train and export; goes on from the last checkpoint of the same run in `output_dir`.
 
     Raises ValueError for a config, data or a cluster that cannot work, before any training;
@@ -48,7 +48,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = console.say) -> Trai
     _check(config)
     config = resolve_paths(config)
     output_dir = Path(config.output_dir)
-    with console.phase("reading and rendering the data"):
+    with terminal.phase("reading and rendering the data"):
         prepared, contract = prepare(config)
     check_selection(config.evaluation, config.loss.attributes, prepared.heldout)
     for line in prepared.report():

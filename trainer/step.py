@@ -18,9 +18,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from trainer.config.train import TrainConfig
-from trainer.console import TrainingError
 from trainer.data.comparisons import Comparisons
 from trainer.data.micro_batches import global_batch, plan, steps_per_epoch, with_noise
+from trainer.errors import TrainingError
 from trainer.loss import Labels, comparison_losses, pair_counts, router_loss
 from trainer.network import zero
 from trainer.network.packed import PackedForward, row_weights, sequences_of

@@ -11,10 +11,9 @@ import ray
 import ray.exceptions
 import ray.train
 
-from reward_actor.terminal import keep_worker_output_for_ours
+from reward_actor.terminal import keep_worker_output_for_ours, say
 from trainer.checkpoints.manifest import SavedState
 from trainer.config.train import TrainConfig
-from trainer.console import say
 from trainer.data.split import TrainingData
 from trainer.job import EVALUATION, REASON, Job
 

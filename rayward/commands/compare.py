@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from rayward.commands.eval import add_data
 from rayward.loading import LOADING, add_loading, chosen
+from reward_actor.terminal import out, say, warn
 
 if TYPE_CHECKING:
     from trainer.evaluation.compare import ModelComparison, ModelResult
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         **chosen(arguments, LOADING),
     )
     if arguments.json:
-        print(json.dumps(found.as_dict()))
+        say(json.dumps(found.as_dict()))
     else:
         _print(found)
     return 0
@@ -59,7 +59,7 @@ def _print(found: ModelComparison) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(file=out())
     models = Table("", "model", "model_version", "accuracy", "95 % interval", "dropped")
     for name, one in (("A", found.a), ("B", found.b)):
         models.add_row(name, *map(escape, _cells(one)))
@@ -76,7 +76,7 @@ def _print(found: ModelComparison) -> None:
         + ("not defined" if ranks is None else f"{ranks:.3f}")
     )
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     if found.most_different:
         pairs = Table("row", "A", "B", "prompt", "chosen", "rejected", show_lines=True)
         for pair in found.most_different:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from reward_actor.terminal import say
+
 NAME = "doctor"
 HELP = "check the installation and the devices, and say what to do"
 EXTRA = None
@@ -46,10 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     failed = 0
     for check in checks():
-        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
+        say(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
         if not check.ok:
             failed += 1
-            print(f"      -> {check.advice}")
+            say(f"      -> {check.advice}")
     return 1 if failed else 0
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayward.loading import add_loading, as_options, chosen, loading_options
 from reward_actor.command_line import Flag, add_setting
+from reward_actor.terminal import out, say, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,12 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
             **loading_options(arguments),
         )
     if arguments.json:
-        print(json.dumps(result))
+        say(json.dumps(result))
     else:
         warnings = result.pop("warnings", [])
         _print_evaluation(result)
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            warn(warning)
     return 0
 
 
@@ -102,7 +102,7 @@ def _print_evaluation(result: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     tables = _benchmark_tables if "benchmark" in result else _pair_tables
-    console = Console(highlight=False)
+    console = Console(file=out(), highlight=False)
     for table in tables(result):
         console.print(table)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from reward_actor.terminal import say
+
 NAME = "init-model"
 HELP = "make a small base model: tokenizer and network"
 EXTRA = "train"
@@ -48,5 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer_from=Path(source) if source else None,
         seed=arguments.seed,
     )
-    print(f"base model: {path}")
+    say(f"base model: {path}")
     return 0

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayward.unscored import tell_unscored
+from rayward.scoring import ScoringProgress, tell_unscored
+from reward_actor.terminal import phase, say
 
 if TYPE_CHECKING:
     from reward_actor.rollout.records import RolloutGroup
@@ -84,9 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
     if not joins and find_spec("vllm") is None:  # else only the actors would miss it
         raise ModuleNotFoundError(name="vllm")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from reward_actor.cluster import connect
     from reward_actor.files import question_of, read_rows, rollout_row, write_rows
     from reward_actor.rollout.policy import longest_needed
@@ -121,22 +119,23 @@ def run(arguments: argparse.Namespace) -> int:
         from reward_actor.actor import start_scorer_actor
 
         scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
-    actors = start_rollout_actors(engine, arguments.num_actors, scorer)
+    with phase(f"starting {arguments.num_actors} vLLM engines with {arguments.policy}"):
+        actors = start_rollout_actors(engine, arguments.num_actors, scorer)
 
     import ray
 
-    print(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
+    say(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
     rollouts: dict[int, Any] = {}
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("rollouts", total=len(prompts))
+        with ScoringProgress(len(prompts)) as progress:
             for index, rollout in sample(actors, prompts, sampling):
                 rollouts[index] = rollout
-                progress.advance(task)
+                progress.add(rollout.scores, sum(map(len, rollout.completion_ids)))
     finally:  # what was sampled before a failure is kept
         write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
     num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
-    print(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    say(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    say(progress.summary())
     ray.shutdown()
     return tell_unscored([text for index in sorted(rollouts) for text in problems(rollouts[index])])
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayward.loading import add_loading, is_url, loading_options
-from rayward.unscored import tell_unscored
+from rayward.scoring import ScoringProgress, tell_unscored
+from reward_actor.terminal import phase, say, warn
+
+if TYPE_CHECKING:
+    from reward_actor.groups import GroupScores
 
 NAME = "score"
 HELP = "score a file of prompts and completions"
@@ -41,8 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("give OUTPUT, a .jsonl file to write, or --explain ROW")
     for place, row in rows:  # told before a large model is loaded
         group_of(row, place)
-    with _scorer(arguments.model, loading) as (score, path, format):
-        scores = score([group_of(row, place, format) for place, row in rows])
+    scores: list[GroupScores] = []
+    with (
+        _scorer(arguments.model, loading) as (score, path, format, at_once),
+        ScoringProgress(len(rows)) as progress,
+    ):
+        groups = [group_of(row, place, format) for place, row in rows]
+        for start in range(0, len(groups), at_once):
+            for result in score(groups[start : start + at_once]):
+                scores.append(result)
+                progress.add(result)
     problems = [
         None if error is None else f"{error.type}: {error.message}"
         for result in scores
@@ -53,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         (scored_row(row, result) for (_, row), result in zip(rows, scores, strict=True)),
     )
     num_scored = problems.count(None)
-    print(
+    say(
         f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output} ({path})"
+        f"\n{progress.summary()}"
     )
     return tell_unscored(problems)
 
@@ -76,25 +89,27 @@ def _explain(
     try:
         scorer.replay()
     except ContractError as error:  # it is such a model that has to be explained
-        print(f"warning: {error}", file=sys.stderr)
+        warn(str(error))
     for line in explain(scorer, group_of(row, place, scorer.contract.format)):
-        print(line)
+        say(line)
     return 0
 
 
 @contextmanager
 def _scorer(
     model: str, loading: dict[str, Any]
-) -> Iterator[tuple[Callable[[Any], Any], str, Literal["chat", "text"]]]:
-    """What scores groups, the path that they take there, and the format of the contract."""
+) -> Iterator[tuple[Callable[[Any], Any], str, Literal["chat", "text"], int]]:
+    """What scores groups, the path that they take there, the format of the contract, and how many
+    groups to score at once: few enough for progress that moves."""
     if is_url(model):
         from reward_actor.client.sync import RewardClient
 
         with RewardClient(model) as client:
             info = client.info()
-            yield client.score_groups, info.path, info.format
+            yield client.score_groups, info.path, info.format, 2048  # several requests at a time
         return
     from reward_actor.scorer import RewardScorer
 
-    scorer = RewardScorer.from_pretrained(model, **loading)
-    yield scorer.score, f"{scorer.path}, {scorer.dtype}", scorer.contract.format
+    with phase(f"loading {model}"):
+        scorer = RewardScorer.from_pretrained(model, **loading)
+    yield scorer.score, f"{scorer.path}, {scorer.dtype}", scorer.contract.format, 256

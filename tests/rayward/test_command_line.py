@@ -15,7 +15,7 @@ from score_files import ROWS, write
 
 import rayward
 from rayward.commands.rollout import is_directory, problems
-from rayward.unscored import tell_unscored
+from rayward.scoring import tell_unscored
 from reward_actor import Group
 from reward_actor.files import group_of, read_rows
 from reward_actor.groups import GroupScores, SampleError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engines import OnWorkers, settings, trainer
 
-from trainer.console import TrainingError
+from trainer.errors import TrainingError
 from trainer.network import zero
 from trainer.step import Stepper
 

@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from trainer.console import TrainingError
+from trainer.errors import TrainingError
 from trainer.ray_internals import (
     OnlyLostWorkers,
     RayTrainer,

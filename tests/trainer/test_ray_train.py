@@ -10,7 +10,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from trainer.console import TrainingError
+from trainer.errors import TrainingError
 from trainer.ray_train import _cause
 
 OURS = TrainingError("the loss of step 3 is not finite")

@@ -14,8 +14,8 @@ from reward_actor.scorer import RewardScorer
 from trainer import worker
 from trainer.config.config_file import load_config
 from trainer.config.train import TrainConfig
-from trainer.console import TrainingError
 from trainer.data.prepare import prepare
+from trainer.errors import TrainingError
 from trainer.evaluation.metrics import EvalResult, evaluate
 from trainer.job import Job, RunFacts
 from trainer.run import TrainResult, train

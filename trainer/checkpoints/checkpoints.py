@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
+from reward_actor.terminal import warn
 from trainer.checkpoints import elastic
 from trainer.checkpoints.manifest import (
     TAG,
@@ -37,8 +38,8 @@ from trainer.checkpoints.manifest import (
     write_manifest,
 )
 from trainer.checkpoints.storage import StorageError, checkpoint_storage
-from trainer.console import TrainingError, warn
 from trainer.deepspeed_internals import write_errors
+from trainer.errors import TrainingError
 from trainer.log import LOG_FILE
 from trainer.network import zero
 from trainer.network.collectives import from_all, from_first, is_first, wait_until

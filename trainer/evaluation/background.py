@@ -29,10 +29,10 @@ from ray.train import (
 )
 
 from reward_actor.engine.engine import Engine
+from reward_actor.terminal import warn
 from trainer.checkpoints.checkpoints import Checkpoints
 from trainer.checkpoints.manifest import TAG, SavedState, fetched
 from trainer.checkpoints.storage import checkpoint_storage
-from trainer.console import warn
 from trainer.deepspeed_internals import whole_state
 from trainer.evaluation.metrics import measure
 from trainer.job import EVALUATION, REASON

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from trainer import deepspeed_internals
 from trainer.config.train import TrainConfig
-from trainer.console import TrainingError
+from trainer.errors import TrainingError
 from trainer.network import adapters
 from trainer.network.build import build_model
 from trainer.network.optimizers import make_optimizer, make_schedule

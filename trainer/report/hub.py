@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.console import TrainingError
+from trainer.errors import TrainingError
 
 if TYPE_CHECKING:
     from trainer.config.train import ReportConfig

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.console import say
+from reward_actor.terminal import NOT_REDIRECTED, out, say, showing
 from trainer.evaluation.metrics import RMSE
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, parsed
 
@@ -40,13 +40,12 @@ def show(
 ) -> None:
     """Follow a training from step `start` until `is_running` says no: a live display on a
     terminal, about twenty plain lines elsewhere. `also` gets every new line once, too."""
-    console = console or Console()
+    console = console or Console(file=out())
     live = console.is_terminal
     board = _Board(start, num_steps)
     every = max(1, num_steps // _PLAIN_LINES)
-    # What libraries write to standard error must not get on the display.
-    display = Live(board, console=console, refresh_per_second=4, redirect_stderr=False)
-    with display if live else nullcontext():
+    display = Live(board, console=console, refresh_per_second=4, **NOT_REDIRECTED)
+    with showing(display) if live else nullcontext():
         for lines in follow(output_dir, start, is_running):
             for line in lines:
                 board.update(line)

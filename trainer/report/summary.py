@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from reward_actor.terminal import out
 from trainer.config.data import DataConfig
 from trainer.data.sources import is_file_name
 from trainer.evaluation.metrics import RMSE
@@ -18,8 +19,8 @@ from trainer.report import describe
 
 
 def show_summary(export_dir: Path, metrics: Mapping[str, Any], data: DataConfig) -> None:
-    """Print `summary`; a line that cannot be written is lost, as in `trainer.console`."""
-    console = Console(highlight=False)
+    """Print `summary`."""
+    console = Console(file=out(), highlight=False)
     with contextlib.suppress(OSError):
         for line in summary(export_dir, metrics, data):
             console.print(line, soft_wrap=True)

@@ -20,9 +20,9 @@ from typing import Any, Protocol, Self
 
 import yaml
 
+from reward_actor import terminal
 from reward_actor.atomic import replace_text
 from reward_actor.json_files import json_object
-from trainer import console
 from trainer.config.train import ReportConfig, TrainConfig
 from trainer.report import describe
 from trainer.report.progress import Line
@@ -69,7 +69,7 @@ def _import_wandb() -> ModuleType:
 class Trackers:
     """The trackers of one run. One that fails while the training runs is left out from then on."""
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = console.say) -> None:
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = terminal.say) -> None:
         """Start, or go on with, a run of each tracker. Raises ValueError for one that cannot."""
         self._say = say
         self._path = Path(config.output_dir) / STATE_FILE
