@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -11,6 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
+
+from reward_actor.config_errors import did_you_mean
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 Body = TypeVar("Body", bound=BaseModel)
 
 SCHEMA_REF = "#/components/schemas/{model}"
+
+_READS_AS_FIELD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def service_of(request: Request) -> RewardService:
@@ -63,26 +68,63 @@ def check(model: type[Body], value: Any) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        found = [_fault(model, fault) for fault in error.errors(include_input=False)]
+        found = [_fault(model, value, fault) for fault in error.errors(include_input=False)]
     raise RequestValidationError(found)
 
 
-def _fault(model: type[BaseModel], fault: ErrorDetails) -> dict[str, Any]:
-    """What is wrong and where, without keys of the request: they are input as its values are."""
+def _fault(model: type[BaseModel], value: Any, fault: ErrorDetails) -> dict[str, Any]:
+    """What is wrong and where, without what the request says: keys are input as its values are.
+    Of an unknown one the name is shown if it reads as a field's, which no prompt does."""
+    is_unknown = fault["type"] == "extra_forbidden"
     names = _field_names(model)
-    place = [part for part in fault["loc"] if isinstance(part, int) or part in names]
-    message = fault["msg"]
-    if fault["type"] == "extra_forbidden":
-        message = f"there is a field that is not known; known are {', '.join(sorted(names))}"
-    return {"loc": place, "msg": message}
+    path = fault["loc"][:-1] if is_unknown else fault["loc"]
+    place = [part for part in path if isinstance(part, int) or part in names]
+    if not is_unknown:
+        return {"loc": place, "msg": fault["msg"]}
+    key = str(fault["loc"][-1])
+    shown = repr(key) if _READS_AS_FIELD.fullmatch(key) else _position(value, path, key)
+    known = _fields_at(model, place)
+    return {"loc": place, "msg": f"unknown field {shown}" + did_you_mean(key, known)}
+
+
+def _position(value: Any, path: Sequence[int | str], key: str) -> str:
+    """Of a key among those of its object."""
+    for part in path:
+        if isinstance(part, int) or part in value:  # else it is a label of pydantic's
+            value = value[part]
+    return f"number {list(value).index(key) + 1} of {len(value)}"
 
 
 @cache
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema()
+
+
 def _field_names(model: type[BaseModel]) -> frozenset[str]:
     """Of a model and all that it holds."""
-    document = model.model_json_schema()
-    described = [document, *document.get("$defs", {}).values()]
+    described = [_schema(model), *_schema(model).get("$defs", {}).values()]
     return frozenset(name for each in described for name in each.get("properties", {}))
+
+
+def _fields_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """Those that the object at a place of the body may have."""
+    shapes = list(_shapes(model, _schema(model)))
+    for part in place:
+        inner = [
+            shape.get("items") if isinstance(part, int) else shape.get("properties", {}).get(part)
+            for shape in shapes
+        ]
+        shapes = [shape for node in inner if node for shape in _shapes(model, node)]
+    return sorted({name for shape in shapes for name in shape.get("properties", {})})
+
+
+def _shapes(model: type[BaseModel], node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A node of the model's JSON schema, and each that it may be by reference or by choice."""
+    yield node
+    if "$ref" in node:
+        yield from _shapes(model, _schema(model)["$defs"][node["$ref"].rpartition("/")[2]])
+    for choice in node.get("anyOf", ()):
+        yield from _shapes(model, choice)
 
 
 def json_reply(value: Any, headers: dict[str, str] | None = None) -> Response:
