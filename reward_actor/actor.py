@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,7 +10,7 @@ import ray
 from reward_actor import schema
 from reward_actor.cluster import require_resources
 from reward_actor.groups import Group, GroupScores
-from reward_actor.info import model_info
+from reward_actor.info import model_info, model_name
 from reward_actor.scorer import RewardScorer
 
 
@@ -21,7 +20,7 @@ class RewardScorerActor:
 
     def __init__(self, path: str, **loading: Any) -> None:
         """loading: as `RewardScorer.from_pretrained` takes it."""
-        self._name = Path(path).resolve().name
+        self._name = model_name(path)
         self._scorer = RewardScorer.from_pretrained(path, **loading)
 
     def score_groups(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from reward_actor import schema
+from reward_actor.json_files import json_object
 from reward_actor.model.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -28,6 +30,16 @@ class Described(Protocol):
     def path(self) -> str: ...
     @property
     def fallback_reason(self) -> str | None: ...
+
+
+def model_name(directory: str | Path) -> str:
+    """What a directory's model is called: as its training's `report.run_name` says, or like its
+    folder, which of RUN/export is RUN. Raises ValueError for settings that are no JSON object."""
+    place = Path(directory).expanduser().resolve()
+    settings = place / "resolved_config.json"
+    report = json_object(settings).get("report") if settings.is_file() else None
+    named = report.get("run_name") if isinstance(report, dict) else None
+    return str(named or (place.parent if place.name == "export" else place).name)
 
 
 def model_info(scorer: Described) -> schema.ModelInfo:

@@ -313,10 +313,10 @@ class SwapReply(Wire):
 
 
 class RegistryReply(Wire):
-    """The names that the registry has, and the one that is served (null: what was started)."""
+    """The names that the registry has, and that of the model that is served."""
 
     models: list[str]
-    current: str | None
+    current: str
 
 
 class Status(Wire):

@@ -61,7 +61,11 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def resolve(config: ServeConfig) -> ServeConfig:
-    """The config with absolute paths and a name, its model checked. Raises ValueError."""
+    """The config with absolute paths and a name, its model checked. Raises ValueError.
+
+    The name is the one that was given, the registry's for a model that it has, or the run's.
+    """
+    from reward_actor.info import model_name
     from reward_actor.model.ensemble import model_directories
     from reward_actor.model.layouts import recognise
     from reward_actor.model.load import load_contract
@@ -76,8 +80,8 @@ def resolve(config: ServeConfig) -> ServeConfig:
         from reward_actor.vllm.scorer import check_supported
 
         check_supported(directory)
-    name = config.name or directory.name
-    registry = None if config.registry is None else str(Registry(config.registry).root)
+    registry = None if config.registry is None else Registry(config.registry)
+    listed = None if registry is None else registry.name_of(directory)
     files = {
         setting: str(Path(file).expanduser().absolute())
         for setting in ("token_file", "tls_cert", "tls_key")
@@ -88,7 +92,12 @@ def resolve(config: ServeConfig) -> ServeConfig:
     if "tls_cert" in files:
         _check_certificate(files["tls_cert"], files["tls_key"])
     return config.model_copy(
-        update={"model": str(directory), "name": name, "registry": registry, **files}
+        update={
+            "model": str(directory),
+            "name": config.name or listed or model_name(directory),
+            "registry": None if registry is None else str(registry.root),
+            **files,
+        }
     )
 
 

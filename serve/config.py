@@ -26,7 +26,9 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Annotated[str, Field(min_length=1, description="directory of the reward model")]
-    name: str = Field("", description="name under which callers see the model [its directory's]")
+    name: str = Field(
+        "", description="what callers see the model as until a hot swap; none: its run's name"
+    )
     engine: Literal["forest", "vllm"] = Field(
         "forest", description="forest (ours) or vllm (its pooling engine, for several GPUs)"
     )

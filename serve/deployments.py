@@ -20,7 +20,6 @@ from serve.http.auth import require_guard
 from serve.ingress.service import RewardService
 from serve.ingress.swap import Swapper
 from serve.monitoring.metrics import Recorder
-from serve.registry import Registry
 from serve.replica.models import LoadedModels
 from serve.replica.replica import Replica, load_scorer
 
@@ -56,9 +55,7 @@ class Ingress:
         self._swapper = Swapper(
             self._service.replicas,
             context.app_name,
-            config.model,
-            None if config.registry is None else Registry(config.registry),
-            config.swap_timeout_s,
+            config,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -100,7 +97,11 @@ class RewardModel(Replica):
         app_name, model = context.app_name, config.model
         current = CurrentModel.at_start(app_name, model)
         models = LoadedModels(
-            current.directory, current.generation, partial(load_scorer, config), _RETIRE_AFTER_S
+            current.directory,
+            current.generation,
+            current.name or config.name,
+            partial(load_scorer, config),
+            _RETIRE_AFTER_S,
         )
         models.generation = current.take_over(app_name, model).generation
         super().__init__(

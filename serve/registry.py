@@ -29,6 +29,10 @@ class Registry:
             found.append(entry.name)
         return found
 
+    def name_of(self, directory: Path) -> str | None:
+        """The name that it has here, if any."""
+        return next((name for name in self.names() if self.directory(name) == directory), None)
+
     def directory(self, name: str) -> Path:
         """The directory of the model. Raises ValueError for what is no name, or nobody's."""
         if not _NAME.fullmatch(name):

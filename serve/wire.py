@@ -76,12 +76,14 @@ class ReplicaReply:
 class Description:
     """What an ingress must know of the model that a replica holds as the current one.
 
-    directory holds its tokenizer (the first member's, of an ensemble), tokenizer is its identity
-    (`reward_actor.model.tokenizer`); max_batch_tokens is what was chosen where it was left open.
+    name: what callers see it as. directory holds its tokenizer (the first member's, of an
+    ensemble), tokenizer is its identity (`reward_actor.model.tokenizer`); max_batch_tokens is what
+    was chosen where it was left open.
     """
 
     replica: str
     generation: int
+    name: str
     directory: str
     tokenizer: str
     max_batch_tokens: int

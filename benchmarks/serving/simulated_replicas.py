@@ -44,6 +44,7 @@ def describe(shape: Shape, directory: Path) -> Description:
     return Description(
         replica="simulated",
         generation=_GENERATION,
+        name="simulated",
         directory=str(directory),
         tokenizer=identity(tokenizer),
         max_batch_tokens=_MAX_BATCH_TOKENS,

@@ -187,9 +187,7 @@ async def _load(
 ) -> dict[str, Any]:
     config = ServeConfig.model_validate({"model": "simulated", "name": "simulated"})
     service = RewardService(config, cast("Any", replicas), "simulated", "simulated")
-    api = build_api(
-        service, Swapper(service.replicas, "simulated", "", None, config.swap_timeout_s)
-    )
+    api = build_api(service, Swapper(service.replicas, "simulated", config))
     await service.model()  # knows its replicas from now on
     records: list[Record] = []
     begin = time.monotonic() + window.warm_up_s

@@ -20,7 +20,7 @@ async def models(request: Request) -> schema.ModelList:
     """The models that this service scores with."""
     service = service_of(request)
     model = await service.model()
-    card = schema.ModelCard(id=service.name, model_version=model.version)
+    card = schema.ModelCard(id=model.name, model_version=model.version)
     return schema.ModelList(data=[card])
 
 

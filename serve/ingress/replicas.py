@@ -54,6 +54,10 @@ class Model:
     renderer: Renderer
 
     @property
+    def name(self) -> str:
+        return self.description.name
+
+    @property
     def version(self) -> str:
         return self.description.model_version
 

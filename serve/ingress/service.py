@@ -48,9 +48,13 @@ class Scored:
     that were computed, shared prefixes once."""
 
     results: list[GroupScores]
-    model_version: str
+    model: Model
     timings_ms: dict[str, float]
     computed_tokens: int
+
+    @property
+    def model_version(self) -> str:
+        return self.model.version
 
 
 class RewardService:
@@ -66,7 +70,6 @@ class RewardService:
     ) -> None:
         """log_file: where lines about requests go; none for none."""
         self.config = config
-        self.name = config.name or Path(config.model).resolve().name
         self.replicas = Replicas(
             handle,
             sender,
@@ -116,7 +119,7 @@ class RewardService:
         model = await self.model()
         return schema.Info(
             **dict(model.description.info),
-            model=self.name,
+            model=model.name,
             generation=model.generation,
             num_replicas=self.dispatcher.num_replicas,
             engine=self.config.engine,
@@ -193,7 +196,7 @@ class RewardService:
             results = (
                 (await asyncio.to_thread(_assemble, *reply)) if token_rewards else _assemble(*reply)
             )
-            return Scored(results, model.version, timings, sum(p.num_tokens for p in parts))
+            return Scored(results, model, timings, sum(p.num_tokens for p in parts))
 
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
         num_tokens = sum(len(ids) for group in groups for ids in group)

@@ -10,6 +10,7 @@ import logging
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
+from serve.config import ServeConfig
 from serve.current_model import CurrentModel
 from serve.ingress.replicas import Replicas
 from serve.ingress.tasks import detached
@@ -30,16 +31,13 @@ class Swapper:
         self,
         replicas: Replicas,
         app_name: str,
-        model: str,
-        registry: Registry | None,
-        timeout_s: float,
+        config: ServeConfig,
     ) -> None:
-        """model: what the service was started with."""
+        """config: what the service was started with. Raises ValueError for its registry."""
         self._replicas = replicas
         self._app_name = app_name
-        self._model = model
-        self._registry = registry
-        self._timeout_s = timeout_s
+        self._config = config
+        self._registry = None if config.registry is None else Registry(config.registry)
         self._task: asyncio.Task[schema.SwapReply] | None = None
 
     @property
@@ -55,7 +53,8 @@ class Swapper:
         """Raises RewardServiceError."""
         names = await asyncio.to_thread(self.registry.names)
         current = await asyncio.to_thread(CurrentModel.get, self._app_name)
-        return schema.RegistryReply(models=names, current=current.name or None if current else None)
+        name = (current.name if current else "") or self._config.name
+        return schema.RegistryReply(models=names, current=name)
 
     async def swap(self, name: str) -> schema.SwapReply:
         """Serve another model of the registry from now on.
@@ -93,7 +92,7 @@ class Swapper:
         prepared = await self._prepare(directory)
         [version] = {description.model_version for description in prepared}
         generation = 1 + max(description.generation for description in prepared)
-        current = CurrentModel(generation, directory, name, base=self._model)
+        current = CurrentModel(generation, directory, name, base=self._config.model)
         if not await asyncio.to_thread(current.set, self._app_name):
             raise RewardServiceError(
                 "unavailable", "another swap was faster", retryable=True, retry_after_s=1.0
@@ -101,7 +100,8 @@ class Swapper:
         return version, generation
 
     async def _prepare(self, directory: str) -> list[Description]:
-        answers = await self._replicas.ask_all("prepare", directory, timeout_s=self._timeout_s)
+        timeout_s = self._config.swap_timeout_s
+        answers = await self._replicas.ask_all("prepare", directory, timeout_s=timeout_s)
         for answer in answers:
             if isinstance(answer, str):
                 # A message of the loader names files; the caller knows the model by its name.
@@ -121,7 +121,8 @@ class Swapper:
         return prepared
 
     async def _activate(self, name: str, version: str, generation: int) -> schema.SwapReply:
-        answers = await self._replicas.ask_all("activate", version, generation, timeout_s=_ANSWER_S)
+        swap = version, generation, name
+        answers = await self._replicas.ask_all("activate", *swap, timeout_s=_ANSWER_S)
         num_replicas = sum(answer is True for answer in answers)
         logger.warning("generation %d: %s (%d replicas)", generation, version, num_replicas)
         if not num_replicas:

@@ -76,13 +76,13 @@ def told_apart(body: Any, kinds: Mapping[str, Iterable[str]]) -> str:
     raise RequestValidationError([{"loc": ("body",), "msg": message}])
 
 
-def check_drop_in_model(service: RewardService, name: str | None) -> None:
+async def check_drop_in_model(service: RewardService, name: str | None) -> None:
     """Raise RewardServiceError ("not_found") for another model than the service's.
 
     Its directory is taken for its name, too: that is what vLLM and SGLang call a model by default.
     """
     if name != service.config.model:
-        check_model(service, name)
+        await check_model(service, name)
 
 
 def values(service: RewardService, scored: Scored) -> list[float]:

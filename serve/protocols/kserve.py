@@ -24,10 +24,10 @@ from reward_actor.groups import Whole
 from serve.errors import answer_error
 from serve.http.auth import PublicRoute, ScoreRoute
 from serve.http.requests import json_body, parse, service_of
-from serve.ingress.service import RewardService
 from serve.protocols import kserve_tensors as tensors
 from serve.protocols.drop_in import VERSION_HEADER, DropIn, values
 from serve.protocols.kserve_tensors import InputTensor
+from serve.protocols.native import check_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,7 +156,7 @@ async def ready(request: Request) -> dict[str, bool]:
 async def model_ready(request: Request, name: str) -> dict[str, Any]:
     """A model is loaded and its golden samples passed."""
     service = service_of(request)
-    _check_name(service, name)
+    await check_model(service, name, _NAME)
     await service.model()
     return {"name": name, "ready": True}
 
@@ -165,7 +165,7 @@ async def model_ready(request: Request, name: str) -> dict[str, Any]:
 async def metadata(request: Request, name: str) -> dict[str, Any]:
     """What the model takes and gives."""
     service = service_of(request)
-    _check_name(service, name)
+    await check_model(service, name, _NAME)
     model = await service.model()
     return {
         "name": name,
@@ -183,7 +183,7 @@ async def metadata(request: Request, name: str) -> dict[str, Any]:
 async def config(request: Request, name: str) -> dict[str, Any]:
     """The same in the words of Triton's configuration, which PyTriton's clients read."""
     service = service_of(request)
-    _check_name(service, name)
+    await check_model(service, name, _NAME)
     types = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64"}
     return {
         "name": name,
@@ -206,7 +206,7 @@ async def config(request: Request, name: str) -> dict[str, Any]:
 async def infer(request: Request, name: str) -> Response:
     """Score texts, or rows of token ids; in JSON or in the binary tensor extension."""
     service, body = service_of(request), await request.body()
-    _check_name(service, name)
+    await check_model(service, name, _NAME)
     try:
         head, raw = tensors.split(body, request.headers.get(tensors.HEADER_LENGTH))
         asked = parse(InferRequest, head)
@@ -275,11 +275,3 @@ def _is_binary(request: InferRequest) -> bool:
     return any(output.parameters.binary_data for output in request.outputs) or (
         request.parameters.binary_data_output
     )
-
-
-def _check_name(service: RewardService, name: str) -> None:
-    if name not in (_NAME, service.name):
-        raise RewardServiceError(
-            "not_found",
-            f"this service has no model of that name; it has {_NAME!r}, also {service.name!r}",
-        )

@@ -64,7 +64,7 @@ async def evaluation(request: Request) -> Response:
     body = {
         "id": f"scoreeval-{uuid4().hex}",
         "object": "score.evaluation",
-        "model": service.name,
+        "model": scored.model.name,
         "scores": values(service, scored),
     }
     return drop_in_reply(body, scored)

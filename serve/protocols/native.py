@@ -16,14 +16,14 @@ from serve.ingress.service import RewardService
 
 
 async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:
-    check_model(service, request.model)
+    await check_model(service, request.model)
     groups = [to_group(group) for group in request.groups]
     scored = await service.score(
         groups, token_rewards=request.token_rewards, turn_rewards=request.turn_rewards
     )
     return json_reply(
         {
-            "model": service.name,
+            "model": scored.model.name,
             "model_version": scored.model_version,
             "results": [to_reply(score) for score in scored.results],
             "timings_ms": {name: round(ms, 3) for name, ms in scored.timings_ms.items()},
@@ -38,15 +38,20 @@ async def score_binary(service: RewardService, body: bytes) -> Response:
         raise RequestValidationError([{"loc": ("body",), "msg": str(error)}]) from None
     scored = await service.score(groups, token_rewards=token_rewards)
     head = {"model_version": scored.model_version, "timings_ms": scored.timings_ms}
-    reply = binary.encode_reply(service.name, scored.results, head)
+    reply = binary.encode_reply(scored.model.name, scored.results, head)
     return Response(reply, media_type=binary.MEDIA_TYPE)
 
 
-def check_model(service: RewardService, name: str | None) -> None:
-    """Raise RewardServiceError unless this is what the service's model is called."""
-    if name not in (None, service.name):
+async def check_model(service: RewardService, name: str | None, *aliases: str) -> None:
+    """Raise RewardServiceError unless this is what the service's model is called, or was when the
+    service started (a hot swap turns no caller away), or an alias of its protocol."""
+    if name in (None, service.config.name, *aliases):
+        return
+    model = await service.known_model()
+    if name != model.name:
+        names = " and ".join(map(repr, (*aliases, model.name)))
         raise RewardServiceError(
-            "not_found", f"this service has no model of that name; it has {service.name!r}"
+            "not_found", f"this service has no model of that name; it has {names}"
         )
 
 

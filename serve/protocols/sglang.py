@@ -132,7 +132,7 @@ def to_whole(request: SglangScoreRequest) -> Whole:
 
 async def classify(service: RewardService, request: SglangClassifyRequest) -> Response:
     """What `POST /classify` answers to SGLang's clients."""
-    _check_model(service, request.model)
+    await _check_model(service, request.model)
     single = isinstance(request.text, str)
     texts = [request.text] if isinstance(request.text, str) else request.text
     scored = await service.score([Whole(texts, add_special_tokens=True)])
@@ -154,18 +154,18 @@ async def classify(service: RewardService, request: SglangClassifyRequest) -> Re
 
 async def score(service: RewardService, request: SglangScoreRequest) -> Response:
     """What `POST /v1/score` answers to SGLang's clients."""
-    _check_model(service, request.model)
+    await _check_model(service, request.model)
     check_size(request, service.config)
     scored = await service.score([to_whole(request)])
     body = {
         "scores": [[value] for value in values(service, scored)],
-        "model": service.name,
+        "model": scored.model.name,
         "usage": usage(scored),
         "object": "scoring",
     }
     return drop_in_reply(body, scored)
 
 
-def _check_model(service: RewardService, name: str | None) -> None:
+async def _check_model(service: RewardService, name: str | None) -> None:
     if name != "default":
-        check_drop_in_model(service, name)
+        await check_drop_in_model(service, name)

@@ -96,7 +96,7 @@ async def classify(service: RewardService, request: VllmRequest) -> Response:
         return {"index": index, "label": "reward", "probs": [value], "num_classes": 1}
 
     scored, found = await _score(service, request)
-    return _reply(service, scored, "classify", found, item)
+    return _reply(scored, "classify", found, item)
 
 
 @router.post(
@@ -114,13 +114,13 @@ async def pooling(request: Request) -> Response:
         return {"index": index, "object": "pooling", "data": _encoded(data, asked)}
 
     if asked.task == "token_classify":
-        check_drop_in_model(service, asked.model)
+        await check_drop_in_model(service, asked.model)
         scored = await service.score([to_group(asked)], token_rewards=True)
         rows = token_values(service, scored)
         columns = [[[_activated(value, asked)] for value in row] for row in rows]
-        return _reply(service, scored, "pooling", columns, item)
+        return _reply(scored, "pooling", columns, item)
     scored, found = await _score(service, asked)
-    return _reply(service, scored, "pooling", [[value] for value in found], item)
+    return _reply(scored, "pooling", [[value] for value in found], item)
 
 
 @router.post(
@@ -138,11 +138,11 @@ async def embeddings(request: Request) -> Response:
         return {"index": index, "object": "embedding", "embedding": _encoded([value], asked)}
 
     scored, found = await _score(service, asked)
-    return _reply(service, scored, "embd", found, item)
+    return _reply(scored, "embd", found, item)
 
 
 async def _score(service: RewardService, request: VllmRequest) -> tuple[Scored, list[float]]:
-    check_drop_in_model(service, request.model)
+    await check_drop_in_model(service, request.model)
     scored = await service.score([to_group(request)])
     return scored, [_activated(value, request) for value in values(service, scored)]
 
@@ -158,7 +158,6 @@ def _encoded(data: list[Any], request: VllmRequest) -> list[Any] | str:
 
 
 def _reply(
-    service: RewardService,
     scored: Scored,
     kind: str,
     found: Sequence[Any],
@@ -168,7 +167,7 @@ def _reply(
         "id": f"{kind}-{uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": service.name,
+        "model": scored.model.name,
         "data": [item(index, value) for index, value in enumerate(found)],
         "usage": usage(scored),
     }

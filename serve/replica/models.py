@@ -113,7 +113,7 @@ class Loaded:
 
 
 class LoadedModels:
-    """The current model with its generation, a candidate, and what is not retired yet.
+    """The current model with its generation and name, a candidate, and what is not retired yet.
 
     What is let go is closed. All but `find` and `activate` take turns, and as long as a model takes
     to load or to close.
@@ -123,12 +123,14 @@ class LoadedModels:
         self,
         directory: str,
         generation: int,
+        name: str,
         load: Callable[[str], Scorer],
         retire_after_s: float,
     ) -> None:
         """Raises ValueError as `load` does."""
         self.current = Loaded.load(directory, load)
         self.generation = generation
+        self.name = name
         self._load = load
         self._retire_after_s = retire_after_s
         self._candidate: Loaded | None = None
@@ -160,7 +162,7 @@ class LoadedModels:
             self._candidate = Loaded.load(directory, self._load)
             return self._candidate
 
-    def activate(self, version: str, generation: int) -> bool:
+    def activate(self, version: str, generation: int, name: str) -> bool:
         """Make the candidate current; False if it is another than this one."""
         if self.generation >= generation:
             return self.current.version == version
@@ -169,7 +171,7 @@ class LoadedModels:
         if self._candidate is not self.current:
             self._previous, self.current = self.current, self._candidate
             self._previous_until = time.monotonic() + self._retire_after_s
-        self.generation, self._candidate = generation, None
+        self.generation, self.name, self._candidate = generation, name, None
         return True
 
     def discard_candidate(self) -> None:

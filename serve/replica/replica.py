@@ -79,7 +79,7 @@ class Replica:
         import torch
 
         self._name = name
-        self._model = config.model
+        self._config = config
         self._models = models
         self._current_model = current_model
         self._batcher = Batcher(
@@ -162,9 +162,9 @@ class Replica:
             return "it does not fit in memory beside the current model, or could not be run"
         return self._describe(loaded)
 
-    async def activate(self, model_version: str, generation: int) -> bool:
+    async def activate(self, model_version: str, generation: int, name: str) -> bool:
         """Make the candidate the current model."""
-        done = self._models.activate(model_version, generation)
+        done = self._models.activate(model_version, generation, name)
         self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
         return done
 
@@ -195,6 +195,7 @@ class Replica:
         return Description(
             replica=self._name,
             generation=self._models.generation,
+            name=self._models.name,
             directory=str(scorer.tokenizer_path),
             tokenizer=loaded.tokenizer,
             max_batch_tokens=scorer.max_batch_tokens,
@@ -225,7 +226,7 @@ class Replica:
     async def _follow(self) -> None:
         """Follow a swap that this replica was not asked about, because it was starting then."""
         current = await asyncio.to_thread(self._current_model)
-        if current is None or not current.is_of(self._model):
+        if current is None or not current.is_of(self._config.model):
             return
         if current.generation <= self._models.generation:
             return
@@ -237,4 +238,5 @@ class Replica:
             self._fault = f"generation {current.generation} cannot be loaded: {prepared}"
             logger.error(self._fault)
             return
-        await self.activate(prepared.model_version, current.generation)
+        name = current.name or self._config.name
+        await self.activate(prepared.model_version, current.generation, name)

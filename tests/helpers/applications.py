@@ -18,7 +18,7 @@ def application(**settings: Any) -> Any:
     config = ServeConfig(model="nowhere", **settings)
     no_handle: Any = None
     service = RewardService(config, no_handle, "test", "test")
-    return build_api(service, Swapper(service.replicas, "rayward", "", None, 1.0))
+    return build_api(service, Swapper(service.replicas, "rayward", config))
 
 
 def ask(api: Any, method: str, path: str, **given: Any) -> httpx.Response:

@@ -30,15 +30,17 @@ def directories(export_dir: Path, text_model: Path, seeds: list[Path]) -> list[s
 
 def activated(models: LoadedModels, directory: str) -> Scorer:
     loaded = models.prepare(directory)
-    assert models.activate(loaded.version, models.generation + 1)
+    assert models.activate(loaded.version, models.generation + 1, "next")
     assert models.current is loaded
+    assert models.name == "next"
     return loaded.scorer
 
 
 def test_every_model_that_is_let_go_is_closed(directories: list[str]) -> None:
     first, second, third = directories
-    models = LoadedModels(first, 0, load, retire_after_s=0.0)
+    models = LoadedModels(first, 0, "first", load, retire_after_s=0.0)
     one = models.current.scorer
+    assert models.name == "first"
     two = activated(models, second)
     assert one.num_closed == 0, "it may be asked for yet"
     models.retire()
@@ -56,7 +58,7 @@ def test_every_model_that_is_let_go_is_closed(directories: list[str]) -> None:
 
 def test_a_candidate_that_is_held_anyway_stays_open(directories: list[str]) -> None:
     first, second, third = directories
-    models = LoadedModels(first, 0, load, retire_after_s=0.0)
+    models = LoadedModels(first, 0, "first", load, retire_after_s=0.0)
     one = models.current.scorer
     two = activated(models, second)
     assert models.prepare(second).scorer is two

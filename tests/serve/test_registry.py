@@ -38,6 +38,8 @@ def test_names_are_those_of_models_inside(registry: Registry) -> None:
     assert registry.names() == ["first", "link-inside", "run-1"]
     assert registry.directory("run-1") == registry.root / "run-1" / "export"
     assert registry.directory("link-inside") == registry.root / "first"
+    assert registry.name_of(registry.root / "run-1" / "export") == "run-1"
+    assert registry.name_of(registry.root.parent / "outside") is None
 
 
 @pytest.mark.parametrize("name", ["link-out", "link-up", "link-gone", "nested", "inner", "empty"])

@@ -20,6 +20,7 @@ def description(replica: str, version: str, generation: int = 0) -> Description:
     return Description(
         replica=replica,
         generation=generation,
+        name=f"name of {version}",
         directory="",
         tokenizer="",
         max_batch_tokens=1000,

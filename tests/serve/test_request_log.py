@@ -154,7 +154,7 @@ def test_a_client_that_hung_up_within_its_body_is_no_fault_of_ours(
         tell(one)
 
     service.observer.answered = answered  # type: ignore[method-assign]
-    app = build_api(service, Swapper(service.replicas, "rayward", "", None, 1.0))
+    app = build_api(service, Swapper(service.replicas, "rayward", config))
     messages = [
         {"type": "http.request", "body": CANARY.encode(), "more_body": True},
         {"type": "http.disconnect"},

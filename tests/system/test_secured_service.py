@@ -181,7 +181,7 @@ def test_two_hundred_traversal_names_are_refused(secured: Secured, operator: htt
         assert str(secured.registry) not in message
         assert len(name) < 12 or name not in message
     assert operator.get("/ready").json()["model_version"] == model_version
-    assert operator.get("/v1/admin/models").json()["current"] is None
+    assert operator.get("/v1/admin/models").json()["current"] == "reward-model"
     assert secured.replica_pids() == pids
 
 

@@ -124,6 +124,23 @@ def test_what_can_be_swapped_in_is_listed(swapping: Service) -> None:
         }
 
 
+def test_a_swap_changes_the_name(swapping: Service) -> None:
+    with httpx.Client(base_url=swapping.url, timeout=60) as http:
+
+        def scored(name: str) -> httpx.Response:
+            return http.post("/v1/score", json={**BODY, "model": name})
+
+        for name in ("b", "text", "b"):
+            assert swap(http, name).json()["model"] == name
+            assert http.get("/info").json()["model"] == name
+            assert http.get("/v1/models").json()["data"][0]["id"] == name
+            # Callers that name what the service was started with are not turned away.
+            for given in (name, "a"):
+                assert scored(given).json()["model"] == name
+            assert http.get(f"/v2/models/{name}").json()["name"] == name
+            assert scored("other").status_code == 404
+
+
 def test_a_replica_that_starts_later_serves_what_was_swapped_in(
     swapping: Service, expected: dict[str, list[float]]
 ) -> None:
@@ -134,6 +151,7 @@ def test_a_replica_that_starts_later_serves_what_was_swapped_in(
         found, rewards = score(http)
         assert found == version
         assert rewards == pytest.approx(expected[version], abs=1e-5)
+        assert http.get("/info").json()["model"] == "b"
         swapping.wait_for_replicas(2)
 
 
