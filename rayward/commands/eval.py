@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayward.loading import add_loading, as_options, chosen, loading_options
+from rayward.loading import add_loading, as_options, chosen, loading_options, require_service
 from reward_actor.command_line import Flag, add_setting
 from reward_actor.terminal import out, say, warn
 
@@ -54,11 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     columns = chosen(arguments, Columns.model_fields)
     rules = chosen(arguments, ("over_long", "deduplicate"))
+    if arguments.rewardbench and (columns or rules):
+        raise ValueError(
+            f"{as_options([*columns, *rules])}: RewardBench has columns and rules of its own"
+        )
+    require_service(arguments.model)
     if arguments.rewardbench:
-        if columns or rules:
-            raise ValueError(
-                f"{as_options([*columns, *rules])}: RewardBench has columns and rules of its own"
-            )
         from trainer.evaluation.rewardbench import evaluate_rewardbench
 
         result = evaluate_rewardbench(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayward.loading import add_loading, is_url, loading_options
+from rayward.loading import add_loading, is_url, loading_options, require_service
 from rayward.scoring import ScoringProgress, tell_unscored
 from reward_actor.terminal import phase, say, warn
 
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _explain(arguments, rows, loading)
     if arguments.output is None:
         raise ValueError("give OUTPUT, a .jsonl file to write, or --explain ROW")
+    require_service(arguments.model)
     for place, row in rows:  # told before a large model is loaded
         group_of(row, place)
     scores: list[GroupScores] = []

@@ -44,8 +44,8 @@ class AsyncRewardClient:
     False, a file of authorities in PEM, or an SSLContext.
 
     Connection errors, 429 and 5xx are tried again with growing random pauses, or as `Retry-After`
-    says. Everything else, and what lasts until the deadline, raises RewardServiceError. Use it as a
-    context manager or call `close()`.
+    says; a service that is away is logged, once. Everything else, and what lasts until the
+    deadline, raises RewardServiceError. Use it as a context manager or call `close()`.
     """
 
     def __init__(
@@ -122,6 +122,11 @@ class AsyncRewardClient:
             failure = next((part.failure for part in parts if part.failure), None)
             raise self._sender.too_late(failure) from None
         return [each for some in scores for each in some]
+
+    async def check_reachable(self) -> None:
+        """Raise RewardServiceError, within five seconds, if nothing answers at any address."""
+        self._bind()
+        await self._sender.check_reachable()
 
     async def info(self) -> schema.Info:
         """What is served, and every limit."""

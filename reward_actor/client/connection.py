@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import os
 import socket
 import ssl
@@ -23,12 +24,16 @@ from reward_actor.client import bodies
 from reward_actor.client.endpoints import Endpoints
 from reward_actor.errors import RewardServiceError
 
+logger = logging.getLogger(__name__)
+
 TOKEN_VARIABLE = "RAYWARD_TOKEN"
 Verify = bool | str | ssl.SSLContext
 
 # A trainer calls in bursts; between them its connections live on.
 _KEEP_ALIVE_S = 30.0
-_CONNECT_S = 10.0
+_CONNECT_S = 4.0
+# An outage of this long is worth a line; a restart is not.
+_TELL_AFTER_S = 1.0
 # A machine that has vanished, by power or network, says nothing: find out within half a minute.
 # Probes tell where a reply is waited for; where data is not acknowledged none are sent, and the
 # last option (in milliseconds) ends the connection.
@@ -38,6 +43,9 @@ _PROBES = {
     "TCP_KEEPCNT": 4,
     "TCP_USER_TIMEOUT": 30_000,
 }
+
+
+_NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 def connect(url: str, token: str | None, verify: Verify) -> httpx.AsyncClient:
@@ -79,9 +87,14 @@ def unreachable(url: str, error: httpx.TransportError) -> RewardServiceError:
     if _is_about_certificate(error):
         message = f"{url}: its certificate is not trusted; name its authority's file as verify="
         return RewardServiceError("unavailable", message)
-    # The text of other errors may hold a piece of the request.
-    detail = f": {error}" if isinstance(error, httpx.ConnectError) else ""
-    message = f"{url}: {type(error).__name__}{detail}"
+    # The text of an error may hold a piece of the request.
+    message = f"{url}: {type(error).__name__}"
+    if isinstance(error, _NOT_CONNECTED):
+        detail = str(error) or type(error).__name__
+        message = (
+            f"nothing answers at {url} ({detail}); start a service there with `rayward serve "
+            "MODEL`, or check the address"
+        )
     return RewardServiceError("unavailable", message, retryable=True)
 
 
@@ -119,6 +132,7 @@ class Sender:
         self.endpoints = Endpoints(urls)
         make = partial(connect, token=token, verify=verify)
         self._connections = {url: make(url) for url in urls}
+        self._has_told = False
 
     async def send(
         self,
@@ -135,6 +149,7 @@ class Sender:
         and is followed by another.
         """
         failure: RewardServiceError | None = None
+        started = time.monotonic()
         while True:
             now = time.monotonic()
             pause_s = self.endpoints.pause_s(now, is_first=failure is None)
@@ -147,6 +162,31 @@ class Sender:
                 return result
             failure = result
             on_failure(failure)
+            if failure.type == "unavailable" and time.monotonic() >= started + _TELL_AFTER_S:
+                self._tell(failure, deadline)
+
+    async def check_reachable(self) -> None:
+        """Raise RewardServiceError, within five seconds, if nothing answers at any address."""
+        failures = await asyncio.gather(*map(self._not_connected, self._connections))
+        if failures[0] is not None and all(failures):
+            raise failures[0]
+
+    async def _not_connected(self, url: str) -> RewardServiceError | None:
+        try:
+            await self._connections[url].get("/health", timeout=_CONNECT_S)
+        except _NOT_CONNECTED as error:
+            return unreachable(url, error)
+        except httpx.TransportError:
+            pass  # it is slow, or none of ours; a call finds out
+        return None
+
+    def _tell(self, failure: RewardServiceError, deadline: float) -> None:
+        """Once an outage, log what is waited for, and until when."""
+        if not self._has_told:
+            self._has_told = True
+            left = deadline - time.monotonic()
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+            logger.warning("%s; trying again until %s (%.0f s)", failure.message, until, left)
 
     async def _attempt(
         self, method: str, path: str, body: bytes | None, media_type: str, deadline: float
@@ -168,6 +208,7 @@ class Sender:
         else:
             if reply.status_code == 200:
                 self.endpoints.succeeded(endpoint)
+                self._has_told = False
                 return reply
             failure = bodies.error_of(endpoint.url, reply.status_code, reply.headers, reply.content)
         if not failure.retryable:

@@ -6,14 +6,17 @@ Calls go through the ingress, so that limits, deadlines and re-issue hold for th
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentResponse
+from ray.serve.schema import ApplicationStatus
 
 from reward_actor import schema
 from reward_actor.cluster import take_loopback_as_it_is
@@ -21,7 +24,14 @@ from reward_actor.errors import RewardServiceError, pause_s
 from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
 from reward_actor.ray_internals import route_in_own_loop
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_APP_NAME = "rayward"
+
+_DEPLOYMENTS = {"Ingress", "RewardModel"}
+_START = "start one with `rayward serve MODEL --ray-address auto`"
+# A call that takes longer looks whether there is anything that could answer it.
+_TELL_AFTER_S = 3.0
 
 
 def _app_handle(app_name: str) -> Any:
@@ -30,10 +40,50 @@ def _app_handle(app_name: str) -> Any:
         handle = serve.get_app_handle(app_name)
     except RayServeException as error:
         raise ValueError(
-            f"no Serve application {app_name!r} runs in this Ray cluster; start it with "
-            f"`rayward serve MODEL --ray-address auto` ({error})"
+            f"no Serve application {app_name!r} runs in this Ray cluster; {_START} ({error})"
         ) from error
     return route_in_own_loop(handle)
+
+
+def _only_app() -> str:
+    """The one application that is a reward service, whatever its name. Raises ValueError."""
+    take_loopback_as_it_is()
+    names = sorted(
+        name
+        for name, app in serve.status().applications.items()
+        if _DEPLOYMENTS.issubset(app.deployments) and app.status != ApplicationStatus.DELETING
+    )
+    if not names:
+        raise ValueError(f"no reward service runs in this Ray cluster; {_START}")
+    if len(names) > 1:
+        raise ValueError(
+            f"this Ray cluster has {len(names)} reward services; name one of {', '.join(names)}"
+        )
+    return names[0]
+
+
+def _tell_who_is_missing(app_name: str | None, deadline: float) -> None:
+    """Log what a call waits for, and until when, if the application lacks a replica. None is a
+    handle of another kind."""
+    if app_name is None:
+        return
+    try:
+        app = serve.status().applications.get(app_name)
+    except RayError as error:
+        missing = f"Ray Serve does not answer ({type(error).__name__})"
+    else:
+        deployments = {} if app is None else app.deployments
+        gone = sorted(name for name in _DEPLOYMENTS if not _num_running(deployments.get(name)))
+        if not gone:
+            return
+        missing = f"application {app_name!r} has no running replica of {' and '.join(gone)}"
+    left = deadline - time.monotonic()
+    until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+    logger.warning("%s; waiting for it until %s (%.0f s)", missing, until, left)
+
+
+def _num_running(deployment: Any) -> int:
+    return 0 if deployment is None else deployment.replica_states.get("RUNNING", 0)
 
 
 def _as_service_error(error: Exception) -> RewardServiceError:
@@ -54,12 +104,14 @@ _FAILURES = (RewardServiceError, TimeoutError, RayActorError, DeploymentUnavaila
 class RewardHandle:
     """Blocking calls from a driver or a synchronous actor.
 
-    Tries again as `RewardClient` does, until `timeout_s` after the call began; then raises
-    RewardServiceError. Raises ValueError at once when no such application runs.
+    Without a name it is that of the cluster's one reward service. Tries again as `RewardClient`
+    does, until `timeout_s` after the call began; then raises RewardServiceError. Raises ValueError
+    at once when no such application runs.
     """
 
-    def __init__(self, app_name: str = DEFAULT_APP_NAME, *, timeout_s: float = 120.0) -> None:
-        self._handle = _app_handle(app_name)
+    def __init__(self, app_name: str | None = None, *, timeout_s: float = 120.0) -> None:
+        self._app_name = app_name or _only_app()
+        self._handle = _app_handle(self._app_name)
         self._timeout_s = timeout_s
 
     def score(
@@ -97,23 +149,35 @@ class RewardHandle:
         while True:
             response = method.remote(*arguments)
             try:
-                return response.result(timeout_s=max(0.1, deadline - time.monotonic()))
+                return self._result(response, deadline)
             except _FAILURES as error:
                 response.cancel()
                 failure = _as_service_error(error)
             time.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
 
+    def _result(self, response: Any, deadline: float) -> Any:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            return response.result(timeout_s=min(left, _TELL_AFTER_S))
+        except TimeoutError:
+            if left <= _TELL_AFTER_S:
+                raise
+        _tell_who_is_missing(self._app_name, deadline)
+        return response.result(timeout_s=max(0.1, deadline - time.monotonic()))
+
 
 class AsyncRewardHandle:
     """`RewardHandle` for an asynchronous actor: the same methods, awaited.
 
-    `target` is the name of a Serve application or any handle whose `score_groups` and `info` answer
-    `.remote()`, a `RewardScorerActor` for one.
+    `target` is the name of a Serve application (none: the one reward service), or any handle whose
+    `score_groups` and `info` answer `.remote()`, a `RewardScorerActor` for one.
     """
 
-    def __init__(self, target: Any = DEFAULT_APP_NAME, *, timeout_s: float = 120.0) -> None:
-        self._handle = _app_handle(target) if isinstance(target, str) else target
+    def __init__(self, target: Any = None, *, timeout_s: float = 120.0) -> None:
+        is_app = target is None or isinstance(target, str)
+        self._app_name = target or _only_app() if is_app else None
+        self._handle = target if self._app_name is None else _app_handle(self._app_name)
         self._timeout_s = timeout_s
 
     async def score(
@@ -148,6 +212,15 @@ class AsyncRewardHandle:
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
         deadline = time.monotonic() + self._timeout_s
+        loop = asyncio.get_running_loop()
+        tell = partial(_tell_who_is_missing, self._app_name, deadline)
+        telling = loop.call_later(_TELL_AFTER_S, loop.run_in_executor, None, tell)
+        try:
+            return await self._result(method, arguments, deadline)
+        finally:
+            telling.cancel()
+
+    async def _result(self, method: Any, arguments: Sequence[Any], deadline: float) -> Any:
         attempt = 0
         while True:
             response = method.remote(*arguments)

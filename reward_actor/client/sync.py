@@ -78,6 +78,10 @@ class RewardClient:
         """The scores of each group, as `AsyncRewardClient.score_groups`."""
         return self._run(lambda client: client.score_groups(groups, token_rewards, turn_rewards))
 
+    def check_reachable(self) -> None:
+        """Raise RewardServiceError, within five seconds, if nothing answers at any address."""
+        self._run(lambda client: client.check_reachable())
+
     def info(self) -> schema.Info:
         """What is served, and every limit."""
         return self._run(lambda client: client.info())

@@ -7,10 +7,12 @@ import json
 import re
 import shutil
 from dataclasses import replace
+import time
 from pathlib import Path
 
 import pytest
 from data_files import with_damage
+from isolation import free_port
 from score_files import ROWS, write
 
 import rayward
@@ -79,6 +81,26 @@ def test_what_rollouts_lack_is_told_as_well() -> None:
     assert problems(RolloutGroup("Hi.", [], [], [], [], [], error="no room")) == [
         "not sampled: no room"
     ]
+
+
+@pytest.mark.parametrize("command", ["score", "eval", "compare", "rollout"])
+def test_a_service_that_is_down_is_told_within_five_seconds(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    rows, out = str(write(tmp_path / "in.jsonl", ROWS)), str(tmp_path / "out.jsonl")
+    arguments = {
+        "score": [url, rows, out],
+        "eval": [url, rows],
+        "compare": [str(tmp_path), url, rows],
+        "rollout": [str(tmp_path), rows, out, "--scorer", url],
+    }[command]
+    started = time.monotonic()
+    assert rayward.main([command, *arguments]) == 2
+    assert time.monotonic() - started < 5
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: unavailable: nothing answers at {url} (")
+    assert "`rayward serve MODEL`" in line
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from isolation import free_port
 from stub_service import Answer, Behaviour, Received, error, stub
 
 from reward_actor import AsyncRewardClient, RewardClient
+from reward_actor.client import connection
 from reward_actor.errors import RewardServiceError
 
 
@@ -160,6 +162,83 @@ def test_a_call_ends_in_time_with_what_kept_it(behaviour: str) -> None:
         assert isinstance(result, RewardServiceError)
         assert result.type == type_
         assert result.retryable
+
+
+# ---- a service that is away
+
+
+def full() -> tuple[socket.socket, list[socket.socket], str]:
+    """A listener that takes no connection any more: what is sent to it is never answered."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=0)
+    address = listening.getsockname()
+    waiting = [socket.socket() for _ in range(3)]
+    for each in waiting:
+        each.setblocking(False)
+        each.connect_ex(address)
+    return listening, waiting, f"http://127.0.0.1:{address[1]}"
+
+
+def test_what_is_waited_for_is_told_once_and_until_when(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "_TELL_AFTER_S", 0.2)
+    url = nobody()
+
+    async def calls() -> list[object]:
+        async with AsyncRewardClient(url, timeout_s=1.5) as client:
+            both = [client.score("p", ["x"]), client.info()]
+            return await asyncio.gather(*both, return_exceptions=True)
+
+    for failure in asyncio.run(calls()):
+        assert isinstance(failure, RewardServiceError)
+        assert "\n" not in str(failure)
+        assert f"nothing answers at {url} (" in str(failure)
+        assert "`rayward serve MODEL`" in str(failure)
+    [told] = caplog.messages
+    assert f"nothing answers at {url} (" in told
+    assert re.search(r"; trying again until \d\d:\d\d:\d\d \(1 s\)$", told)
+
+
+def test_an_outage_is_told_again_after_the_service_was_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "_TELL_AFTER_S", 0.0)
+    away = error("unavailable")
+    with stub(answers(away, away, None, away)) as server, RewardClient(server.url) as client:
+        client.score("p", ["x"])
+        assert len(caplog.messages) == 1
+        client.score("p", ["x"])
+    assert [text.partition(";")[0] for text in caplog.messages] == ["as the test wants it"] * 2
+
+
+def test_whether_anything_answers_is_known_within_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert connection._CONNECT_S + connection._TELL_AFTER_S <= 5
+    with RewardClient(nobody()) as client:
+        started = time.monotonic()
+        with pytest.raises(RewardServiceError, match="nothing answers at http") as refused:
+            client.check_reachable()
+        assert time.monotonic() - started < 2
+        assert refused.value.type == "unavailable"
+    # Something is there, whatever it says.
+    for answer in (Answer(200), error("unavailable"), Answer(200, b"{}", hang_up=0)):
+        with stub(lambda _, answer=answer: answer) as server:
+            for urls in ([server.url], [nobody(), server.url]):
+                with RewardClient(urls) as client:
+                    client.check_reachable()
+
+
+def test_an_address_that_swallows_everything_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_CONNECT_S", 0.3)
+    listening, waiting, url = full()
+    with (
+        RewardClient(url) as client,
+        pytest.raises(RewardServiceError, match=r"nothing answers at .* \(ConnectTimeout\)"),
+    ):
+        client.check_reachable()
+    for each in (listening, *waiting):
+        each.close()
 
 
 # ---- several endpoints

@@ -9,12 +9,15 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import ray
 from processes import titled
+from ray import serve
+from ray.serve import RunTarget
 
 from reward_actor import (
     AsyncRewardHandle,
@@ -24,6 +27,7 @@ from reward_actor import (
     RewardServiceError,
     Whole,
 )
+from reward_actor.client import handle as handles
 
 if TYPE_CHECKING:
     from nursery import Nursery
@@ -173,6 +177,58 @@ def test_a_killed_ingress_costs_no_call(service: str, rewards: list[float]) -> N
     while not is_ready(service):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def status(*names: str, of: str = "RUNNING") -> Any:
+    """What Ray Serve says of a cluster with these reward services, and one of another kind."""
+    ours = SimpleNamespace(deployments={"Ingress": None, "RewardModel": None}, status=of)
+    other = SimpleNamespace(deployments={"Ingress": None, "LLM": None}, status=of)
+    return SimpleNamespace(applications={"other": other, **dict.fromkeys(names, ours)})
+
+
+def test_the_one_reward_service_is_found_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `serve run serve.app:app` it is "default"; what Ray tells of several that run is looked at
+    by tests/system/test_start.py."""
+    monkeypatch.setattr(handles.serve, "status", lambda: status("default"))
+    assert handles._only_app() == "default"
+    monkeypatch.setattr(handles.serve, "status", lambda: status("b", "a"))
+    with pytest.raises(ValueError, match="has 2 reward services; name one of a, b"):
+        handles._only_app()
+    monkeypatch.setattr(handles.serve, "status", lambda: status("a", of="DELETING"))
+    with pytest.raises(ValueError, match=r"no reward service runs .* `rayward serve MODEL --ray"):
+        handles._only_app()
+
+
+def test_a_call_tells_which_replica_it_waits_for(
+    service: str,
+    serve_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from serve.app import build, resolve
+
+    monkeypatch.setattr(handles, "_TELL_AFTER_S", 0.3)
+    too_large = serve_config.model_copy(update={"cpus_per_replica": 10_000.0})
+    target = RunTarget(build(resolve(too_large), use_gpu=False), "stuck", "/stuck")
+    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        with pytest.raises(RewardServiceError):
+            RewardHandle("stuck", timeout_s=2).info()
+
+        async def awaited() -> None:
+            await AsyncRewardHandle("stuck", timeout_s=2).info()
+
+        with pytest.raises(RewardServiceError):
+            asyncio.run(awaited())
+    finally:
+        serve.delete("stuck", _blocking=False)  # its ingress takes twenty seconds to end
+    told = [text for text in caplog.messages if text.startswith("application 'stuck' has no")]
+    assert len(told) == 2
+    for text in told:
+        assert "RewardModel; waiting for it until " in text
+    caplog.clear()
+    assert RewardHandle("rayward").score("Hi.", ["Yes?"]).errors == [None]
+    assert not [text for text in caplog.messages if "waiting" in text]
 
 
 def is_ready(service: str) -> bool:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from isolation import environment_for_a_cluster, free_port
 
-from reward_actor import RewardClient
+from reward_actor import AsyncRewardHandle, RewardClient, RewardHandle
 from reward_actor.model.manifest import write_manifest
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def test_serve_run_starts_the_same_application(
             with RewardClient(service + "/second", timeout_s=90) as client:
                 wait_until_ready(service + "/second", process)
                 assert client.score("Hi.", ["Yes?"]).errors == [None]
+            assert RewardHandle("second").score("Hi.", ["Yes?"]).errors == [None]
+            for kind in (RewardHandle, AsyncRewardHandle):
+                with pytest.raises(ValueError, match="2 reward services; name one of rayward, sec"):
+                    kind()
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # Ctrl-C would end all of Serve, ours too
             serve.delete("second")
