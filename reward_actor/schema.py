@@ -176,6 +176,23 @@ class ScoreRequest(Wire):
     )
 
 
+class ExplainRequest(GroupRequest):
+    """One completion with its prompt, in any form of a group."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "Name two fruits.", "completions": ["An apple and a pear."]}]
+        }
+    )
+
+    @model_validator(mode="after")
+    def _one_completion(self) -> ExplainRequest:
+        given = self.completions or self.completion_ids or self.texts or []
+        if len(given) != 1:
+            raise ValueError("give one completion, which is explained token by token")
+        return self
+
+
 def _reply_fields() -> dict[str, Any]:
     """Those of `GroupScores`, but for the version, which a reply names once."""
     types = get_type_hints(GroupScores)
@@ -199,6 +216,16 @@ class ScoreReply(Wire):
     model_version: str
     results: list[GroupReply]
     timings_ms: dict[str, float]
+
+
+class ExplainReply(Wire):
+    """Text for people: `lines` about the completion (its tokens, the one that is read, its reward),
+    `model_lines` about the model and its contract."""
+
+    model: str
+    model_version: str
+    lines: list[str]
+    model_lines: list[str]
 
 
 class ErrorDetail(Wire):

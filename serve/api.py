@@ -21,7 +21,7 @@ from serve.http.requests import DESCRIBED, SCHEMA_REF
 from serve.http.tokens import Tokens
 from serve.monitoring.request_log import RequestLog
 from serve.playground import routes as playground
-from serve.protocols import kserve, llama_factory, openrlhf, shared, slime, tei, vllm
+from serve.protocols import kserve, llama_factory, native, openrlhf, shared, slime, tei, vllm
 
 if TYPE_CHECKING:
     from serve.ingress.service import RewardService
@@ -42,7 +42,18 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.state.swapper = swapper
     for own in api.routes:  # the OpenAPI document and its page, the same in every installation
         own.rule = "public"  # type: ignore[attr-defined]
-    for module in (shared, openrlhf, vllm, tei, llama_factory, slime, kserve, routes, playground):
+    for module in (
+        shared,
+        native,
+        openrlhf,
+        vllm,
+        tei,
+        llama_factory,
+        slime,
+        kserve,
+        routes,
+        playground,
+    ):
         api.include_router(module.router)
     for router in (kserve.public, routes.public, routes.admin):
         api.include_router(router)

@@ -13,6 +13,7 @@ import numpy as np
 
 from reward_actor import schema
 from reward_actor.errors import RewardServiceError
+from reward_actor.explain import about_completions, about_contract, about_path
 from reward_actor.groups import (
     Group,
     GroupScores,
@@ -102,6 +103,12 @@ class RewardService:
             scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
         )
         return scored
+
+    async def explain(self, group: Group | Whole) -> schema.ExplainReply:
+        """How the reward of a group's one completion comes about; it counts in no statistics.
+        Raises RewardServiceError."""
+        scored = await self.within_deadline(self._score([group], False, False))
+        return await asyncio.to_thread(_explained, group, scored)
 
     async def model(self) -> Model:
         """What is served now. Raises RewardServiceError while no replica answers."""
@@ -233,6 +240,25 @@ async def _render(
     if sum(map(sum, map(_given, groups))) <= _INLINE_CHARACTERS:
         return render()
     return await asyncio.to_thread(render)
+
+
+def _explained(group: Group | Whole, scored: Scored) -> schema.ExplainReply:
+    model = scored.model
+    completions = about_completions(
+        group, scored.results[0], model.renderer, model.description.readout
+    )
+    return schema.ExplainReply(
+        model=model.name,
+        model_version=model.version,
+        lines=list(next(completions)),
+        model_lines=[
+            f"model {model.name}",
+            f"  version {model.version}",
+            "  contract:",
+            *about_contract(model.contract, {}),
+            *about_path(model.description.info),
+        ],
+    )
 
 
 def _given(group: Group | Whole) -> tuple[int, int]:

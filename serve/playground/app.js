@@ -23,12 +23,13 @@ async function score() {
   const cards = compose.allCards();
   const started = performance.now();
   try {
-    const reply = await call("v1/score", compose.request());
+    const request = compose.request();
+    const reply = await call("v1/score", request);
     showLatency(reply.timings_ms, performance.now() - started);
     const [result] = reply.results;
     const scale = scaleOf((result.token_rewards ?? []).flatMap((row) => row ?? []));
     showScale(scale);
-    showResult(cards, result, scale, memberNames);
+    showResult(cards, request.groups[0], result, scale, memberNames);
     say(summary(result.rewards));
     refresh(onInfo, { ask: false });
   } catch (error) {

@@ -1,5 +1,6 @@
 // One completion: what is scored and, below it, what came of it.
 
+import { advice, call, ServiceError } from "./api.js";
 import { copyOf, count, element, signed } from "./dom.js";
 import { fill } from "./heatmap.js";
 
@@ -20,6 +21,7 @@ export function number(card, index, canRemove) {
   card.root.querySelector("h3").textContent = name;
   card.field.setAttribute("aria-label", name);
   card.root.querySelector(".tokens").setAttribute("aria-label", `Tokens of completion ${index + 1}`);
+  card.root.querySelector(".why pre").setAttribute("aria-label", `How the reward of completion ${index + 1} comes about`);
   const remove = card.root.querySelector(".remove");
   remove.setAttribute("aria-label", `Remove completion ${index + 1}`);
   remove.disabled = !canRemove;
@@ -32,8 +34,8 @@ export function markStale(cards) {
 
 /** Show one result (a GroupReply of /v1/score) on its cards.
  *
- *  scale: of the token rewards; memberNames: an ensemble's, else empty. */
-export function showResult(cards, result, scale, memberNames) {
+ *  group: what was scored; scale: of the token rewards; memberNames: an ensemble's, else empty. */
+export function showResult(cards, group, result, scale, memberNames) {
   const ranks = ranksOf(result.rewards);
   cards.forEach((card, i) => {
     const find = (selector) => card.root.querySelector(selector);
@@ -54,6 +56,7 @@ export function showResult(cards, result, scale, memberNames) {
     find(".meter").replaceChildren(...meter(result.rewards, i));
     find(".numbers").replaceChildren(...numbers(result, i, memberNames));
     showTokens(card, result, i, scale);
+    offerExplanation(card, { ...group, completions: [group.completions[i]] });
   });
 }
 
@@ -72,6 +75,29 @@ function showTokens(card, result, i, scale) {
   list.hidden = true;
   readout.replaceChildren();
   placeholder.textContent = result.errors[i] ? "No tokens were scored." : "No token rewards came.";
+}
+
+/** Ask for it when it is opened for the first time. */
+function offerExplanation({ root }, group) {
+  const details = root.querySelector(".why");
+  const shown = details.querySelector("pre");
+  let asked = false;
+  const show = async () => {
+    if (!details.open || asked) return;
+    asked = true;
+    let text = "";
+    try {
+      const reply = await call("v1/explain", group);
+      text = [...reply.lines, "", ...reply.model_lines].join("\n");
+    } catch (error) {
+      if (!(error instanceof ServiceError)) throw error;
+      text = advice(error);
+      asked = false;
+    }
+    if (details.ontoggle === show) shown.textContent = text; // else it was scored again meanwhile
+  };
+  Object.assign(details, { hidden: false, open: false, ontoggle: show });
+  shown.textContent = "…";
 }
 
 /** 1 for the highest; equal rewards share a rank; null where there is none. */

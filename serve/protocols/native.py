@@ -1,18 +1,35 @@
 """The native protocol, `POST /v1/score`: JSON (`reward_actor.schema`), and a compact binary body
-for token ids (`reward_actor.binary`)."""
+for token ids (`reward_actor.binary`); and how one reward comes about, `POST /v1/explain`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
 from reward_actor import binary, schema
 from reward_actor.errors import RewardServiceError
 from reward_actor.groups import Group, GroupScores, Whole
-from serve.http.requests import json_reply
+from serve.http.auth import ScoreRoute
+from serve.http.requests import json_body, json_reply, parse, service_of
 from serve.ingress.service import RewardService
+
+router = APIRouter(tags=["score"], route_class=ScoreRoute)
+
+
+@router.post(
+    "/v1/explain",
+    response_model=schema.ExplainReply,
+    responses=schema.ERROR_RESPONSES,
+    openapi_extra=json_body(schema.ExplainRequest),
+)
+async def explain(request: Request) -> schema.ExplainReply:
+    """One completion token by token, which token is read, and what makes its reward: what `rayward
+    score --explain` prints."""
+    asked = parse(schema.ExplainRequest, await request.body())
+    return await service_of(request).explain(to_group(asked))
 
 
 async def score_json(service: RewardService, request: schema.ScoreRequest) -> Response:

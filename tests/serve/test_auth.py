@@ -60,6 +60,7 @@ def test_these_are_the_rules() -> None:
             "/info",
             "/v1/models",
             "/v1/monitor",
+            "/v1/explain",
             "/v1/score",
             "/v1/score/evaluation",
             "/v1/embeddings",

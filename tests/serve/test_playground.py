@@ -11,11 +11,14 @@ import httpx
 import pytest
 from visits import COMPLETIONS, PROMPT, Visit
 
-from reward_actor import RewardClient
+from reward_actor import Group, RewardClient
+from reward_actor.explain import explain
 from reward_actor.schema import Info
 
 if TYPE_CHECKING:
     from playwright.sync_api import Route
+
+    from reward_actor import RewardScorer
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -82,6 +85,54 @@ def test_the_heat_map_has_one_cell_a_token_with_its_reward(visit: Callable[..., 
     assert (low, high) == (f"−{largest:.3f}", f"+{largest:.3f}")
     one.page.get_by_label("Prompt tokens").uncheck()
     assert one.page.locator(".token[data-part=prompt]:visible").count() == 0
+
+
+def test_a_reward_is_explained_when_it_is_asked_for(
+    visit: Callable[..., Visit], offline: RewardScorer
+) -> None:
+    one = visit()
+    one.write(COMPLETIONS)
+    cards = one.page.locator(".card")
+    assert not cards.nth(1).locator(".why").is_visible()
+    one.score()
+    cards.nth(1).get_by_text("How this reward comes about").click()
+    shown = cards.nth(1).locator(".why pre")
+    shown.get_by_text("<- read here").wait_for()
+    printed = list(explain(offline, Group(PROMPT, COMPLETIONS[1:])))
+    text = shown.inner_text()
+    for line in printed[printed.index("completion 0") + 1 :]:
+        assert line[2:] in text.splitlines()
+    assert f"version {offline.model_version}" in text
+    assert cards.nth(0).locator(".why pre").text_content() == "…", "only what is opened is asked"
+    # What was scored again is explained again.
+    one.write(["A spoon.", "A pan."])
+    one.score()
+    assert not shown.is_visible()
+    cards.nth(1).get_by_text("How this reward comes about").click()
+    shown.get_by_text("pan").wait_for()
+
+
+def test_an_explanation_that_fails_says_so_and_can_be_asked_again(
+    visit: Callable[..., Visit],
+) -> None:
+    left = iter([503])
+
+    def refuse_once(route: Route) -> None:
+        if next(left, None) is None:
+            route.continue_()
+            return
+        error = {"type": "unavailable", "message": "", "retryable": True, "index": None}
+        route.fulfill(status=503, json={"error": error})
+
+    one = visit(routes={"**/v1/explain": refuse_once})
+    one.score()
+    why = one.page.locator(".card .why").first
+    why.locator("summary").click()
+    why.get_by_text("not ready").wait_for()
+    why.locator("summary").click()
+    why.locator("summary").click()
+    why.get_by_text("<- read here").wait_for()
+    one.ignore_load_errors()
 
 
 def test_a_conversation_as_json_takes_the_place_of_the_turns(visit: Callable[..., Visit]) -> None:
@@ -351,6 +402,8 @@ def test_axe_finds_nothing(visit: Callable[..., Visit], scheme: str) -> None:
     one = visit(color_scheme=scheme, bypass_csp=True)
     one.write([*COMPLETIONS, "word " * 500])
     one.score()
+    one.page.locator(".why summary").first.click()
+    one.page.get_by_text("<- read here").wait_for()
     one.page.locator(".token").last.focus()
     one.check_accessibility()
     one.page.evaluate("document.getElementById('token-dialog').showModal()")

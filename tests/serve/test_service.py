@@ -24,6 +24,7 @@ from processes import titled
 from reward_actor import AsyncRewardClient, Group, RewardClient, RewardHandle, RewardScorer
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.errors import RewardServiceError
+from reward_actor.explain import explain
 
 GROUPS = [
     Group("Name two fruits.", ["An apple and a pear.", "A hammer.", ""]),
@@ -152,6 +153,32 @@ def test_what_is_served_can_be_asked(http: httpx.Client, offline: RewardScorer) 
     assert "Rayward" in http.get("/docs").text
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/score", "/v1/models", "/info", "/health", "/ready"} <= set(paths)
+
+
+def test_a_reward_is_explained_as_the_command_does(
+    http: httpx.Client, offline: RewardScorer
+) -> None:
+    asked = [
+        {"prompt": "Name two fruits.", "completions": ["An apple and a pear."]},
+        {"prompt_ids": [5, 6], "completion_ids": [[7]]},
+        {"prompt": "Hi.", "completions": ["word " * 500]},
+    ]
+    for body in asked:
+        reply = http.post("/v1/explain", json=body)
+        assert reply.status_code == 200, reply.text
+        told = reply.json()
+        printed = list(explain(offline, Group(**body)))
+        at = printed.index("completion 0") + 1
+        assert [f"  {line}" for line in told["lines"]] == printed[at:]
+        assert told["model_version"] == offline.model_version
+        for line in told["model_lines"][3:]:
+            assert line in printed
+        assert any(line.startswith("    max_length = ") for line in told["model_lines"])
+        marked = [line for line in told["lines"] if line.endswith("<- read here")]
+        assert len(marked) == ("word" not in str(body))
+    refused = http.post("/v1/explain", json={"prompt": "Hi.", "completions": ["a", "b"]})
+    assert refused.status_code == 422
+    assert "give one completion" in refused.json()["error"]["message"]
 
 
 def test_a_bad_sample_is_an_error_of_its_own(http: httpx.Client) -> None:
