@@ -118,9 +118,7 @@ def run_command(
         return complain(error)
     except KeyboardInterrupt:
         return 130
-    except (
-        Exception
-    ) as error:  # nobody foresaw it: one line here, the rest where lines of others go
+    except Exception as error:  # nobody foresaw it
         traceback.print_exc()
         return complain(f"{type(error).__name__}: {error}", 1)
 
@@ -130,7 +128,7 @@ def complain(error: Exception | str, status: int = 2) -> int:
     also where the output of libraries is."""
     log = log_file() if status == 1 else None
     where = [] if log is None else [f"(what else was printed is in {log})"]
-    note(" ".join(["error:", *(line.strip() for line in str(error).splitlines()), *where]))
+    note(" ".join([f"error: {error}", *where]))
     return status
 
 

@@ -18,14 +18,13 @@ DESCRIPTION = (
     "Train a Bradley-Terry reward model. The same command goes on from the last checkpoint after "
     "an interruption."
 )
-EXTRA = "train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say; see `run` for the exit status."""
     parser = Parser("python -m trainer", DESCRIPTION)
     add_options(parser)
-    return run_command(parser, run, sys.argv[1:] if argv is None else argv, EXTRA)
+    return run_command(parser, run, sys.argv[1:] if argv is None else argv, "train")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ import gzip
 import json
 import re
 import shutil
-from dataclasses import replace
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest

@@ -60,7 +60,7 @@ def _value(key: str, text: str | bool) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{key} is {text!r}, which is not YAML: {error}") from None
+        raise ValueError(f"{key} is {text!r}, which is not YAML: {_in_one_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -72,7 +72,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             + ", ".join(preset_names())
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+        raise ValueError(f"--config: {path} is not YAML: {_in_one_line(error)}") from error
     if not isinstance(data or {}, dict):
         raise ValueError(f"--config: {path} holds {type(data).__name__}, not sections of settings")
     return data or {}
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
