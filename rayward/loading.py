@@ -41,15 +41,6 @@ def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def require_service(model: str) -> None:
-    """Raise RewardServiceError, within five seconds, for a URL at which nothing answers."""
-    if is_url(model):
-        from reward_actor.client.sync import RewardClient
-
-        with RewardClient(model) as client:
-            client.check_reachable()
-
-
 def chosen(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Those of the options with a default of SUPPRESS that were given."""
     return {name: getattr(arguments, name) for name in names if name in arguments}

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from reward_actor.command_line import Parser, complain, run_command
 from reward_actor.config_errors import as_typed
@@ -45,13 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit status: 0, 1 for a training that failed, 130 for an interrupted one. Raises
     ValueError for what the user can put right."""
     config = config_from_arguments(arguments)
+    typed = typed_keys(arguments)
+    # All else is imported late: --help and config errors are instant.
+    for package in ("torch", "transformers", "ray", "deepspeed"):
+        if find_spec(package) is None:  # before data are read, by what needs less
+            raise ModuleNotFoundError(name=package)
     try:
+        _check_device(config)
         if arguments.config is None:
             arguments.config = _chosen_preset(config)
             config = config_from_arguments(arguments)
             say(_main_settings(config))
-        # Imported late: --help and config errors are instant.
-        _check_device(config)
         if arguments.folds is None:
             from trainer.report.summary import show_summary
             from trainer.run import train
@@ -63,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
             train_folds(config, arguments.folds)
     except ValueError as error:
-        raise ValueError(as_typed(str(error), typed_keys(arguments))) from error
+        raise ValueError(as_typed(str(error), typed)) from error
     except TrainingError as error:
         return complain(error, 1)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from rayward.commands.eval import add_data
-from rayward.loading import LOADING, add_loading, chosen, require_service
+from rayward.loading import LOADING, add_loading, chosen
 from reward_actor.terminal import out, say, warn
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.show < 0:
         raise ValueError(f"--show is {arguments.show}; give 0 or more")
-    for model in (arguments.a, arguments.b):
-        require_service(model)
     found = compare_models(
         arguments.a,
         arguments.b,

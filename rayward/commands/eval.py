@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayward.loading import add_loading, as_options, chosen, loading_options, require_service
+from rayward.loading import add_loading, as_options, chosen, loading_options
 from reward_actor.command_line import Flag, add_setting
 from reward_actor.terminal import out, say, warn
 
@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{as_options([*columns, *rules])}: RewardBench has columns and rules of its own"
         )
-    require_service(arguments.model)
     if arguments.rewardbench:
         from trainer.evaluation.rewardbench import evaluate_rewardbench
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayward.loading import require_service
+from rayward.loading import is_url
 from rayward.scoring import ScoringProgress, tell_unscored
 from reward_actor.terminal import phase, say
 
@@ -83,7 +83,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    require_service(arguments.scorer or "")
+    if is_url(arguments.scorer or ""):  # before engines are started for it
+        from reward_actor.client.sync import RewardClient
+
+        with RewardClient(arguments.scorer) as client:
+            client.check_reachable()
     joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
     if not joins and find_spec("vllm") is None:  # else only the actors would miss it
         raise ModuleNotFoundError(name="vllm")

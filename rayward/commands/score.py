@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayward.loading import add_loading, is_url, loading_options, require_service
+from rayward.loading import add_loading, is_url, loading_options
 from rayward.scoring import ScoringProgress, tell_unscored
 from reward_actor.terminal import phase, say, warn
 
@@ -43,7 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _explain(arguments, rows, loading)
     if arguments.output is None:
         raise ValueError("give OUTPUT, a .jsonl file to write, or --explain ROW")
-    require_service(arguments.model)
     for place, row in rows:  # told before a large model is loaded
         group_of(row, place)
     scores: list[GroupScores] = []
@@ -106,11 +105,14 @@ def _scorer(
         from reward_actor.client.sync import RewardClient
 
         with RewardClient(model) as client:
+            client.check_reachable()
             info = client.info()
             yield client.score_groups, info.path, info.format, 2048  # several requests at a time
         return
+    from reward_actor.devices import resolve_device
     from reward_actor.scorer import RewardScorer
 
+    resolve_device(loading.get("device", "auto"))
     with phase(f"loading {model}"):
         scorer = RewardScorer.from_pretrained(model, **loading)
     yield scorer.score, f"{scorer.path}, {scorer.dtype}", scorer.contract.format, 256

@@ -89,10 +89,11 @@ def test_a_service_that_is_down_is_told_within_five_seconds(
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     rows, out = str(write(tmp_path / "in.jsonl", ROWS)), str(tmp_path / "out.jsonl")
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     arguments = {
         "score": [url, rows, out],
-        "eval": [url, rows],
-        "compare": [str(tmp_path), url, rows],
+        "eval": [url, str(pairs)],
+        "compare": [str(tmp_path), url, str(pairs)],
         "rollout": [str(tmp_path), rows, out, "--scorer", url],
     }[command]
     started = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -11,6 +10,8 @@ from transformers import LlamaConfig
 from trainer import presets, run
 from trainer.__main__ import main
 from trainer.config.config_file import load_config
+from trainer.config.train import TrainConfig
+from trainer.errors import TrainingError
 
 SIZES = {
     "quickstart": (64, 2),
@@ -39,10 +40,15 @@ def test_the_size_of_the_network_decides(
 def test_without_a_config_the_settings_are_those_of_the_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained: list[Any] = []
-    monkeypatch.setattr(run, "train", trained.append)
+    trained: list[TrainConfig] = []
+
+    def train(config: TrainConfig) -> None:
+        trained.append(config)
+        raise TrainingError("not wanted")
+
+    monkeypatch.setattr(run, "train", train)
     given = [("data.train", str(tmp_path / "pairs.jsonl")), ("training.seed", "3")]
-    assert main([word for key, value in given for word in (f"--{key}", value)]) == 0
+    assert main([word for key, value in given for word in (f"--{key}", value)]) == 1
     assert trained == [load_config("quickstart", given)]
     assert "settings of --config quickstart, for a network from scratch" in capsys.readouterr().out
 

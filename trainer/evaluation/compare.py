@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reward_actor.client.sync import RewardClient
 from reward_actor.conversation import as_messages
 from trainer.config.data import Columns
 from trainer.data.comparisons import Comparisons
@@ -113,6 +114,9 @@ def compare_models(
     source = columns_of(columns)
     check_columns([data], source.named)
     rows = read_rows(data, source)
+    for url in filter(is_url, (a, b)):  # before the other one is scored
+        with RewardClient(url) as client:
+            client.check_reachable()
     of_a, of_b = (_scored(model_or_url, rows, data, loading) for model_or_url in (a, b))
     both = [row for row in rows if row.number in of_a.rows and row.number in of_b.rows]
     comparisons = as_comparisons([of_a.rows[row.number] for row in both], data)

@@ -134,6 +134,7 @@ def scoring(model_or_url: str, **loading: Any) -> Iterator[ScoringModel]:
     from reward_actor.client.sync import RewardClient
 
     with RewardClient(model_or_url) as client:
+        client.check_reachable()
 
         def score(groups: Sequence[Group]) -> list[GroupScores]:
             scores = [s for part in _parts(groups) for s in client.score_groups(part)]
