@@ -21,6 +21,7 @@ from reward_actor.export import export
 from reward_actor.model.tokenizer import load_tokenizer
 from reward_actor.readout import Readout
 from trainer.checkpoints.run_directory import EXPORT_DIR, RESULT_FILE
+from trainer.errors import TrainingError
 from trainer.evaluation.metrics import compare_with_baselines, folded, measure
 from trainer.job import RunFacts
 from trainer.log import EVALUATIONS_FILE, LOG_FILE, read_log
@@ -64,10 +65,15 @@ def finish(
     weights = zero.whole_weights(trainer.engine)
     zero.release(trainer.engine)
     if dist.get_rank() == 0:
-        with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
-            files = _files(Path(folder), trainer, contract, facts, metrics, raw_scores, rewards)
-            _export(config, contract, weights, files)
-        replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        try:
+            with tempfile.TemporaryDirectory(prefix="rayward-report-") as folder:
+                files = _files(Path(folder), trainer, contract, facts, metrics, raw_scores, rewards)
+                _export(config, contract, weights, files)
+            replace_text(output_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        except OSError as error:  # another try by itself would find no more room
+            raise TrainingError(
+                f"the export failed: {error}. The same command resumes from the last checkpoint"
+            ) from error
     return result
 
 

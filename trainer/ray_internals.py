@@ -102,14 +102,17 @@ def failures(error: Exception) -> Iterator[Exception]:
 
 
 def lost(error: Exception) -> str:
-    """Which workers are gone, as far as Ray's error says so."""
+    """Which workers are gone, as far as Ray's error says so, or what else went wrong."""
+    failed = getattr(error, "worker_failures", {})
     nodes = {
         rank: _NODE.search(str(failure))
-        for rank, failure in getattr(error, "worker_failures", {}).items()
+        for rank, failure in failed.items()
         if is_lost_worker(failure)
     }
     if not nodes:
-        return "the workers could not be started"
+        first = next(failures(error), error)
+        kind = "a worker failed" if failed else "the workers could not be started"
+        return f"{kind} ({type(first).__name__}: {(str(first).splitlines() or [''])[0]})"
     shown = (f"{rank} on node {of[1]}" if of else str(rank) for rank, of in sorted(nodes.items()))
     return f"worker lost: {', '.join(shown)}"
 
