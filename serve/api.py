@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from reward_actor.errors import RewardServiceError
 from serve.errors import answer_http_error, answer_invalid, answer_service_error
-from serve.http import routes
+from serve.http import docs, routes
 from serve.http.auth import guard
 from serve.http.faults import Faults
 from serve.http.limits import Limits, OwnRequests
@@ -35,12 +35,13 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
         title="Rayward",
         summary="Rewards of completions, for PPO and GRPO trainers.",
         version=_version(),
+        docs_url=None,  # from a CDN
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
     api.state.service = service
     api.state.swapper = swapper
-    for own in api.routes:  # the OpenAPI document and its page, the same in every installation
+    for own in api.routes:  # the OpenAPI document, the same in every installation
         own.rule = "public"  # type: ignore[attr-defined]
     for module in (
         shared,
@@ -55,7 +56,7 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
         playground,
     ):
         api.include_router(module.router)
-    for router in (kserve.public, routes.public, routes.admin):
+    for router in (docs.router, kserve.public, routes.public, routes.admin):
         api.include_router(router)
     api.add_exception_handler(RewardServiceError, answer_service_error)
     api.add_exception_handler(RequestValidationError, answer_invalid)

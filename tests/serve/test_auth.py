@@ -16,6 +16,7 @@ from fastapi import APIRouter
 
 import rayward
 from serve.config import ServeConfig
+from serve.http import docs
 from serve.http.auth import Guard, ScoreRoute, require_guard
 from serve.http.origin import comes_from_elsewhere
 from serve.http.tokens import Tokens, add_token
@@ -54,6 +55,7 @@ def test_these_are_the_rules() -> None:
         paths.setdefault(route.app.rule, set()).add(route.path)
     health = {"/health", "/ready", "/v2/health/live", "/v2/health/ready"}
     pages = {"/docs", "/openapi.json", "/playground"} | {f"/playground/{name}" for name in FILES}
+    pages |= {f"/docs/{name}" for name in docs.FILES}
     assert paths == {
         "public": health | pages,
         "score": {

@@ -42,6 +42,17 @@ def test_the_page_and_its_files_come_with_a_strict_policy(service: str) -> None:
             assert http.get(f"/playground/{path}").status_code == 404
 
 
+def test_the_api_page_needs_no_network(visit: Callable[..., Visit]) -> None:
+    one = visit(routes={"https://**": lambda route: route.abort()})
+    page = one.page
+    page.get_by_role("link", name="API").click()
+    page.locator("#operations-score-score_v1_score_post .opblock-summary").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    page.locator(".live-responses-table .response-col_status", has_text="200").wait_for()
+    page.get_by_text("model_version").first.wait_for()
+
+
 def test_rewards_and_ranks_are_those_of_the_api(visit: Callable[..., Visit]) -> None:
     one = visit()
     one.write([*COMPLETIONS, "word " * 500, COMPLETIONS[0]])

@@ -253,6 +253,7 @@ def canaries() -> list[str]:
         {"groups": [{"prompt": [{"role": "user", CANARY: 1}], "completions": 7}]},
         {"groups": [], "model": CANARY},
         {"model": CANARY},
+        {"prompt": CANARY, "completions": [CANARY]},
         {CANARY: CANARY},
         [CANARY],
         CANARY,
