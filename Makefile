@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # TORCH_INDEX_URL=... takes it from another index, PyTorch's own CPU index for one.
 TORCH_INDEX_URL ?=
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # pip compiles on one core; see COMPILE.
 INSTALL := $(PIP) install --no-compile -c constraints.txt
 # Fails for templates that are no Python.
@@ -80,8 +80,8 @@ check-cuda: $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH))
 $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH)): constraints.txt
 	@echo "check-cuda: $(CUDA_TORCH) for CUDA into $(VENV)-cuda; some minutes"
 	@$(PYTHON) -m venv $(VENV)-cuda
-	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -q install --no-compile "$(CUDA_TORCH)"
-	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -q install --no-compile \
+	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -qq install --no-compile "$(CUDA_TORCH)"
+	@$(VENV)-cuda/bin/python -m pip --disable-pip-version-check -qq install --no-compile \
 		-c constraints.txt transformers pydantic numpy
 	@touch $@
 

@@ -29,14 +29,16 @@ class ScoringProgress:
             TimeRemainingColumn,
         )
 
+        console = Console(file=err())
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("prompts, {task.fields[speed]:,.0f} tokens/s,"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            console=Console(file=err()),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
             **NOT_REDIRECTED,
         )
         self._shown = showing(self._bar)

@@ -30,6 +30,10 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.filename == str(partial):  # nobody knows that name
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -126,6 +126,9 @@ def run_command(
 def complain(error: Exception | str, status: int = 2) -> int:
     """Print the error, and return the exit code for it; where it is no mistake of the user's,
     also where the output of libraries is."""
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        name = "" if error.filename is None else f"{error.filename}: "
+        error = f"{name}{error.strerror[:1].lower()}{error.strerror[1:]}"
     log = log_file() if status == 1 else None
     where = [] if log is None else [f"(what else was printed is in {log})"]
     note(" ".join([f"error: {error}", *where]))

@@ -258,6 +258,8 @@ def _check_certificate(cert: str, key: str) -> None:
 
 
 def _require_free(host: str, port: int) -> None:
+    if not 0 < port < 65_536:
+        raise ValueError(f"port is {port}; there are 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.closing(socket.socket(family)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

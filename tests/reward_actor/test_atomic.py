@@ -75,3 +75,10 @@ def test_a_full_disk_is_named_with_the_room_that_is_needed(small_disk: Path) -> 
     with pytest.raises(OSError, match=r"no room for .*out\.jsonl: its disk has"):
         replace_text(small_disk / "out.jsonl", "a" * 16_000_000)
     assert list(small_disk.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "out.jsonl"
+    with pytest.raises(OSError, match="No such file") as caught:
+        replace_text(path, "text")
+    assert caught.value.filename == str(path)

@@ -13,7 +13,8 @@ def base_config(path: str, num_outputs: int = 1) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: {path} cannot be loaded: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path: {path} cannot be loaded: {reason}") from error
     config.num_labels = num_outputs
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
