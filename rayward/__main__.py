@@ -20,7 +20,7 @@ from rayward.commands import (
 )
 from rayward.commands import eval as evaluate
 from reward_actor.command_line import Parser, complain, nearest, run_command
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 # As `rayward --help` shows them.
 _TOPICS = {
@@ -36,12 +36,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     """See `rayward.main`."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        say(_help())
+        put(_help())
         return 0
     if name == "--version":
-        from importlib.metadata import version
-
-        say(f"rayward {version('rayward')}")
+        put(f"rayward {_version()}")
         return 0
     if name not in COMMANDS:
         near = nearest(name, [*COMMANDS, "--help", "--version"], "rayward --help lists them")
@@ -49,7 +47,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     # Loading weights shows a bar, and warns of settings that matter to other uses.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return run_command(make_parser(name), COMMANDS[name].run, arguments, COMMANDS[name].EXTRA)
+    return run_command(
+        lambda: make_parser(name), COMMANDS[name].run, arguments, COMMANDS[name].EXTRA
+    )
 
 
 def make_parser(name: str) -> Parser:
@@ -57,6 +57,15 @@ def make_parser(name: str) -> Parser:
     parser = Parser(f"rayward {name}", COMMANDS[name].HELP)
     COMMANDS[name].add_options(parser)
     return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rayward")
+    except PackageNotFoundError:  # a Ray job's working directory, say
+        return "that is not installed"
 
 
 def _help() -> str:
@@ -69,7 +78,8 @@ def _help() -> str:
         "A reward service for RLHF: train, measure and serve reward models.\n\n"
         f"{topics}\n\n"
         "rayward COMMAND --help lists the options; rayward --version says which version this is.\n"
-        "Exit codes: 0 done, 1 a check or a training failed, 2 wrong input, 130 interrupted."
+        "Exit codes: 0 done; 1 a check or a training failed, or no completion got a reward; 2 "
+        "wrong input; 130 interrupted."
     )
 
 

@@ -31,7 +31,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        if error.filename == str(partial):  # nobody knows that name
+        if error.filename == str(partial):  # a name that no user knows
             error.filename = str(path)
         raise
     finally:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
 
-from reward_actor import ray_internals
+from reward_actor import ray_internals, terminal
 from reward_actor.ray_internals import REACHABLE_VARIABLE
-from reward_actor.terminal import phase
 
 _LISTENER_TIMEOUT_S = 5.0
 _FREE_TIMEOUT_S = 10.0
@@ -33,17 +33,27 @@ def connect(
     say otherwise), asks for Ray's token on its ports and ends with this process. Its
     logical CPUs are never fewer than `num_cpus_needed`: the actors here wait more than they
     compute, and two real cores would otherwise be too few for Ray's bookkeeping. `log_to_driver`
-    prints what workers and actors print to their standard output. Does nothing when this process is
+    prints what workers and actors print; in a command, their standard output
+    only (`reward_actor.terminal`). Does nothing when this process is
     connected already. Raises ValueError if there is no cluster at the address or a private one has
     too few GPUs.
     """
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    with phase(f"joining the Ray cluster at {address}" if address else "starting Ray"):
+    said = f"joining the Ray cluster at {address}" if address else "starting Ray"
+    with terminal.phase(said), _imports_without_this_directory():
         _connect(num_cpus_needed, num_gpus_needed, address, log_to_driver)
-    if log_to_driver:
+    if log_to_driver and terminal.is_command():
         ray_internals.take_worker_lines()
+
+
+@contextlib.contextmanager
+def _imports_without_this_directory() -> Iterator[None]:
+    """Ray lets its workers look for modules first where its driver is started; of a command that is
+    anywhere, perhaps with a trainer.py."""
+    with contextlib.chdir(terminal.ROOT) if terminal.is_command() else contextlib.nullcontext():
+        yield
 
 
 def _connect(
@@ -105,9 +115,9 @@ def _require_listener(address: str) -> None:
 
 
 def _did_not_start(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().rstrip(".").splitlines() or [type(error).__name__]
     return (
-        f"Ray did not start on this machine: {lines[0]} If it is slow or busy, run the command "
+        f"Ray did not start on this machine: {lines[0]}. If it is slow or busy, run the command "
         "again when it is not, or start Ray by itself (ray start --head) and set "
         "RAY_ADDRESS=127.0.0.1:6379. Ray's own logs are in /tmp/ray/session_latest/logs."
     )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
+from reward_actor import clashes, terminal
 from reward_actor.errors import RewardServiceError
-from reward_actor.terminal import log_file, note, out, warn
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-_OURS = ("rayward", "reward_actor", "serve", "trainer")
 # What the extra of a command does not bring.
 _EXTRAS = {"vllm": "rollout", "peft": "peft", "bitsandbytes": "peft"}
 _BOOLEANS = {
@@ -45,8 +45,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument(
             "--verbose",
-            action="store_true",
-            help="show what other libraries print, which goes to a log file otherwise",
+            action=Flag,
+            default=False,
+            help="show what other libraries print, which goes to a log file otherwise [off]",
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def print_help(self, file: Any = None) -> None:
-        super().print_help(file or out())
+        super().print_help(file or terminal.out())
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}; {self._list_of_options}")
@@ -91,48 +92,72 @@ class Parser(argparse.ArgumentParser):
                 if value.lower() in _BOOLEANS:
                     new = action.option_strings[0 if _BOOLEANS[value.lower()] else 1]
             if new != argument:
-                warn(f"{argument} is spelled {new} now")
+                terminal.warn(f"{argument} is spelled {new} now")
             current.append(new)
         return current
 
 
+def run_process(name: str, run: Callable[[], int]) -> int:
+    """Run a command that is this process's own: its terminal is for our lines, and the directory
+    that it runs in is no place for imports. The exit code."""
+    terminal.take_over(name, verbose="--verbose" in sys.argv)
+    clashes.leave_working_directory()
+    try:
+        clashes.check()
+        return run()
+    except ValueError as error:
+        return complain(error)
+    except Exception as error:  # nothing here may end without a line
+        return _unforeseen(error)
+    finally:
+        terminal.drop_log()
+
+
 def run_command(
-    parser: Parser,
+    parser: Callable[[], Parser],
     run: Callable[[argparse.Namespace], int],
     arguments: Sequence[str],
     extra: str | None,
 ) -> int:
     """The exit code of a command: its own, 2 for what the user can put right, in one line, and 130
     for an interrupt. `extra`: of our package, with what the command imports."""
+    prog = "this command"
     try:
-        return run(parser.parse(arguments))
+        made = parser()
+        prog = made.prog
+        return run(made.parse(arguments))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if extra is None or package in ("", *_OURS):
+        if extra is None or package in ("", *terminal.PACKAGES):
             raise
         extra = _EXTRAS.get(package, extra)
         return complain(
-            f'{parser.prog} needs {package}, which is not installed: pip install "rayward[{extra}]"'
+            f'{prog} needs {package}, which is not installed: pip install "rayward[{extra}]"'
         )
     except (ValueError, OSError, RewardServiceError) as error:
         return complain(error)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # nobody foresaw it
-        traceback.print_exc()
-        return complain(f"{type(error).__name__}: {error}", 1)
+    except Exception as error:
+        return _unforeseen(error)
 
 
 def complain(error: Exception | str, status: int = 2) -> int:
-    """Print the error, and return the exit code for it; where it is no mistake of the user's,
-    also where the output of libraries is."""
+    """Print the error, and return the exit code for it. Where a library or our own code has failed,
+    rather than its user, the file with the output of libraries is named."""
+    failed = status == 1 or getattr(error, "__cause__", None) is not None
     if isinstance(error, OSError) and error.strerror:  # without its number
         name = "" if error.filename is None else f"{error.filename}: "
         error = f"{name}{error.strerror[:1].lower()}{error.strerror[1:]}"
-    log = log_file() if status == 1 else None
-    where = [] if log is None else [f"(what else was printed is in {log})"]
-    note(" ".join([f"error: {error}", *where]))
+    log = terminal.named_log() if failed else None
+    more = "" if log is None else f" (what libraries printed is in {log})"
+    terminal.note(f"error: {error}{more}")
     return status
+
+
+def _unforeseen(error: Exception) -> int:
+    traceback.print_exc()  # to the log
+    return complain(f"{type(error).__name__}: {error}", 1)
 
 
 def nearest(name: str, known: Collection[str], otherwise: str) -> str:

@@ -35,8 +35,8 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
     """The message with these keys as one types them. A key of one word is an ordinary word, too,
     but where the message begins."""
     for key, option in options.items():
-        at = r"(?<![\w.-])" if re.search(r"[._]", key) else "^"
-        message = re.sub(rf"{at}{re.escape(key)}(?![\w-])", option, message)
+        at = r"(?<![\w./-])" if re.search(r"[._]", key) else "^"
+        message = re.sub(rf"{at}{re.escape(key)}(?![\w/-])", option, message)
     return message
 
 

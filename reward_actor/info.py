@@ -39,7 +39,7 @@ def model_name(directory: str | Path) -> str:
     settings = place / "resolved_config.json"
     report = json_object(settings).get("report") if settings.is_file() else None
     named = report.get("run_name") if isinstance(report, dict) else None
-    return str(named or (place.parent if place.name == "export" else place).name)
+    return str(named or (place.parent if place.name == "export" else place).name or "model")
 
 
 def model_info(scorer: Described) -> schema.ModelInfo:

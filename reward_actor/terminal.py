@@ -1,12 +1,10 @@
 """What people see: our own lines. What other libraries print goes to a log file.
 
-In a command, `out()` and `err()` are the terminal's, while `sys.stdout`, `sys.stderr` and the file
-descriptors 1 and 2, which libraries and child processes write to, lead to the log. On a Ray worker
-our lines are its standard output, which the driver prints as they come
-(`reward_actor.ray_internals.take_worker_lines`), and all else is its standard error.
-
-A full disk under a log, or a pipe that nobody reads any more, must not end what runs, so a line
-that cannot be written is lost.
+A command takes its process over: `out()` and `err()` are then the terminal's, while `sys.stdout`,
+`sys.stderr` and the file descriptors 1 and 2, which libraries and child processes write to, lead to
+the log. On a Ray worker our lines are its standard output, which the command prints as they come
+(`reward_actor.ray_internals.take_worker_lines`), and all else is its standard error. In any other
+process, a user's own script for one, nothing is redirected, and nothing is said but what is asked.
 """
 
 from __future__ import annotations
@@ -27,13 +25,22 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PACKAGES = ("rayward", "reward_actor", "trainer", "serve")
-_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+"""The directory that holds them."""
 
+NOT_REDIRECTED: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+
+_is_command = False
 _out: TextIO | None = None
 _err: TextIO | None = None
 _log: Path | None = None
+_log_is_named = False
 _display: Console | None = None
-NOT_REDIRECTED: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+
+
+def is_command() -> bool:
+    """Whether this process is a command of ours."""
+    return _is_command
 
 
 def out() -> TextIO:
@@ -46,19 +53,22 @@ def err() -> TextIO:
     return _err or sys.stderr
 
 
-def log_file() -> Path | None:
-    """Where the lines of other libraries are; None if there are none, or if they are shown."""
-    return _log if _log is not None and _log.exists() and _log.stat().st_size else None
-
-
-def say(text: str) -> None:
-    """Print a line."""
+def put(text: str) -> None:
+    """Print a line of a command's result. Raises OSError if it cannot be written."""
     _print(text, out())
 
 
+def say(text: str) -> None:
+    """Print a line of progress. A full disk under a log, or a pipe that is not read any more, must
+    not end what runs: a line that cannot be written is lost."""
+    with contextlib.suppress(OSError):
+        _print(text, out())
+
+
 def note(text: str) -> None:
-    """Print a line to standard error."""
-    _print(text, err())
+    """Print a line of progress to standard error."""
+    with contextlib.suppress(OSError):
+        _print(text, err())
 
 
 def warn(text: str) -> None:
@@ -67,11 +77,10 @@ def warn(text: str) -> None:
 
 
 def _print(text: str, file: TextIO) -> None:
-    with contextlib.suppress(OSError):
-        if _display is None:
-            print(text, file=file, flush=True)
-        else:  # above what is on display
-            _display.print(text, markup=False, highlight=False, soft_wrap=True)
+    if _display is None or not file.isatty():
+        print(text, file=file, flush=True)
+    else:  # above what is on display, on the same terminal
+        _display.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -88,7 +97,10 @@ def showing(display: Live | Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Say what takes long: with a spinner on a terminal, as a line elsewhere."""
+    """Say, in a command, what takes long: with a spinner on a terminal, as a line elsewhere."""
+    if not _is_command:
+        yield
+        return
     from rich.console import Console
     from rich.live import Live
     from rich.spinner import Spinner
@@ -103,19 +115,45 @@ def phase(text: str) -> Iterator[None]:
         yield
 
 
-def keep_for_ours(name: str) -> None:
-    """Send everything that this process and its children print, our own lines excepted, to a new
-    file of their user alone, until the process ends."""
+def take_over(name: str, *, verbose: bool = False) -> None:
+    """Make this process a command's until it ends. Unless `verbose`, everything that it and its
+    children print, our own lines excepted, goes to a new file that its user alone can read."""
+    global _is_command
+    _is_command = True
+    if not verbose:
+        try:
+            _redirect(name)
+        except OSError as error:  # a read-only disk, a closed standard output
+            warn(f"there is no log file for the output of libraries: {error}")
+    _show_our_warnings()
+
+
+def _redirect(name: str) -> None:
     global _out, _err, _log
+    ours = [os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace") for fd in (1, 2)]
     safe = "".join(letter for letter in name if letter.isalnum())
     handle, path = tempfile.mkstemp(prefix=f"rayward-{safe}-", suffix=".log")
-    _log = Path(path)
-    ours = [os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace") for fd in (1, 2)]
     for fd in (1, 2):
         os.dup2(handle, fd)
     os.close(handle)
     _out, _err = ours
-    _show_our_warnings()
+    _log = Path(path)
+
+
+def named_log() -> Path | None:
+    """Where the lines of other libraries are, for an error to name, which keeps the file. None if
+    there are none, or if they are shown."""
+    global _log_is_named
+    if _log is None or not _log.exists() or not _log.stat().st_size:
+        return None
+    _log_is_named = True
+    return _log
+
+
+def drop_log() -> None:
+    """Remove the log file if no error has named it."""
+    if _log is not None and not _log_is_named:
+        _log.unlink(missing_ok=True)
 
 
 def keep_worker_output_for_ours() -> None:
@@ -126,23 +164,14 @@ def keep_worker_output_for_ours() -> None:
         sys.stdout = sys.stderr
 
 
-def drop_log() -> None:
-    """Remove the log file of a command that has succeeded."""
-    if _log is not None:
-        _log.unlink(missing_ok=True)
-
-
 def _show_our_warnings() -> None:
-    handler = logging.StreamHandler(err())
-    handler.setFormatter(_Formatter())
-    handler.setLevel(logging.WARNING)
     for name in PACKAGES:
-        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).addHandler(_Notes(logging.WARNING))
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
         if issubclass(category, UserWarning) and any(
-            Path(filename).resolve().is_relative_to(_ROOT / name) for name in PACKAGES
+            Path(filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES
         ):
             warn(str(message))
         else:
@@ -151,6 +180,6 @@ def _show_our_warnings() -> None:
     warnings.showwarning = show  # type: ignore[assignment]
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.levelname.lower()}: {record.getMessage()}")

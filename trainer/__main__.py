@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from reward_actor.command_line import Parser, complain, run_command
+from reward_actor.command_line import Parser, complain, run_command, run_process
 from reward_actor.config_errors import as_typed
 from reward_actor.terminal import note, say
 from trainer.config.options import add_arguments, config_from_arguments, typed_keys
@@ -16,16 +16,23 @@ from trainer.config.train import TrainConfig
 from trainer.errors import TrainingError
 
 DESCRIPTION = (
-    "Train a Bradley-Terry reward model. The same command goes on from the last checkpoint after "
-    "an interruption."
+    "Train a Bradley-Terry reward model. The same command resumes from the last checkpoint "
+    "after an interruption."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the arguments say; see `run` for the exit status."""
+    """Train as the arguments say; see `run` for the exit status. Without `argv` it is a command of
+    its own, as `rayward train`."""
+    if argv is None:
+        return run_process("train", lambda: main(sys.argv[1:]))
+    return run_command(_parser, run, argv, "train")
+
+
+def _parser() -> Parser:
     parser = Parser("python -m trainer", DESCRIPTION)
     add_options(parser)
-    return run_command(parser, run, sys.argv[1:] if argv is None else argv, "train")
+    return parser
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

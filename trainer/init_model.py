@@ -20,6 +20,7 @@ PAD_TOKEN = "<|endoftext|>"
 TURN_START_TOKEN = "<|im_start|>"
 EOS_TOKEN = "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, TURN_START_TOKEN, EOS_TOKEN)
+_FILES = {*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors"}
 ROLES = "system\nuser\nassistant\n"
 # Byte-level BPE starts from one token per byte, which is why any text can be encoded.
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -56,12 +57,11 @@ def init_model(
     other files.
     """
     _check_sizes(vocab_size, num_heads, num_kv_heads, head_dim)
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()
     if (out_dir / "scoring_contract.json").exists():
         raise ValueError(f"out_dir: {out_dir} holds a trained export; choose another directory")
-    of_a_model = ("config.json", "tokenizer.json")
-    others = out_dir.exists() and any(out_dir.iterdir())
-    if others and not any((out_dir / name).exists() for name in of_a_model):
+    others = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if others - _FILES:
         raise ValueError(f"out_dir: {out_dir} holds other files; choose another directory")
 
     import torch

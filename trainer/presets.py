@@ -35,6 +35,10 @@ def _num_parameters(model: str) -> int:
     from trainer.network.base_config import base_config
 
     config = base_config(model)
-    with torch.device("meta"):  # shapes only
-        network = AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):  # shapes only
+            network = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.path: {model} cannot be trained: {reason}") from error
     return sum(parameter.numel() for parameter in network.parameters())

@@ -33,8 +33,8 @@ class OnlyLostWorkers(DefaultFailurePolicy):
     """Restarts after a worker was lost; what our own code has raised would be raised again. Ray's
     public `FailureConfig` only counts.
 
-    `resume` says what a restart waits for and where it goes on. It runs in Ray's controller, whose
-    standard output the driver prints.
+    `resume` says what a restart waits for and from where it resumes. It runs in Ray's controller,
+    whose standard output the driver prints.
     """
 
     def __init__(self, failure_config: Any, resume: Callable[[], str]) -> None:

@@ -184,7 +184,7 @@ def _validation(job: Job, bundle: dict[str, float]) -> ray.train.ValidationConfi
 
 
 def _resume(config: TrainConfig, bundle: dict[str, float]) -> str:
-    """What a restart after a lost worker waits for, and where it goes on. Deletes nothing."""
+    """What a restart after a lost worker waits for, and from where it resumes. Deletes nothing."""
     needed = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     with contextlib.suppress(*StorageError):
         if states := survey(checkpoint_storage(config)).states:
@@ -205,5 +205,5 @@ def _cause(error: Exception) -> Exception:
             reason = f"{type(failure).__name__}: {failure}"
         else:
             continue
-        return TrainingError(f"{reason}. The same command goes on from the last checkpoint")
+        return TrainingError(f"{reason}. The same command resumes from the last checkpoint")
     return error

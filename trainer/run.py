@@ -39,7 +39,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, say: Callable[[str], None] = terminal.say) -> TrainResult:
-    """Train and export; goes on from the last checkpoint of the same run in `output_dir`.
+    """Train and export; resumes from the last checkpoint of the same run in `output_dir`.
 
     Raises ValueError for a config, data or a cluster that cannot work, before any training;
     TrainingError if the training itself fails. An interrupt leaves the last checkpoint usable.
@@ -69,7 +69,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = terminal.say) -> Tra
         if result is None:
             start = stored_steps(config)
             if start:
-                say(f"going on after step {start} of {num_steps}")
+                say(f"resuming after step {start} of {num_steps}")
             from trainer.ray_train import launch  # Ray is not needed, nor imported, before this
 
             result = launch(config, contract, prepared, num_steps, start, say)

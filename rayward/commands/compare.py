@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rayward.commands.eval import add_data
 from rayward.loading import LOADING, add_loading, chosen
-from reward_actor.terminal import out, say, warn
+from reward_actor.terminal import out, put, warn
 
 if TYPE_CHECKING:
     from trainer.evaluation.compare import ModelComparison, ModelResult
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         **chosen(arguments, LOADING),
     )
     if arguments.json:
-        say(json.dumps(found.as_dict()))
+        put(json.dumps(found.as_dict()))
     else:
         _print(found)
     return 0

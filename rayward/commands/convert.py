@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from reward_actor.command_line import Flag
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 NAME = "convert"
 HELP = "turn another system's reward model into ours"
@@ -87,10 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
         head_rows=arguments.head_rows,
         heads=arguments.heads,
         template_args=None if given is None else template_args(given, "--template-args"),
-        tell=lambda line: say(f"inferred {line}"),
+        tell=lambda line: put(f"inferred {line}"),
     )
-    say(f"reward model: {arguments.destination}")
-    say(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")
+    put(f"reward model: {arguments.destination}")
+    put(f"format {contract.format}, {contract.dtype}, at most {contract.max_length} tokens")
     if (contract.mean, contract.std) != (0.0, 1.0):
-        say(f"reward = (raw score - {contract.mean:g}) / {contract.std:g}")
+        put(f"reward = (raw score - {contract.mean:g}) / {contract.std:g}")
     return 0

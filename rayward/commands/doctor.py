@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 NAME = "doctor"
 HELP = "check the installation and the devices, and say what to do"
@@ -48,10 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     failed = 0
     for check in checks():
-        say(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
+        put(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.found}")
         if not check.ok:
             failed += 1
-            say(f"      -> {check.advice}")
+            put(f"      -> {check.advice}")
     return 1 if failed else 0
 
 
@@ -87,7 +87,8 @@ def _package(name: str, tested: str, purpose: str, extra: str) -> Check:
         found = version(name)
     except PackageNotFoundError:
         return Check(name, False, f"missing ({purpose} needs it)", _installation(extra))
-    advice = f"tested with {tested}x; {_installation(extra)}, or test your own work with {found}"
+    mend = "run `make setup`" if _is_clone() else f"pip install '{name}=={tested}*'"
+    advice = f"tested with {tested}x; {mend}, or test your own work with {found}"
     return Check(name, found.startswith(tested), found, advice)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 NAME = "ensemble"
 HELP = "make several reward models one, for score and serve"
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from reward_actor.model.ensemble import write_ensemble
 
     readout = write_ensemble(arguments.directory, arguments.members, arguments.combine, arguments.k)
-    say(f"ensemble: {arguments.directory}")
+    put(f"ensemble: {arguments.directory}")
     k = f", k {readout.k:g}" if readout.combine == "mean_minus_std" else ""
-    say(f"{readout.combine} of {len(readout)} members{k}: {', '.join(readout.names)}")
+    put(f"{readout.combine} of {len(readout)} members{k}: {', '.join(readout.names)}")
     return 0

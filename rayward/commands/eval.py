@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayward.loading import add_loading, as_options, chosen, loading_options
 from reward_actor.command_line import Flag, add_setting
-from reward_actor.terminal import out, say, warn
+from reward_actor.terminal import out, put, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     rules = chosen(arguments, ("over_long", "deduplicate"))
     if arguments.rewardbench and (columns or rules):
         raise ValueError(
-            f"{as_options([*columns, *rules])}: RewardBench has columns and rules of its own"
+            f"{as_options([*columns, *rules])}: RewardBench has its own columns and rules"
         )
     if arguments.rewardbench:
         from trainer.evaluation.rewardbench import evaluate_rewardbench
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             **loading_options(arguments),
         )
     if arguments.json:
-        say(json.dumps(result))
+        put(json.dumps(result))
     else:
         warnings = result.pop("warnings", [])
         _print_evaluation(result)
@@ -158,6 +158,9 @@ def _pair_tables(of: Mapping[str, Any]) -> list[Table]:
         },
     }
     tables = [_numbers(f"{of['model']} on {of['data']}", rows, of)]
+    if verdict:
+        advice = "where a number looks wrong: rayward score MODEL DATA --explain ROW"
+        tables[0].caption = f"{tables[0].caption}\n{advice}"
     if of.get("subsets"):
         columns = ("subset", "pairs", "prompts", "accuracy", "reward margin")
         tables.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 NAME = "init-model"
 HELP = "make a small base model: tokenizer and network"
@@ -50,5 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer_from=Path(source) if source else None,
         seed=arguments.seed,
     )
-    say(f"base model: {path}")
+    put(f"base model: {path}")
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayward.loading import is_url
 from rayward.scoring import ScoringProgress, tell_unscored
-from reward_actor.terminal import phase, say
+from reward_actor.terminal import phase, put
 
 if TYPE_CHECKING:
     from reward_actor.rollout.records import RolloutGroup
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import ray
 
-    say(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
+    put(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
     rollouts: dict[int, Any] = {}
     try:
         with ScoringProgress(len(prompts)) as progress:
@@ -140,17 +140,17 @@ def run(arguments: argparse.Namespace) -> int:
     finally:  # what was sampled before a failure is kept
         write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
     num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
-    say(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
-    say(progress.summary())
+    put(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
+    put(progress.summary())
     ray.shutdown()
-    return tell_unscored([text for index in sorted(rollouts) for text in problems(rollouts[index])])
+    num = sampling.num_completions
+    return tell_unscored([text for i in sorted(rollouts) for text in problems(rollouts[i], num)])
 
 
-def problems(rollout: RolloutGroup) -> list[str | None]:
-    """Why its completions have no reward; None for one that has, or that nobody was to score. One
-    text for a prompt that could not be sampled."""
+def problems(rollout: RolloutGroup, num_completions: int) -> list[str | None]:
+    """Why its completions have no reward; None for one that has, or where no scorer was asked."""
     if rollout.error is not None:
-        return [f"not sampled: {rollout.error}"]
+        return [f"not sampled: {rollout.error}"] * num_completions
     if rollout.scores is None:
         return [None] * len(rollout.completions)
     return [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayward.loading import add_loading, is_url, loading_options
 from rayward.scoring import ScoringProgress, tell_unscored
-from reward_actor.terminal import phase, say, warn
+from reward_actor.terminal import phase, put, warn
 
 if TYPE_CHECKING:
     from reward_actor.groups import GroupScores
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         (scored_row(row, result) for (_, row), result in zip(rows, scores, strict=True)),
     )
     num_scored = problems.count(None)
-    say(
+    put(
         f"scored {num_scored} completions of {len(rows)} prompts into {arguments.output} ({path})"
         f"\n{progress.summary()}"
     )
@@ -91,7 +91,7 @@ def _explain(
     except ContractError as error:  # it is such a model that has to be explained
         warn(str(error))
     for line in explain(scorer, group_of(row, place, scorer.contract.format)):
-        say(line)
+        put(line)
     return 0
 
 

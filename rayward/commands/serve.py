@@ -9,7 +9,7 @@ import threading
 
 from rayward.loading import chosen
 from reward_actor.command_line import add_setting, option
-from reward_actor.terminal import say
+from reward_actor.terminal import put
 
 NAME = "serve"
 HELP = "serve a reward model over HTTP until interrupted"
@@ -74,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise ValueError(as_typed(str(error), options)) from error
-    say(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
-    say(f"try it   {url}/playground")
-    say(f"metrics  http://{targets()[0]}/metrics")
-    say(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops")
+    put(f"serving  {config.model}\nscore    POST {url}/v1/score\nAPI page {url}/docs")
+    put(f"try it   {url}/playground")
+    put(f"metrics  http://{targets()[0]}/metrics")
+    put(f"Ray      {ray.get_runtime_context().gcs_address}\nready; Ctrl-C stops")
     stop = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start
         signal.signal(signal_number, lambda *_: stop.set())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from reward_actor.command_line import Flag
-from reward_actor.terminal import note, say
+from reward_actor.terminal import note, put
 
 NAME = "token"
 HELP = "make a token for callers of the service"
@@ -40,6 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     scopes = [scope.strip() for scope in arguments.scopes.split(",")]
     made = add_token(Path(arguments.file), arguments.name, scopes, replace=arguments.replace)
-    say(made)
+    put(made)
     note(f"scopes {', '.join(scopes)}; {arguments.file} holds its digest only")
     return 0

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentResponse
 from ray.serve.schema import ApplicationStatus
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_APP_NAME = "rayward"
 
 _DEPLOYMENTS = {"Ingress", "RewardModel"}
+_GONE = (ApplicationStatus.DELETING, ApplicationStatus.DEPLOY_FAILED)
 _START = "start one with `rayward serve MODEL --ray-address auto`"
 # A call that takes longer looks whether there is anything that could answer it.
 _TELL_AFTER_S = 3.0
@@ -46,15 +47,18 @@ def _app_handle(app_name: str) -> Any:
 
 
 def _only_app() -> str:
-    """The one application that is a reward service, whatever its name. Raises ValueError."""
+    """The one application that is a reward service, whatever its name; of several, the one with
+    the name that `rayward serve` gives. Raises ValueError."""
     take_loopback_as_it_is()
     names = sorted(
         name
         for name, app in serve.status().applications.items()
-        if _DEPLOYMENTS.issubset(app.deployments) and app.status != ApplicationStatus.DELETING
+        if _DEPLOYMENTS.issubset(app.deployments) and app.status not in _GONE
     )
     if not names:
         raise ValueError(f"no reward service runs in this Ray cluster; {_START}")
+    if DEFAULT_APP_NAME in names:
+        return DEFAULT_APP_NAME
     if len(names) > 1:
         raise ValueError(
             f"this Ray cluster has {len(names)} reward services; name one of {', '.join(names)}"
@@ -69,7 +73,7 @@ def _tell_who_is_missing(app_name: str | None, deadline: float) -> None:
         return
     try:
         app = serve.status().applications.get(app_name)
-    except RayError as error:
+    except Exception as error:  # the call itself may well succeed
         missing = f"Ray Serve does not answer ({type(error).__name__})"
     else:
         deployments = {} if app is None else app.deployments

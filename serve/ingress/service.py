@@ -107,7 +107,10 @@ class RewardService:
     async def explain(self, group: Group | Whole) -> schema.ExplainReply:
         """How the reward of a group's one completion comes about; it counts in no statistics.
         Raises RewardServiceError."""
-        scored = await self.within_deadline(self._score([group], False, False))
+        return await self.within_deadline(self._explain(group))
+
+    async def _explain(self, group: Group | Whole) -> schema.ExplainReply:
+        scored = await self._score([group], False, False)
         return await asyncio.to_thread(_explained, group, scored)
 
     async def model(self) -> Model:

@@ -76,9 +76,9 @@ def test_what_rollouts_lack_is_told_as_well() -> None:
     sampled = RolloutGroup("Hi.", [5], ["a", "b"], [[6], [7]], [[0.0], [0.0]], ["stop", "stop"])
     too_long = SampleError("too_long", "2 tokens")
     scores = GroupScores([1.0, None], [1.0, None], [2, 2], [False] * 2, [None, too_long], "v")
-    assert problems(sampled) == [None, None], "sampled only"
-    assert problems(replace(sampled, scores=scores)) == [None, "too_long: 2 tokens"]
-    assert problems(RolloutGroup("Hi.", [], [], [], [], [], error="no room")) == [
+    assert problems(sampled, 2) == [None, None], "sampled only"
+    assert problems(replace(sampled, scores=scores), 2) == [None, "too_long: 2 tokens"]
+    assert problems(RolloutGroup("Hi.", [], [], [], [], [], error="no room"), 1) == [
         "not sampled: no room"
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_actor.terminal import phase, say, warn
+from reward_actor.terminal import phase, put, say, warn
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
@@ -21,6 +21,9 @@ def test_a_line_that_cannot_be_written_is_lost(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(sys, name, stream)
         for tell in (say, warn):
             tell("a line")
+        if name == "stdout":
+            with pytest.raises(OSError, match=r"No space|Broken pipe"):
+                put("a result")
         with pytest.raises(OSError, match=r"No space|Broken pipe"):
             stream.close()  # the line is still there, so the descriptor did take nothing
 
@@ -28,9 +31,10 @@ def test_a_line_that_cannot_be_written_is_lost(name: str, monkeypatch: pytest.Mo
 def test_where_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
     say("a line")
     warn("what is odd")
-    with phase("loading"):
+    put("a result")
+    with phase("loading"):  # said by commands only
         say("meanwhile")
-    assert capsys.readouterr() == ("a line\nmeanwhile\n", "warning: what is odd\nloading\n")
+    assert capsys.readouterr() == ("a line\na result\nmeanwhile\n", "warning: what is odd\n")
 
 
 # What a library may do on its own: print, log, warn, write to the descriptors, start a process.
@@ -49,10 +53,11 @@ subprocess.run(["sh", "-c", "echo theirs: process >&2"], check=True)
 def test_what_libraries_print_goes_to_a_log(tmp_path: Path) -> None:
     take = (
         "from reward_actor import terminal\n"
-        "terminal.keep_for_ours('test')\n"
+        "terminal.take_over('test')\n"
         "os.write(1, b'theirs: output\\n')\n"
         "terminal.say('ours: line'); terminal.warn('ours')\n"
         "logging.getLogger('reward_actor.engine').warning('ours: %s', 'log')\n"
+        "with terminal.phase('ours: loading'): pass\n"
     )
     code = _OTHERS.format(take=take)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -60,7 +65,7 @@ def test_what_libraries_print_goes_to_a_log(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "ours: line\n"
-    assert done.stderr == "warning: ours\nwarning: ours: log\n"
+    assert done.stderr == "warning: ours\nwarning: ours: log\nours: loading\n"
     (log,) = tmp_path.iterdir()
     assert log.stat().st_mode & 0o777 == 0o600
     kinds = ("output", "print", "log", "warning", "descriptor", "process")

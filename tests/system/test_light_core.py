@@ -177,16 +177,16 @@ def _takes_nothing_of_others_for_ours(
     for name in ("trainer.py", "serve.py"):
         (project / name).write_text("raise SystemExit('not ours')\n")
 
-    def rayward(**more: str) -> subprocess.CompletedProcess[str]:
+    def rayward(place: Path, **more: str) -> subprocess.CompletedProcess[str]:
         command = [python, "-m", "rayward", "token", "me", "--file", str(folder / "tokens.json")]
         return subprocess.run(
-            command, env={**environment, **more}, cwd=project, capture_output=True, text=True
+            command, env={**environment, **more}, cwd=place, capture_output=True, text=True
         )
 
-    done = rayward()
+    done = rayward(project)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("rw_")
-    done = rayward(PYTHONPATH=str(project))
+    done = rayward(folder, PYTHONPATH=str(project))
     assert done.returncode == 2
     assert done.stderr.startswith(
         f"error: trainer is {project / 'trainer.py'}, but Rayward's is in "

@@ -1,4 +1,4 @@
-"""Interrupted trainings: real signals to a real `python -m trainer`, and the same command again."""
+"""Interrupted trainings: real signals to a real `rayward train`, and the same command again."""
 
 from __future__ import annotations
 
@@ -58,16 +58,21 @@ def config_in(output_dir: Path) -> TrainConfig:
 
 
 def start(python: str, config: TrainConfig, cluster: str | None = None) -> subprocess.Popen[str]:
-    """On the cluster at this address, or on one of its own."""
+    """On the cluster at this address, or on one of its own, from a directory with modules of a user
+    that are called as ours are."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.model_dump_json())  # JSON is YAML
+    for name in ("trainer", "serve"):
+        file.with_name(f"{name}.py").write_text("raise RuntimeError('a module of the user')")
     return subprocess.Popen(
-        [python, "-m", "trainer", "--config", str(file)],
+        [python, "-m", "rayward", "train", "--config", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
-        env=environment_for_a_cluster() | ({} if cluster is None else {"RAY_ADDRESS": cluster}),
+        cwd=file.parent,
+        env=environment_for_a_cluster()
+        | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        | ({} if cluster is None else {"RAY_ADDRESS": cluster}),
     )
 
 
@@ -225,11 +230,11 @@ def test_the_log_has_every_step_once(interrupted):
 
 def test_it_is_told_in_plain_words(interrupted):
     first, _, last = interrupted[2]
-    assert "interrupted; the same command goes on from the last checkpoint" in first
+    assert "interrupted; the same command resumes from the last checkpoint" in first
     assert "Traceback" not in first
     assert "(state/mp_rank_00_model_states.pt does not have the sha256 of its manifest)" in last
     assert "is taken, they are deleted" in last
-    assert "going on after step" in last
+    assert "resuming after step" in last
     assert "the reward model is in" in last
 
 

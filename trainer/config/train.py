@@ -206,7 +206,7 @@ class DistributedConfig(Section):
     min_workers: int | None = Field(
         None,
         gt=0,
-        description="start, and go on, with fewer workers down to so many while the cluster has "
+        description="start, and resume, with fewer workers down to so many while the cluster has "
         "no room for all; none: wait for all",
     )
     zero_stage: int = Field(

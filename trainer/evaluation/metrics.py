@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 NUM_BINS = 10
+_RENAMED = {
+    "reward_margin": "raw_margin",
+    "min_reward": "min_raw_score",
+    "mean_reward": "mean_raw_score",
+    "max_reward": "max_raw_score",
+}
 _HIGHER = (
     "accuracy", "accuracy_low", "accuracy_high", "accuracy_shorter", "accuracy_longer",
     "raw_margin", "min_raw_score", "mean_raw_score", "max_raw_score",
@@ -289,6 +295,8 @@ def pair_indices(comparisons: Comparisons) -> tuple[Indices, Indices, Indices]:
 def check_metric(name: str, attributes: Iterable[str] = ()) -> None:
     """Raise ValueError, with the list, unless checkpoints can be ordered by this metric."""
     lower = [*_LOWER, *(RMSE + attribute for attribute in attributes)]
+    if name in _RENAMED:
+        raise ValueError(f"a training measures raw scores: {name} is called {_RENAMED[name]}")
     if name not in (*_HIGHER, *lower):
         raise ValueError(
             f"unknown metric {name!r}; metrics are {', '.join(_HIGHER)} (higher is better) and "

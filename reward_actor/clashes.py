@@ -7,21 +7,23 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-_PACKAGES = ("reward_actor", "trainer", "serve")
-_ROOT = Path(__file__).resolve().parents[1]
+from reward_actor.terminal import PACKAGES, ROOT
 
 
 def leave_working_directory() -> None:
-    """Let `python -m rayward` import nothing from the directory that it is run in, which Python
-    puts first: a user's trainer.py would be taken for ours."""
+    """Let a command import nothing from the directory that it is run in, which Python may put
+    first: a user's trainer.py would be taken for ours. `reward_actor.cluster` does it on workers.
+    """
     here = Path.cwd()
-    if here != _ROOT:
+    if here != ROOT:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry) != here]
 
 
 def check() -> None:
     """Raise ValueError for a package of ours that is somebody else's."""
-    for name in _PACKAGES:
+    for name in PACKAGES:
+        if name == "rayward":  # this very distribution
+            continue
         try:
             found = version(name)
         except PackageNotFoundError:
@@ -33,8 +35,8 @@ def check() -> None:
             )
         spec = find_spec(name)
         place = None if spec is None else spec.origin
-        if place is None or not Path(place).resolve().is_relative_to(_ROOT / name):
+        if place is None or not Path(place).resolve().is_relative_to(ROOT / name):
             raise ValueError(
-                f"{name} is {place or 'missing'}, but Rayward's is in {_ROOT}: rename that file or "
+                f"{name} is {place or 'missing'}, but Rayward's is in {ROOT}: rename that file or "
                 "take its directory out of PYTHONPATH"
             )
