@@ -157,7 +157,10 @@ def complain(error: Exception | str, status: int = 2) -> int:
 
 def _unforeseen(error: Exception) -> int:
     traceback.print_exc()  # to the log
-    return complain(f"{type(error).__name__}: {error}", 1)
+    lines = str(error).strip().splitlines() or [""]
+    # Ray's errors hold another process's traceback, whose end says what went wrong.
+    said = lines[-1] if type(error).__module__.startswith("ray.") else lines[0]
+    return complain(f"{type(error).__name__}: {said}", 1)
 
 
 def nearest(name: str, known: Collection[str], otherwise: str) -> str:

@@ -110,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_tokens,
         arguments.seed,
     )
+    policy = _whole(arguments.policy)
     engine = VllmSettings(
-        arguments.policy,
+        policy,
         num_gpus=num_gpus,
-        max_model_len=arguments.max_model_len
-        or longest_needed(arguments.policy, prompts, sampling),
+        max_model_len=arguments.max_model_len or longest_needed(policy, prompts, sampling),
         dtype=arguments.dtype,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         cpu_kv_cache_gib=arguments.cpu_kv_cache_gib,
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     if scorer and is_directory(scorer):
         from reward_actor.actor import start_scorer_actor
 
-        scorer = start_scorer_actor(scorer, num_gpus=min(num_gpus, 1))
+        scorer = start_scorer_actor(_whole(scorer), num_gpus=min(num_gpus, 1))
     with phase(f"starting {arguments.num_actors} vLLM engines with {arguments.policy}"):
         actors = start_rollout_actors(engine, arguments.num_actors, scorer)
 
@@ -157,6 +157,11 @@ def problems(rollout: RolloutGroup, num_completions: int) -> list[str | None]:
         None if error is None else f"{error.type}: {error.message}"
         for error in rollout.scores.errors
     ]
+
+
+def _whole(name: str) -> str:
+    """A directory's absolute path, since actors run in another one; any other name as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def is_directory(scorer: str) -> bool:

@@ -194,7 +194,9 @@ def test_the_one_reward_service_is_found_by_any_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(handles.serve, "status", lambda: status("b", "a"))
     with pytest.raises(ValueError, match="has 2 reward services; name one of a, b"):
         handles._only_app()
-    monkeypatch.setattr(handles.serve, "status", lambda: status("a", of="DELETING"))
+    monkeypatch.setattr(handles.serve, "status", lambda: status("a", "rayward"))
+    assert handles._only_app() == "rayward"
+    monkeypatch.setattr(handles.serve, "status", lambda: status("a", of="DEPLOY_FAILED"))
     with pytest.raises(ValueError, match=r"no reward service runs .* `rayward serve MODEL --ray"):
         handles._only_app()
 

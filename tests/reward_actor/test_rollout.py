@@ -135,7 +135,7 @@ def test_other_tokenizers_travel_as_text(
     )
     assert done.returncode == 0, done.stderr
     assert "completions travel as: text" in done.stdout
-    assert "1 of 7 have no reward:\n  1 x not sampled: the prompt has" in done.stderr
+    assert "2 of 8 have no reward:\n  2 x not sampled: the prompt has" in done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == asked
     assert "the policy takes 128" in rows.pop()["error"]

@@ -146,7 +146,7 @@ def test_the_numbers_are_those_of_a_trainings_end(
         (["--over-long", "truncate_left"], "over_long truncate_left and deduplicate need the"),
         (["--deduplicate"], "over_long truncate_left and deduplicate need the model's directory"),
         (["--rewardbench", "1", "--chosen-column", "a", "--deduplicate"],
-         "--chosen-column, --deduplicate: RewardBench has columns and rules of its own"),
+         "--chosen-column, --deduplicate: RewardBench has its own columns and rules"),
     ],
 )  # fmt: skip
 def test_an_option_that_could_do_nothing_is_refused(
