@@ -135,17 +135,23 @@ def test_actors_of_both_kinds_score(
 
 
 def test_a_call_that_takes_too_long_ends_in_time(service: str) -> None:
-    long = [Group(prompt_ids=[5] * 100, completion_ids=[[n] * 100]) for n in range(6, 300)]
-    with pytest.raises(RewardServiceError) as late:
-        RewardHandle(timeout_s=0.1).score_groups(long)
-    assert late.value.type == "deadline_exceeded"
-
     async def awaited() -> None:
-        await AsyncRewardHandle(timeout_s=0.1).score_groups(long)
+        await AsyncRewardHandle(timeout_s=0.1).score("Hi.", ["Yes?"])
 
-    with pytest.raises(RewardServiceError) as late:
-        asyncio.run(awaited())
-    assert late.value.type == "deadline_exceeded"
+    replicas = titled("ray::ServeReplica:rayward:RewardModel")
+    assert replicas
+    for replica in replicas:
+        replica.suspend()
+    try:
+        with pytest.raises(RewardServiceError) as late:
+            RewardHandle(timeout_s=0.1).score("Hi.", ["Yes?"])
+        assert late.value.type == "deadline_exceeded"
+        with pytest.raises(RewardServiceError) as late:
+            asyncio.run(awaited())
+        assert late.value.type == "deadline_exceeded"
+    finally:
+        for replica in replicas:
+            replica.resume()
     assert RewardHandle().score("Hi.", ["Yes?"]).errors == [None]
 
 
