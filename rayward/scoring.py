@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from reward_actor.terminal import NOT_REDIRECTED, err, note, showing
@@ -41,23 +41,15 @@ class ScoringProgress:
             disable=not console.is_terminal,
             **NOT_REDIRECTED,
         )
-        self._shown = showing(self._bar)
         self._task = self._bar.add_task("", total=total, speed=0.0)
         self._began = time.perf_counter()
         self._num_tokens = 0
         self._rewards: list[float] = []
 
-    def __enter__(self) -> Self:
-        self._shown.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._shown.__exit__(kind, error, trace)
+    @contextmanager
+    def shown(self) -> Iterator[Self]:
+        with showing(self._bar):
+            yield self
 
     def add(self, scores: GroupScores | None, num_tokens: int = 0) -> None:
         """One more prompt is done: its scores, or so many tokens that were sampled unscored."""

@@ -54,43 +54,30 @@ def export(
     """
     num_bytes = sum(weight.nbytes for weight in state_dict.values())
     with replacing_directory(directory, num_bytes) as staging:
-        return _write(staging, config, network, state_dict, tokenizer, contract, files, device)
-
-
-def _write(
-    staging: Path,
-    config: PretrainedConfig,
-    network: PreTrainedModel,
-    state_dict: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    contract: ScoringContract,
-    files: Mapping[str, str | Path],
-    device: str,
-) -> ScoringContract:
-    config.num_labels = len(contract.heads)
-    config.id2label = dict(enumerate(contract.heads))
-    config.label2id = {name: index for index, name in enumerate(contract.heads)}
-    config.problem_type = "regression"  # without it vLLM puts a sigmoid on the reward
-    config.pad_token_id = contract.pad_token_id
-    config.use_cache = True
-    network.config = config
-    if getattr(network, "is_quantized", False):
-        _copy_weights(Path(str(network.name_or_path)), staging)
-        config.architectures = [type(network).__name__]
-        config.save_pretrained(staging)
-    else:
-        network.save_pretrained(staging, state_dict=dict(state_dict))
-    _name_class(staging / "config.json")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
-    tokenizer.save_pretrained(staging)
-    contract = record(staging, contract, device)
-    for name, content in files.items():
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, staging / name)
+        config.num_labels = len(contract.heads)
+        config.id2label = dict(enumerate(contract.heads))
+        config.label2id = {name: index for index, name in enumerate(contract.heads)}
+        config.problem_type = "regression"  # without it vLLM puts a sigmoid on the reward
+        config.pad_token_id = contract.pad_token_id
+        config.use_cache = True
+        network.config = config
+        if getattr(network, "is_quantized", False):
+            _copy_weights(Path(str(network.name_or_path)), staging)
+            config.architectures = [type(network).__name__]
+            config.save_pretrained(staging)
         else:
-            (staging / name).write_text(content, encoding="utf-8")
-    write_manifest(staging, optional=files)
+            network.save_pretrained(staging, state_dict=dict(state_dict))
+        _name_class(staging / "config.json")
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(contract.pad_token_id)
+        tokenizer.save_pretrained(staging)
+        contract = record(staging, contract, device)
+        for name, content in files.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, staging / name)
+            else:
+                (staging / name).write_text(content, encoding="utf-8")
+        write_manifest(staging, optional=files)
     return contract
 
 

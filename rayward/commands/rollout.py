@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     put(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
     rollouts: dict[int, Any] = {}
     try:
-        with ScoringProgress(len(prompts)) as progress:
+        with ScoringProgress(len(prompts)).shown() as progress:
             for index, rollout in sample(actors, prompts, sampling):
                 rollouts[index] = rollout
                 progress.add(rollout.scores, sum(map(len, rollout.completion_ids)))

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     scores: list[GroupScores] = []
     with (
         _scorer(arguments.model, loading) as (score, path, format, at_once),
-        ScoringProgress(len(rows)) as progress,
+        ScoringProgress(len(rows)).shown() as progress,
     ):
         groups = [group_of(row, place, format) for place, row in rows]
         for start in range(0, len(groups), at_once):

@@ -42,7 +42,7 @@ _OTHERS = """
 import logging, os, subprocess, sys, warnings
 {take}
 print("theirs: print")
-logging.getLogger("their.library").warning("theirs: log")
+logging.getLogger("another.package").warning("theirs: log")
 warnings.warn("theirs: warning")
 os.write(2, b"theirs: descriptor\\n")
 subprocess.run(["sh", "-c", "echo theirs: process >&2"], check=True)
