@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from reward_actor import binary
 
-# It is in everything that a request can hold, and must be in no error. A key that reads as a field's
-# name is shown in one; this does not.
+# It is in everything that a request can hold, and must be in no error. A key that reads as the name
+# of a field may be; this does not.
 CANARY = "canary:9d41"
 JSON = "application/json"
 _LONG = 200_000
