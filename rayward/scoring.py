@@ -17,9 +17,9 @@ _NUM_SHOWN = 3
 
 
 class ScoringProgress:
-    """A bar over `total` prompts with the speed, on a terminal only."""
+    """A bar over `total` prompts, of which some are done, with the speed; on a terminal only."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, done: int = 0) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -33,7 +33,7 @@ class ScoringProgress:
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("prompts, {task.fields[speed]:,.0f} tokens/s,"),
+            TextColumn("prompts, {task.fields[said]},"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
@@ -41,7 +41,7 @@ class ScoringProgress:
             disable=not console.is_terminal,
             **NOT_REDIRECTED,
         )
-        self._task = self._bar.add_task("", total=total, speed=0.0)
+        self._task = self._bar.add_task("", total=total, completed=done, said="")
         self._began = time.perf_counter()
         self._num_tokens = 0
         self._rewards: list[float] = []
@@ -51,13 +51,15 @@ class ScoringProgress:
         with showing(self._bar):
             yield self
 
-    def add(self, scores: GroupScores | None, num_tokens: int = 0) -> None:
-        """One more prompt is done: its scores, or so many tokens that were sampled unscored."""
-        if scores is not None:
-            num_tokens = sum(scores.num_tokens)
-            self._rewards += [reward for reward in scores.rewards if reward is not None]
-        self._num_tokens += num_tokens
-        self._bar.update(self._task, advance=1, speed=self._speed)
+    def add(self, scores: GroupScores) -> None:
+        """One more prompt is scored."""
+        self._num_tokens += sum(scores.num_tokens)
+        self._rewards += [reward for reward in scores.rewards if reward is not None]
+        self.advance(f"{self._speed:,.0f} tokens/s")
+
+    def advance(self, said: str) -> None:
+        """One more prompt is done; what the bar says of them all."""
+        self._bar.update(self._task, advance=1, said=said)
 
     @property
     def _speed(self) -> float:

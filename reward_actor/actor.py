@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from reward_actor import schema
 from reward_actor.cluster import require_resources
@@ -40,10 +42,24 @@ class RewardScorerActor:
         )
 
 
+def is_model_directory(scorer: str) -> bool:
+    """Whether it names a directory, not a Serve application. A bare name is that of a folder only
+    if a model or a run is in it: `rayward` is an application where this project's source is."""
+    path = Path(scorer)
+    expected = ("config.json", "adapter_config.json", "ensemble.json", "export")
+    holds_one = any((path / name).exists() for name in expected)
+    return path.is_dir() and (path.name != scorer or holds_one)
+
+
 def start_scorer_actor(path: str, num_gpus: float = 0.0) -> Any:
-    """A `RewardScorerActor` that has loaded its model. Raises ValueError if the cluster is full."""
+    """A `RewardScorerActor` that has loaded its model. Raises ValueError if the cluster is full or
+    the model cannot be loaded."""
     require_resources([{"CPU": 1.0, "GPU": num_gpus} if num_gpus else {"CPU": 1.0}])
     remote: Any = RewardScorerActor
-    actor = remote.options(num_cpus=1, num_gpus=num_gpus).remote(path)
-    ray.get(actor.info.remote())
+    actor = remote.options(num_cpus=1, num_gpus=num_gpus).remote(str(Path(path).absolute()))
+    try:
+        ray.get(actor.info.remote())
+    except RayActorError as error:  # it has the other process's traceback, and the error at its end
+        what, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        raise ValueError(message or what) from None
     return actor

@@ -25,7 +25,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, mode)
 
     try:
-        with _room_for(path), open(partial, "wb", opener=create) as file:
+        with room_for(path), open(partial, "wb", opener=create) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -56,7 +56,7 @@ def replacing_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
     previous = directory.with_name(directory.name + ".previous")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with _room_for(directory, num_bytes):
+        with room_for(directory, num_bytes):
             staging.mkdir(parents=True)
             yield staging
         shutil.rmtree(previous, ignore_errors=True)
@@ -69,7 +69,7 @@ def replacing_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _room_for(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+def room_for(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Every library has its own exception for a full disk; here it is one, and names the place."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of JSONL in and out, for `rayward score` and `rayward rollout`."""
+"""Rows in and out, for `rayward score` and `rayward rollout`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,44 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from reward_actor import conversation, dialogues
 from reward_actor.atomic import replacing
 from reward_actor.groups import Completion, Group, GroupScores, Prompt
 from reward_actor.json_files import json_lines
-
-if TYPE_CHECKING:
-    from reward_actor.rollout.records import RolloutGroup
+from reward_actor.sources import files_of, is_file_name, raw_rows
 
 Row = dict[str, Any]
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a .jsonl or .jsonl.gz file; place is "FILE:LINE", for messages.
+def read_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a data set as `reward_actor.sources` has them, any other file being JSON
+    lines; place is "FILE:LINE" or "NAME: row N", for messages.
 
     Raises ValueError for a missing, empty or damaged file, or a line that is not a JSON object.
     """
-    file_path = Path(path)
-    if not file_path.is_file():
-        raise ValueError(f"{file_path} is not a file")
+    name = str(source)
+    files = files_of(name) or ([Path(name)] if is_file_name(name) else [])
     place = None
-    for place, row in json_lines(file_path):
+    for place, row in chain.from_iterable(map(_rows, files)) if files else _numbered(name):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a {type(row).__name__}, not a JSON object")
         yield place, row
     if place is None:
-        raise ValueError(f"{file_path} holds no rows")
+        raise ValueError(f"{source} holds no rows")
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file")
+    return _numbered(str(file)) if file.suffix == ".parquet" else json_lines(file)
+
+
+def _numbered(source: str) -> Iterator[tuple[str, Any]]:
+    return ((f"{source}: row {number}", row) for number, row in raw_rows(source))
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -47,10 +56,10 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         gzip.open(file, "wb") if target.suffix == ".gz" else nullcontext(file) as lines,
     ):
         for row in rows:
-            lines.write(_to_line(row))
+            lines.write(line_of(row))
 
 
-def _to_line(row: Mapping[str, Any]) -> bytes:
+def line_of(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate: legal in JSON, but only as an escape
@@ -158,19 +167,11 @@ def _answer(
 
 def scored_row(row: Row, scores: GroupScores) -> Row:
     """The row with its scores beside what was in it."""
-    return {**row, **_scores(scores)}
+    return {**row, **score_columns(scores)}
 
 
-def rollout_row(rollout: RolloutGroup) -> Row:
-    row = {name: value for name, value in vars(rollout).items() if name != "scores"}
-    told = {"tools": row.pop("tools"), "chat_template_kwargs": row.pop("template_args")}
-    row |= {name: value for name, value in told.items() if value}
-    if row["error"] is None:
-        del row["error"]
-    return row if rollout.scores is None else {**row, **_scores(rollout.scores)}
-
-
-def _scores(scores: GroupScores) -> Row:
+def score_columns(scores: GroupScores) -> Row:
+    """A group's scores by the names that rows have them under."""
     return {name: value for name, value in scores.to_json().items() if value is not None}
 
 

@@ -6,13 +6,12 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from reward_actor import conversation
-from reward_actor.contract import ScoringContract, check_arg_names, sha256_text
+from reward_actor.contract import ScoringContract, sha256_text
 from reward_actor.groups import (
     Completion,
     Group,
@@ -22,7 +21,9 @@ from reward_actor.groups import (
     SampleError,
     Whole,
 )
-from reward_actor.spellings import SpellingError, Spellings
+from reward_actor.prompts import PromptFormat, PromptRenderer, checked_unicode
+from reward_actor.prompts import RenderError as RenderError
+from reward_actor.prompts import Sample as Sample
 from reward_actor.token_ids import checked, common_prefix, cut, with_end, with_eos, with_last
 from reward_actor.turns import lost, shape
 
@@ -34,31 +35,7 @@ if TYPE_CHECKING:
 SENTINEL = "completionsentinel"
 
 
-class RenderError(ValueError):
-    """This prompt and completion cannot be rendered under the contract."""
-
-
-# What expressions of a template raise over values that it was not made for.
-OF_A_TEMPLATE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-_TEXTS_PER_CALL = 1000
 _SHAPES_KEPT = 10_000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What is rendered: a prompt, a completion, and what else the chat template is told."""
-
-    prompt: Prompt
-    completion: Completion
-    tools: Sequence[Mapping[str, Any]] = ()
-    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Renderer:
@@ -67,7 +44,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, contract: ScoringContract) -> None:
         self.tokenizer = tokenizer
         self.contract = contract
-        self._spellings = Spellings(tokenizer) if contract.plain_content else None
+        self.prompts = PromptRenderer(tokenizer, PromptFormat.of(contract))
         self._lost: dict[str, str | None] = {}
 
     def render(
@@ -95,36 +72,12 @@ class Renderer:
         return self._ids_of([_or_error(self._to_text, sample) for sample in samples])
 
     def _ids_of(self, texts: Sequence[str | RenderError]) -> list[list[int] | RenderError]:
-        encoded = iter(self._encode_many([text for text in texts if isinstance(text, str)]))
+        encoded = iter(self.prompts.encode_many([text for text in texts if isinstance(text, str)]))
         found = [next(encoded) if isinstance(text, str) else text for text in texts]
         return [
             with_last(with_eos(ids, self.contract), self.contract) if isinstance(ids, list) else ids
             for ids in found
         ]
-
-    def use_date(self, day: str | None) -> None:
-        """Write this date where the template writes one: a policy's prompts follow its scorer's."""
-        if self.contract.template_date is not None and day is not None:
-            self.contract = replace(self.contract, template_date=day)
-
-    def prompt_ids(
-        self,
-        prompt: Prompt,
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        template_args: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """What a policy continues: the prompt with the generation prompt of its template."""
-        sample = self.read(Sample(prompt, "", tools, template_args or {}))
-        if isinstance(sample.prompt, str):
-            return self._encode(sample.prompt)
-        text = self._apply_template(
-            sample.prompt,
-            generation=True,
-            tools=sample.tools,
-            arguments=sample.template_args,
-        )
-        return self._encode(text)
 
     def sequences(self, group: Group | Whole) -> list[Rendered]:
         """The token ids of each sample, or why it cannot be scored: of each completion with its
@@ -139,7 +92,7 @@ class Renderer:
             ]
         assert group.prompt is not None
         try:
-            asked = self.read(Sample(group.prompt, "", group.tools, group.template_args))
+            asked = self.prompts.read(Sample(group.prompt, "", group.tools, group.template_args))
         except RenderError as error:
             return [SampleError("unrenderable", str(error))] * len(group)
         answered = [replace(asked, completion=said) for said in group.completions]
@@ -162,7 +115,7 @@ class Renderer:
         else:
             assert group.prompt is not None
             try:
-                prompt = self.prompt_ids(
+                prompt = self.prompts.prompt_ids(
                     group.prompt, tools=group.tools, template_args=group.template_args
                 )
             except RenderError:  # a prompt that no policy could continue
@@ -173,7 +126,7 @@ class Renderer:
 
     def is_templated(self, text: str) -> bool:
         """Whether a text went through the chat template already: it begins as that begins."""
-        return self._is_chat and any(text.startswith(start) for start in self._beginnings)
+        return self.prompts.is_chat and any(text.startswith(start) for start in self._beginnings)
 
     @cached_property
     def _beginnings(self) -> list[str]:
@@ -186,7 +139,9 @@ class Renderer:
         found: set[str] = set()
         for messages in ([turn], [{**turn, "role": "system"}, turn]):
             with contextlib.suppress(RenderError):  # not every template has a system turn
-                start = self._apply_template(messages, generation=True).partition(SENTINEL)[0]
+                start = self.prompts.apply_template(messages, generation=True).partition(SENTINEL)[
+                    0
+                ]
                 begins = control.match(start)
                 run = begins[0] if begins is not None else ""
                 start = run if run.removeprefix(bos) else start
@@ -199,11 +154,11 @@ class Renderer:
         texts: list[str | SampleError] = []
         for text in whole.texts:
             try:
-                texts.append(_unicode(self._without_rest(text)))
+                texts.append(checked_unicode(self._without_rest(text)))
             except RenderError as error:
                 texts.append(SampleError("unrenderable", str(error)))
         good = [text for text in texts if isinstance(text, str)]
-        encoded = iter(self._encode_plain(good, whole.add_special_tokens))
+        encoded = iter(self.prompts.encode_plain(good, whole.add_special_tokens))
         return [
             cut(with_eos(next(encoded), self.contract), whole, self.contract)
             if isinstance(text, str)
@@ -214,7 +169,7 @@ class Renderer:
     def _without_rest(self, text: str) -> str:
         """Without what the template writes after the end of the last turn; see `_chat`."""
         end = self.contract.turn_end
-        if not self._is_chat or self.contract.end_text is not None:
+        if not self.prompts.is_chat or self.contract.end_text is not None:
             return text
         if not end:
             return text.rstrip()
@@ -225,34 +180,10 @@ class Renderer:
     def _suffix(self) -> str:
         """What the template writes after a completion."""
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
-        return self._apply_template(turns, generation=False).rpartition(SENTINEL)[2]
-
-    @property
-    def _is_chat(self) -> bool:
-        return self.contract.format == "chat"
-
-    def read(self, sample: Sample) -> Sample:
-        """The sample as `reward_actor.conversation` reads it, and as this contract allows: with
-        messages under "chat", with text alone under "text"."""
-        if not self._is_chat:
-            if not isinstance(sample.prompt, str):
-                raise RenderError("a list of messages needs a chat contract; this one is 'text'")
-            told = (("tools", sample.tools), ("template arguments", sample.template_args))
-            for name, value in told:
-                if value:
-                    raise RenderError(f"{name} need a chat contract; this one is 'text'")
-            return sample
-        try:
-            prompt = conversation.messages(conversation.as_messages(sample.prompt), "prompt")
-            tools = conversation.tools(sample.tools, "tools")
-            arguments = conversation.template_args(sample.template_args, "chat_template_kwargs")
-            check_arg_names(arguments)
-        except ValueError as error:
-            raise RenderError(str(error)) from error
-        return Sample(prompt, sample.completion, tools, arguments)
+        return self.prompts.apply_template(turns, generation=False).rpartition(SENTINEL)[2]
 
     def _to_text(self, sample: Sample) -> str:
-        return self._framed(self.read(sample))
+        return self._framed(self.prompts.read(sample))
 
     def _framed(self, sample: Sample) -> str:
         """The text of a sample that was read, but for its completion."""
@@ -261,10 +192,10 @@ class Renderer:
         except ValueError as error:
             raise RenderError(str(error)) from error
         if not isinstance(sample.prompt, str):
-            return _unicode(self._chat(sample, [*sample.prompt, said(completion)]))
+            return checked_unicode(self._chat(sample, [*sample.prompt, said(completion)]))
         if not isinstance(completion, str):
             raise RenderError("a completion with more than text needs a chat contract")
-        return _unicode(self._with_end_text(sample.prompt + completion))
+        return checked_unicode(self._with_end_text(sample.prompt + completion))
 
     def _chat(self, sample: Sample, messages: Sequence[Message]) -> str:
         text = self._written(messages, sample, sample.tools)
@@ -279,7 +210,7 @@ class Renderer:
         self, messages: Sequence[Message], sample: Sample, tools: Sequence[Mapping[str, Any]]
     ) -> str:
         """Messages in the chat template, told what the sample tells it."""
-        return self._apply_template(
+        return self.prompts.apply_template(
             messages, generation=False, tools=tools, arguments=sample.template_args
         )
 
@@ -311,7 +242,7 @@ class Renderer:
         """Raise RenderError if the template leaves a part out; it is asked once for each shape."""
         arguments = sample.template_args
         # A digest: keys are a sender's, and may be of any length.
-        messages = self._parsed(messages)
+        messages = self.prompts.parsed(messages)
         told = json.dumps(arguments, default=str)  # a template may do as they say
         key = sha256_text(shape([*messages, {"tools": list(sample.tools)}]) + told)
         try:
@@ -335,86 +266,6 @@ class Renderer:
                 "the roles and fields that it was made for"
             )
 
-    def _apply_template(
-        self,
-        messages: Sequence[Message],
-        *,
-        generation: bool,
-        tools: Sequence[Mapping[str, Any]] = (),
-        arguments: Mapping[str, Any] | None = None,
-    ) -> str:
-        from jinja2 import TemplateError
-
-        described: Any = [dict(tool) for tool in tools] or None
-        arguments = {**self.contract.template_args, **(arguments or {})}
-        try:
-            described, arguments = self._hidden(described), self._hidden(arguments)
-        except SpellingError as error:
-            raise RenderError(str(error)) from error
-
-        def write(turns: list[dict[str, Any]]) -> Any:
-            return self.tokenizer.apply_chat_template(
-                self._hidden(turns),
-                tools=described,
-                chat_template=self.contract.chat_template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **clock(self.contract.template_date),
-                **arguments,
-            )
-
-        try:
-            try:
-                text = write(self._parsed(messages))
-            except TypeError:  # DeepSeek's templates join the arguments of a call to text
-                text = write([conversation.with_text_arguments(turn) for turn in messages])
-        except SpellingError as error:
-            raise RenderError(str(error)) from error
-        except (TemplateError, *OF_A_TEMPLATE) as error:
-            raise RenderError(f"the chat template refuses these messages: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def _parsed(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The messages with the arguments of their calls as the contract says."""
-        if not self.contract.parse_arguments:
-            return [dict(message) for message in messages]
-        return [conversation.with_parsed_arguments(message) for message in messages]
-
-    def _hidden(self, value: Any) -> Any:
-        """The value with the special tokens that it spells hidden, where they are text."""
-        return value if self._spellings is None else self._spellings.hidden(value)
-
-    def _encode(self, text: str) -> list[int]:
-        [ids] = self._encode_many([_unicode(text)])
-        if isinstance(ids, RenderError):
-            raise ids
-        return ids
-
-    def _encode_many(self, texts: Sequence[str]) -> list[list[int] | RenderError]:
-        """The ids of texts that a template or `_text` wrote."""
-        spelled: dict[int, list[int] | RenderError] = {}
-        if self._is_chat and self._spellings is not None:
-            for index, text in enumerate(texts):
-                if self._spellings.is_hidden_in(text):
-                    try:
-                        spelled[index] = self._spellings.encode(text)
-                    except SpellingError as error:
-                        spelled[index] = RenderError(str(error))
-        rest = [text for index, text in enumerate(texts) if index not in spelled]
-        encoded = iter(self._encode_plain(rest, self.contract.add_special_tokens))
-        return [spelled[i] if i in spelled else next(encoded) for i in range(len(texts))]
-
-    def _encode_plain(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        encoded: list[list[int]] = []
-        for first in range(0, len(texts), _TEXTS_PER_CALL):
-            encoded += self.tokenizer(
-                list(texts[first : first + _TEXTS_PER_CALL]),
-                add_special_tokens=add_special_tokens,
-                return_attention_mask=False,
-            )["input_ids"]
-        return encoded
-
 
 def said(completion: Completion) -> Message:
     """The turn that is scored, as a message."""
@@ -428,19 +279,3 @@ def _or_error(write: Callable[[Sample], str], sample: Sample) -> str | RenderErr
         return write(sample)
     except RenderError as error:
         return error
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # A lone surrogate is a legal Python (and JSON) string without a UTF-8 form.
-        raise RenderError("the text is not valid Unicode") from error
-    return text
-
-
-def clock(day: str | None) -> dict[str, Any]:
-    """What makes a template that writes the date write this one, today and next year."""
-    if day is None:
-        return {}
-    return {"strftime_now": date.fromisoformat(day).strftime}

@@ -82,7 +82,9 @@ class TurnEnds:
         say."""
         assert group.prompt is not None
         try:
-            asked = self._renderer.read(Sample(group.prompt, "", group.tools, group.template_args))
+            asked = self._renderer.prompts.read(
+                Sample(group.prompt, "", group.tools, group.template_args)
+            )
             last = said(conversation.completion(given, "completion"))
             if not end.is_hidden and end.text in str((asked, last)):
                 return untold(f"a message spells {end.text!r}, the end of a turn; remove it")

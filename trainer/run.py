@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_actor import terminal
+from reward_actor.sources import check_source, is_file_name
 from trainer.checkpoints.manifest import stored_steps
 from trainer.checkpoints.run_directory import EXPORT_DIR, finished, locked
 from trainer.checkpoints.run_identity import check_identity, identity
@@ -18,7 +19,6 @@ from trainer.config.data import Source
 from trainer.config.train import SCRATCH_DIR, TrainConfig
 from trainer.data.micro_batches import steps_per_epoch
 from trainer.data.prepare import prepare
-from trainer.data.sources import check_source, is_file_name
 from trainer.evaluation.metrics import check_metric
 from trainer.evaluation.selection import check_selection
 from trainer.report import hub

@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rayward.loading import is_url
 from rayward.scoring import ScoringProgress, tell_unscored
-from reward_actor.terminal import phase, put
+from reward_actor.command_line import Flag
+from reward_actor.terminal import note, phase, put
 
 if TYPE_CHECKING:
-    from reward_actor.rollout.records import RolloutGroup
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from reward_actor.files import Row
+    from reward_actor.groups import Group
+    from reward_actor.rollout.records import Sampling, VllmSettings
+    from reward_actor.rollout.rows import Form
+    from reward_actor.rollout.summary import Summary
 
 NAME = "rollout"
 HELP = "sample completions with vLLM and score them"
 EXTRA = "rollout"
 
+_FORMS = {
+    "advantages": "add to each completion its reward's distance from its group's mean, and that "
+    "over the standard deviation",
+    "best-of": "write the best completion of each prompt only",
+    "pairs": "write the best completion of each prompt as chosen and the worst as rejected, for "
+    "`rayward train`",
+}
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", metavar="POLICY", help="directory of the policy")
-    parser.add_argument("prompts", metavar="PROMPTS", help=".jsonl rows of prompt")
-    parser.add_argument("output", metavar="OUTPUT", help=".jsonl rows of rollouts")
+    parser.add_argument(
+        "prompts",
+        metavar="PROMPTS",
+        help=".jsonl, .jsonl.gz or .parquet rows with a prompt, or a Hugging Face data set",
+    )
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="the rows with their rollouts, as .jsonl, .jsonl.gz or .parquet; an interrupted run "
+        "leaves OUTPUT.unfinished, from which the same command resumes",
+    )
     parser.add_argument(
         "--scorer",
         metavar="URL|APP|DIR",
         help="URL of a service, name of a Serve application, directory of a reward model, or "
         "nothing: sample only; ./NAME is always a directory [none]",
     )
+    parser.add_argument(
+        "--prompt-column",
+        metavar="NAME",
+        default="prompt",
+        help="column of PROMPTS that is sampled from [%(default)s]",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action=Flag,
+        default=False,
+        help="replace an OUTPUT that exists, and discard another run's unfinished one [off]",
+    )
+    for name, help in _FORMS.items():
+        parser.add_argument(f"--{name}", action=Flag, default=False, help=f"{help} [off]")
     sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "-n", "--num-completions", type=int, metavar="INT", default=4, help="of each prompt [4]"
+    )
     for name, type, default, help in (
-        ("--num-completions", int, 4, "of each prompt"),
         ("--max-tokens", int, 256, "tokens in a completion at most"),
         ("--temperature", float, 1.0, "of the sampling"),
         ("--top-p", float, 1.0, "share of the probability that is sampled from"),
@@ -45,6 +89,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             default=default,
             help=f"{help} [{default:g}]",
         )
+    sampling.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a text that ends a completion; may be given several times [none]",
+    )
+    sampling.add_argument(
+        "--sampling",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="another field of vLLM's SamplingParams, such as top_k=50; may be given several times "
+        "[none]",
+    )
     engines = parser.add_argument_group("engines")
     engines.add_argument(
         "--num-actors", type=int, metavar="INT", default=1, help="one engine each [%(default)s]"
@@ -83,91 +142,171 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
+    if not joins and find_spec("vllm") is None:  # else only the actors would miss it
+        raise ModuleNotFoundError(name="vllm")
+    form = _form(arguments)
+    sampling = _sampling(arguments)
+    if not arguments.output.endswith(_SUFFIXES):
+        raise ValueError(f"OUTPUT is {arguments.output}; it must end in {', '.join(_SUFFIXES)}")
+    rows, prompts = _read_prompts(arguments, form)
     if is_url(arguments.scorer or ""):  # before engines are started for it
         from reward_actor.client.sync import RewardClient
 
         with RewardClient(arguments.scorer) as client:
             client.check_reachable()
-    joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
-    if not joins and find_spec("vllm") is None:  # else only the actors would miss it
-        raise ModuleNotFoundError(name="vllm")
+    from reward_actor.rollout.rollout_file import RolloutFile
+    from reward_actor.rollout.rows import FORMS, problems_of
+    from reward_actor.rollout.summary import Summary
+
+    settings = _settings(arguments, prompts, sampling)
+    run = _identity(arguments, rows, sampling, settings)
+    with RolloutFile(arguments.output, run, overwrite=arguments.overwrite) as file:
+        summary, problems = Summary(), list[str | None]()
+        for row in file.rows():
+            summary.add(row)
+            problems += problems_of(row, sampling.num_completions)
+        if file.done:
+            put(f"resuming: {len(file.done)} of {len(prompts)} prompts are done")
+        try:
+            for row in _sampled(arguments, settings, sampling, rows, prompts, file.done, summary):
+                file.add(row)
+                problems += problems_of(row, sampling.num_completions)
+        except BaseException:
+            if file.done:
+                note(
+                    f"{len(file.done)} of {len(prompts)} prompts are done and in "
+                    f"{file.unfinished}; the same command resumes"
+                )
+            raise
+        num_rows = file.finish(FORMS[form].rows if form else lambda row: [row])
+    put(f"{num_rows} rows of {len(prompts)} prompts in {arguments.output}")
+    for line in summary.text():
+        put(line)
+    is_unscored = tell_unscored(problems)
+    return int(is_unscored or summary.num_unsampled > 0)
+
+
+def _sampled(
+    arguments: argparse.Namespace,
+    settings: VllmSettings,
+    sampling: Sampling,
+    rows: Sequence[Row],
+    prompts: Sequence[Group],
+    done: Collection[int],
+    summary: Summary,
+) -> Iterator[Row]:
+    """The rows of prompts that are not done yet, as they come."""
     from reward_actor.cluster import connect
-    from reward_actor.files import question_of, read_rows, rollout_row, write_rows
-    from reward_actor.rollout.policy import longest_needed
-    from reward_actor.rollout.pool import sample, start_rollout_actors
-    from reward_actor.rollout.records import Sampling, VllmSettings
+    from reward_actor.rollout import RolloutPool
+    from reward_actor.rollout.rows import rollout_row
 
-    prompts = [question_of(row, place) for place, row in read_rows(arguments.prompts)]
-    num_gpus = arguments.num_gpus
-    if num_gpus is None:
-        import torch
+    left = [index for index in range(len(prompts)) if index not in done]
+    if not left:
+        return
+    num_actors = arguments.num_actors
+    connect(2.0 * num_actors + 2, address=arguments.ray_address, log_to_driver=False)
+    with phase(f"starting {num_actors} vLLM engines with {arguments.policy}"):
+        pool = RolloutPool(settings, num_actors, arguments.scorer)
+    put(f"engines ready; completions travel as: {pool.travels_as}")
+    summary.begin()
+    with pool, ScoringProgress(len(prompts), len(done)).shown() as progress:
+        for group in pool.rollouts([prompts[index] for index in left], sampling, left):
+            row = rollout_row(group, rows[group.index])
+            summary.add(row)
+            progress.advance(summary.line())
+            yield row
 
-        num_gpus = int(torch.cuda.is_available())
-    sampling = Sampling(
+
+def _form(arguments: argparse.Namespace) -> Form | None:
+    chosen = [name for name in _FORMS if getattr(arguments, name.replace("-", "_"))]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    if chosen and arguments.scorer is None:
+        raise ValueError(f"--{chosen[0]} needs rewards; add --scorer")
+    return cast("Form", chosen[0]) if chosen else None
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from reward_actor.rollout.records import Sampling
+
+    other = {}
+    for text in arguments.sampling:
+        name, is_given, value = text.partition("=")
+        if not is_given:
+            raise ValueError(f"--sampling {text}: give NAME=VALUE, such as top_k=50")
+        try:
+            other[name.strip().replace("-", "_")] = json.loads(value)
+        except ValueError:
+            other[name.strip().replace("-", "_")] = value
+    return Sampling(
         arguments.num_completions,
         arguments.temperature,
         arguments.top_p,
         arguments.max_tokens,
         arguments.seed,
+        arguments.stop,
+        other,
     )
-    policy = _whole(arguments.policy)
-    engine = VllmSettings(
+
+
+def _read_prompts(
+    arguments: argparse.Namespace, form: Form | None
+) -> tuple[list[Row], list[Group]]:
+    from reward_actor.files import read_rows
+    from reward_actor.rollout.rows import columns_of, question_in
+
+    column, taken = arguments.prompt_column, columns_of(form)
+    rows, prompts = [], []
+    for place, row in read_rows(arguments.prompts):
+        prompts.append(question_in(row, place, column, taken))
+        rows.append(row)
+    return rows, prompts
+
+
+def _settings(
+    arguments: argparse.Namespace, prompts: Sequence[Group], sampling: Sampling
+) -> VllmSettings:
+    from reward_actor.rollout.policy import Policy, longest_needed
+    from reward_actor.rollout.records import VllmSettings
+
+    num_gpus = arguments.num_gpus
+    if num_gpus is None:
+        import torch
+
+        num_gpus = int(torch.cuda.is_available())
+    policy = str(Path(arguments.policy).absolute())
+    return VllmSettings(
         policy,
         num_gpus=num_gpus,
-        max_model_len=arguments.max_model_len or longest_needed(policy, prompts, sampling),
+        max_model_len=arguments.max_model_len
+        or longest_needed(Policy.load(policy), prompts, sampling),
         dtype=arguments.dtype,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         cpu_kv_cache_gib=arguments.cpu_kv_cache_gib,
     )
-    connect(2.0 * arguments.num_actors + 2, address=arguments.ray_address, log_to_driver=False)
-    scorer: Any = arguments.scorer
-    if scorer and is_directory(scorer):
-        from reward_actor.actor import start_scorer_actor
-
-        scorer = start_scorer_actor(_whole(scorer), num_gpus=min(num_gpus, 1))
-    with phase(f"starting {arguments.num_actors} vLLM engines with {arguments.policy}"):
-        actors = start_rollout_actors(engine, arguments.num_actors, scorer)
-
-    import ray
-
-    put(f"engines ready; completions travel as: {ray.get(actors[0].ready.remote())}")
-    rollouts: dict[int, Any] = {}
-    try:
-        with ScoringProgress(len(prompts)).shown() as progress:
-            for index, rollout in sample(actors, prompts, sampling):
-                rollouts[index] = rollout
-                progress.add(rollout.scores, sum(map(len, rollout.completion_ids)))
-    finally:  # what was sampled before a failure is kept
-        write_rows(arguments.output, (rollout_row(rollouts[i]) for i in sorted(rollouts)))
-    num_completions = sum(len(rollout.completions) for rollout in rollouts.values())
-    put(f"{num_completions} completions of {len(prompts)} prompts in {arguments.output}")
-    put(progress.summary())
-    ray.shutdown()
-    num = sampling.num_completions
-    return tell_unscored([text for i in sorted(rollouts) for text in problems(rollouts[i], num)])
 
 
-def problems(rollout: RolloutGroup, num_completions: int) -> list[str | None]:
-    """Why its completions have no reward; None for one that has, or where no scorer was asked."""
-    if rollout.error is not None:
-        return [f"not sampled: {rollout.error}"] * num_completions
-    if rollout.scores is None:
-        return [None] * len(rollout.completions)
-    return [
-        None if error is None else f"{error.type}: {error.message}"
-        for error in rollout.scores.errors
-    ]
+def _identity(
+    arguments: argparse.Namespace,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    settings: VllmSettings,
+) -> Mapping[str, Any]:
+    """What rollouts depend on, besides the machine."""
+    from reward_actor.files import line_of
 
-
-def _whole(name: str) -> str:
-    """A directory's absolute path, since actors run in another one; any other name as it is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
-def is_directory(scorer: str) -> bool:
-    """Whether it names a directory, not a Serve application. A bare name is that of a folder only
-    if a model or a run lies in it: `rayward` is an application where this project's source is."""
-    path = Path(scorer)
-    expected = ("config.json", "adapter_config.json", "ensemble.json", "export")
-    holds_one = any((path / name).exists() for name in expected)
-    return path.is_dir() and (path.name != scorer or holds_one)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(line_of(row))
+    weights = sorted(Path(settings.model).glob("*.safetensors"))
+    return {
+        "policy": settings.model,
+        "its weights": [[file.name, file.stat().st_mtime_ns] for file in weights],
+        "prompts": digest.hexdigest(),
+        "prompt_column": arguments.prompt_column,
+        "scorer": arguments.scorer,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        **asdict(sampling),
+    }

@@ -17,7 +17,9 @@ from reward_actor.model.directory import CheckpointError as CheckpointError
 from reward_actor.model.ends import Inferred, system_of, turn_end_of, with_ends
 from reward_actor.model.layouts import Layout
 from reward_actor.model.rope import LengthClasses
-from reward_actor.render import OF_A_TEMPLATE, SENTINEL, clock
+from reward_actor.model.tokenizer import chat_template_of
+from reward_actor.prompts import OF_A_TEMPLATE, clock
+from reward_actor.render import SENTINEL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -46,25 +48,12 @@ def contract_for(
             "format is 'chat' but the tokenizer has no chat template; add chat_template.jinja to "
             "the model's directory or use format 'text'"
         )
-    text_config = config.get_text_config()
-    limits = [
-        getattr(text_config, "max_position_embeddings", None),
-        LengthClasses(config).longest,
-        tokenizer.model_max_length,
-    ]
-    limit = min([n for n in limits if n and n < 1e9], default=2048)
+    limit = longest_of(tokenizer, config)
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model's positions end at {limit}")
     eos = tokenizer.eos_token_id
-    template = tokenizer.chat_template if format == "chat" else None
-    if isinstance(template, dict):
-        if "default" not in template:
-            names = ", ".join(sorted(template))
-            raise ValueError(
-                f"the tokenizer has only chat templates with names ({names}); write the one of its "
-                "training into the model's directory as chat_template.jinja"
-            )
-        template = template["default"]
+    template = chat_template_of(tokenizer) if format == "chat" else None
+    vocab_size = config.get_text_config().vocab_size
     today = date.today().isoformat()
     given = dict(template_args or {})
     check_template_args(given)
@@ -79,13 +68,23 @@ def contract_for(
         append_eos=format == "text" and eos is not None if append_eos is None else append_eos,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,
-        pad_token_id=_pad_token_id(tokenizer, turn_end, text_config.vocab_size),
+        pad_token_id=_pad_token_id(tokenizer, turn_end, vocab_size),
         max_length=max_length or limit,
-        vocab_size=text_config.vocab_size,
+        vocab_size=vocab_size,
         plain_content=plain_content and format == "chat",
         parse_arguments=format == "chat",
         dtype=dtype,
     )
+
+
+def longest_of(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> int:
+    """Tokens that both network and tokenizer allow in a sequence."""
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        LengthClasses(config).longest,
+        tokenizer.model_max_length,
+    ]
+    return int(min([n for n in limits if n and n < 1e9], default=2048))
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast, turn_end: str, vocab_size: int) -> int:

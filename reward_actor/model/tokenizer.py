@@ -17,6 +17,8 @@ from reward_actor.model.layouts import tokenizer_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from reward_actor.prompts import PromptFormat
+
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a directory. Raises CheckpointError without one."""
@@ -29,14 +31,29 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def chat_template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The chat template that a tokenizer uses by itself. Raises ValueError if it only has others,
+    with names."""
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(sorted(template))
+            raise ValueError(
+                f"the tokenizer has only chat templates with names ({names}); write the one of its "
+                "training into the model's directory as chat_template.jinja"
+            )
+        return template["default"]
+    return template
+
+
 def tokenizer_fingerprint(
-    tokenizer: PreTrainedTokenizerFast, contract: ScoringContract | None = None
+    tokenizer: PreTrainedTokenizerFast, format: ScoringContract | PromptFormat | None = None
 ) -> str:
     """Equal fingerprints turn equal messages into equal ids: vocabulary, rules, chat template.
 
-    With a contract its template counts, otherwise the tokenizer's own.
+    With a contract, or a prompt's format, its template counts, otherwise the tokenizer's own.
     """
-    template = tokenizer.chat_template if contract is None else contract.chat_template
+    template = tokenizer.chat_template if format is None else format.chat_template
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("padding", "truncation"):  # settings of a call, not of the vocabulary
         rules.pop(setting, None)

@@ -1,4 +1,4 @@
-"""vLLM rollout actors: sample completions and score them where they are made.
+"""A vLLM rollout actor: samples completions and has them scored where they are made.
 
 A rollout goes to the scorer as token ids where policy and reward model share their tokenizer and
 chat template and the ids are those of its text under them; as text otherwise.
@@ -9,27 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from reward_actor import schema
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
-from reward_actor.groups import Group, GroupScores
+from reward_actor.errors import ErrorType, RewardServiceError
+from reward_actor.groups import Group, GroupScores, SampleError
 from reward_actor.model.tokenizer import tokenizer_fingerprint
-from reward_actor.render import Renderer, RenderError
-from reward_actor.rollout.policy import group_to_score, policy_renderer, question_ids
-from reward_actor.rollout.records import (
-    Question,
-    RolloutGroup,
-    Sampling,
-    VllmSettings,
-    asked,
-)
+from reward_actor.prompts import RenderError
+from reward_actor.render import Renderer
+from reward_actor.rollout.engine import PolicyEngine, Running, Weights
+from reward_actor.rollout.policy import Policy, check_weights, group_to_score
+from reward_actor.rollout.records import Question, RolloutGroup, Sampling, VllmSettings, asked
 
 logger = logging.getLogger(__name__)
 
-_CPU_BATCH_TOKENS = 8192
+# What the service refuses of one group, and would of it again.
+_OF_A_GROUP = ("invalid_request", "body_too_large", "too_many_tokens")
+_POLL_S = 0.05
 
 
 class Scorer(Protocol):
@@ -41,73 +39,94 @@ class Scorer(Protocol):
 
 
 class RolloutActor:
-    """One policy in one vLLM engine. Ask `ready` first; then `rollouts`, as often as you like."""
+    """One policy in one vLLM engine. Await `start` first; then `rollout`, as often as you like."""
 
-    def __init__(self, engine: VllmSettings, scorer: Any = None) -> None:
+    def __init__(self, settings: VllmSettings, scorer: Any = None) -> None:
         """`scorer`: a service's URL, a Serve application's name, an actor's handle, or None."""
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        self._renderer = policy_renderer(engine.model)
-        self._max_length = engine.max_model_len or self._renderer.contract.max_length
-        arguments: dict[str, Any] = {
-            "model": engine.model,
-            "dtype": engine.dtype,
-            "max_model_len": self._max_length,
-            "disable_log_stats": True,
-            # vLLM's default is the logits' own distribution, whatever the temperature.
-            "logprobs_mode": "processed_logprobs",
-        }
-        if engine.num_gpus:
-            arguments["tensor_parallel_size"] = engine.num_gpus
-            arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
-        else:
-            arguments["enforce_eager"] = True  # compiling costs more than a CPU run gains
-            # vLLM 0.32 rewinds the generator of a seeded request whose prompt is only half read,
-            # and PyTorch's CPU generator cannot be rewound: the engine would die.
-            arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, self._max_length)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self._scorer = _connect_scorer(scorer)
-        self._by_ids: bool | None = None
+        self._settings = settings
+        self._target = scorer
+        self._scorer: Scorer | None = None
+        self._scored: Renderer | None = None  # as the scorer renders; None: it gets text
         self._told_of_text = False
-        self._scored = self._renderer  # as the scorer renders, once it has said so
-        self._num_requests = 0
+        self._engine: PolicyEngine | None = None
+        self._version = 0
+        self._is_awake = asyncio.Event()
+        self._num_sampling = 0
 
-    async def ready(self) -> str:
-        """How rollouts travel to the scorer: "token ids", "text", or "no scorer"."""
-        if self._scorer is None:
+    async def start(self, weights: Weights | None = None, version: int = 0) -> str:
+        """Load the policy, and return how rollouts travel to the scorer: "token ids", "text", or
+        "no scorer". weights: other ones than those of its directory.
+
+        Raises ValueError for a policy that cannot be sampled from, and RewardServiceError.
+        """
+        self._policy = Policy.load(self._settings.model)
+        self._max_length = self._settings.max_model_len or self._policy.max_length
+        travels_as = await self._learn_rendering()
+        await self.wake(weights, version)
+        return travels_as
+
+    async def _learn_rendering(self) -> str:
+        if self._target is None:
             return "no scorer"
-        if self._by_ids is None:
-            info = await self._scorer.info()
-            self._renderer.use_date(info.template_date)
-            own = tokenizer_fingerprint(self._renderer.tokenizer, self._renderer.contract)
-            self._by_ids = info.tokenizer_fingerprint == own and info.rendering is not None
-            if self._by_ids and info.rendering is not None:
-                as_scored = replace(self._renderer.contract, **vars(info.rendering))
-                self._scored = Renderer(self._renderer.tokenizer, as_scored)
-        return "token ids" if self._by_ids else "text"
+        self._scorer = _scorer_at(self._target)
+        info = await self._scorer.info()
+        self._policy.prompts.use_date(info.template_date)
+        own = tokenizer_fingerprint(self._policy.prompts.tokenizer, self._policy.prompts.format)
+        if info.tokenizer_fingerprint != own or info.rendering is None:
+            return "text"
+        try:
+            self._scored = self._policy.as_scored(info.rendering)
+        except ValueError:
+            return "text"
+        return "token ids"
 
-    async def rollouts(
-        self, prompts: Sequence[Question], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[RolloutGroup]:
-        """Sample every prompt and score the completions. Equal seeds give equal rollouts."""
-        rollouts = await asyncio.gather(
-            *(
-                self._sample(prompt, sampling, seed)
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            )
+    async def rollout(
+        self, index: int, question: Question, sampling: Sampling, seed: int
+    ) -> RolloutGroup:
+        """Sample a prompt and score its completions. Equal seeds give equal rollouts.
+
+        Raises EngineDied, RewardServiceError, and ValueError for a sampling that vLLM refuses.
+        """
+        group = asked(question)
+        assert group.prompt is not None
+        rollout = RolloutGroup(
+            index, group.prompt, tools=group.tools, template_args=group.template_args
         )
+        try:
+            rollout.prompt_ids = prompt_ids = self._policy.prompt_ids(group)
+        except RenderError as error:
+            rollout.error = str(error)
+            return rollout
+        room = self._max_length - len(prompt_ids)
+        if room < 1:
+            rollout.error = (
+                f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
+            )
+            return rollout
+        await self._is_awake.wait()
+        assert self._engine is not None
+        self._num_sampling += 1
+        try:
+            sampled = await self._engine.sample(
+                prompt_ids, sampling, seed, min(sampling.max_tokens, room)
+            )
+        finally:
+            self._num_sampling -= 1
+        vars(rollout).update(vars(sampled))
         if self._scorer is not None:
-            by_ids = await self.ready() == "token ids"
-            sampled = [rollout for rollout in rollouts if rollout.error is None]
-            scores = await self._scorer.score_groups([self._group(r, by_ids) for r in sampled])
-            for rollout, score in zip(sampled, scores, strict=True):
-                rollout.scores = score
-        return list(rollouts)
+            await self._score(rollout, self._scorer)
+        return rollout
 
-    def _group(self, rollout: RolloutGroup, by_ids: bool) -> Group:
-        if not by_ids:
+    async def _score(self, rollout: RolloutGroup, scorer: Scorer) -> None:
+        try:
+            [rollout.scores] = await scorer.score_groups([self._group(rollout)])
+        except RewardServiceError as error:
+            if error.type not in _OF_A_GROUP:
+                raise
+            rollout.scores = _unscored(len(rollout.completions), error)
+
+    def _group(self, rollout: RolloutGroup) -> Group:
+        if self._scored is None:
             return rollout.as_text()
         group = group_to_score(rollout, self._scored)
         if group.prompt_ids is None and not self._told_of_text:
@@ -118,61 +137,61 @@ class RolloutActor:
             )
         return group
 
-    async def _sample(self, question: Question, sampling: Sampling, seed: int) -> RolloutGroup:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    async def answer(self) -> None:
+        """Return once the engine core does. Raises EngineDied."""
+        if self._is_awake.is_set() and self._engine is not None:
+            await self._engine.answer()
 
-        group = asked(question)
-        assert group.prompt is not None
-        rollout = RolloutGroup(
-            group.prompt, [], [], [], [], [], tools=group.tools, template_args=group.template_args
-        )
-        try:
-            rollout.prompt_ids = prompt_ids = question_ids(self._renderer, group)
-        except RenderError as error:
-            return replace(rollout, error=str(error))
-        room = self._max_length - len(prompt_ids)
-        if room < 1:
-            too_long = (
-                f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
-            )
-            return replace(rollout, error=too_long)
-        parameters = SamplingParams(
-            n=sampling.num_completions,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=min(sampling.max_tokens, room),
-            seed=seed,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self._num_requests += 1
-        request_id = f"rollout-{self._num_requests}"
-        final: Any = None
-        async for output in self._engine.generate(
-            {"prompt_token_ids": prompt_ids}, parameters, request_id
-        ):
-            final = output
-        completions = sorted(final.outputs, key=lambda output: output.index)
-        return replace(
-            rollout,
-            completions=[output.text for output in completions],
-            completion_ids=[list(output.token_ids) for output in completions],
-            log_probs=[_log_probs(output) for output in completions],
-            finish_reasons=[output.finish_reason for output in completions],
-        )
+    async def check_weights(self, weights: Weights) -> None:
+        """Raise ValueError unless they have the names and shapes of this policy's."""
+        check_weights(self._settings.model, weights)
+
+    async def update_weights(self, weights: Weights, version: int, running: Running) -> None:
+        await self._is_awake.wait()
+        assert self._engine is not None
+        await self._engine.update_weights(weights, version, running)
+        self._version = version
+
+    async def sleep(self) -> None:
+        """Once what runs has finished, free the GPU's memory; on a CPU, drop the engine."""
+        await self._is_awake.wait()
+        assert self._engine is not None
+        self._is_awake.clear()
+        while self._num_sampling:
+            await asyncio.sleep(_POLL_S)
+        if self._settings.num_gpus:
+            await self._engine.sleep()
+        else:
+            self._engine.close()
+            self._engine = None
+
+    async def wake(self, weights: Weights | None, version: int) -> None:
+        """Sample (again), with these weights where they are others than before."""
+        if self._engine is None:
+            self._engine = PolicyEngine(self._settings, self._max_length)
+            await self._engine.set_version(0)
+            self._version = 0
+        else:
+            await self._engine.wake()
+        if weights is not None and version != self._version:
+            await self._engine.update_weights(weights, version, "finish")
+            self._version = version
+        self._is_awake.set()
 
 
-def _connect_scorer(scorer: Any) -> Scorer | None:
-    if scorer is None:
-        return None
-    if isinstance(scorer, str) and scorer.startswith(("http://", "https://")):
-        return AsyncRewardClient(scorer)
-    return AsyncRewardHandle(scorer)
+def _unscored(num_completions: int, error: RewardServiceError) -> GroupScores:
+    why = SampleError(cast("ErrorType", error.type), error.message)
+    return GroupScores(
+        rewards=[None] * num_completions,
+        raw_scores=[None] * num_completions,
+        num_tokens=[0] * num_completions,
+        truncated=[False] * num_completions,
+        errors=[why] * num_completions,
+        model_version="",
+    )
 
 
-def _log_probs(output: Any) -> list[float]:
-    return [
-        float(at_token[token].logprob)
-        for token, at_token in zip(output.token_ids, output.logprobs, strict=True)
-    ]
+def _scorer_at(target: Any) -> Scorer:
+    if isinstance(target, str) and target.startswith(("http://", "https://")):
+        return AsyncRewardClient(target)
+    return AsyncRewardHandle(target)

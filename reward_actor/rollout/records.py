@@ -12,21 +12,57 @@ Question = Prompt | Group
 """What a policy is asked: a prompt, or a group without completions, which may have tools and
 template arguments."""
 
+# Fields of vllm.SamplingParams that `Sampling` has, or that an engine sets.
+_OWN = frozenset((
+    "n", "temperature", "top_p", "max_tokens", "seed", "stop", "logprobs", "output_kind",
+    "detokenize",
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a policy is sampled; `max_tokens` bounds a completion."""
+    """How a policy is sampled.
+
+    max_tokens  of a completion.
+    seed        completion c of prompt i has the seed `seed + i * num_completions + c`.
+    stop        texts that end a completion; they are not part of it.
+    other       further fields of `vllm.SamplingParams` by name: top_k, min_p, ...
+
+    Raises ValueError for values that cannot be.
+    """
 
     num_completions: int = 4
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
+    stop: Sequence[str] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_completions", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.temperature == 0 and self.num_completions > 1:
+            raise ValueError(
+                f"temperature 0 always gives one completion, not {self.num_completions}"
+            )
+        if isinstance(self.stop, str):
+            raise ValueError("stop is one text; give a list of them")
+        if own := _OWN & set(self.other):
+            raise ValueError(f"other has {', '.join(sorted(own))}, which Sampling sets by itself")
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """A vLLM engine: one per actor. `num_gpus` is its tensor parallelism; 0 runs on the CPU."""
+    """A vLLM engine: one per actor. `num_gpus` is its tensor parallelism; 0 runs on the CPU.
+
+    sleeps  on a GPU: whether `RolloutPool.sleep` can free its memory.
+    """
 
     model: str
     num_gpus: int = 0
@@ -35,28 +71,43 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.9
     cpu_threads: int = 0
     cpu_kv_cache_gib: int = 1
+    sleeps: bool = False
 
 
 @dataclass
 class RolloutGroup:
     """The n rollouts of one prompt; index i of every list belongs to completion i.
 
-    `completion_ids[i]` end with the policy's stop token where it sampled one; `log_probs[i]` has
-    one value for each of them, of the distribution that was sampled from (after temperature and
-    top-p). `scores` is None where no scorer was asked. A prompt that could not be sampled has an
-    `error` and empty lists.
+    index            of the prompt among those that were asked.
+    completion_ids   end with the policy's stop token where it sampled one.
+    log_probs        of each of those tokens, under the distribution that was sampled from (after
+                     temperature and top-p).
+    policy_versions  of the weights that sampled each of those tokens; see
+                     `RolloutPool.update_weights`.
+    finish_reasons   "stop" or "length".
+    ended_with_eos   whether the policy ended it by itself: neither its length nor a stop text did.
+    scores           None where no scorer was asked.
+    error            why the prompt could not be sampled; the lists are empty then.
     """
 
+    index: int
     prompt: Prompt
-    prompt_ids: list[int]
-    completions: list[str]
-    completion_ids: list[list[int]]
-    log_probs: list[list[float]]
-    finish_reasons: list[str]
+    prompt_ids: list[int] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    log_probs: list[list[float]] = field(default_factory=list)
+    policy_versions: list[list[int]] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    ended_with_eos: list[bool] = field(default_factory=list)
     scores: GroupScores | None = None
     error: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """Of each completion, or None for one that has none."""
+        return [None] * len(self.completions) if self.scores is None else self.scores.rewards
 
     def as_text(self) -> Group:
         """What was asked, with the completions."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from reward_actor.errors import EngineDied
-from reward_actor.vllm.reaper import Reaper
+from reward_actor.reaper import Reaper
 
 if TYPE_CHECKING:
     import numpy as np

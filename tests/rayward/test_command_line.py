@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,11 @@ from isolation import free_port
 from score_files import ROWS, write
 
 import rayward
-from rayward.commands.rollout import is_directory, problems
 from rayward.scoring import tell_unscored
 from reward_actor import Group
+from reward_actor.actor import is_model_directory
 from reward_actor.files import group_of, read_rows
-from reward_actor.groups import GroupScores, SampleError
 from reward_actor.model.manifest import write_manifest
-from reward_actor.rollout.records import RolloutGroup
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
@@ -72,17 +69,6 @@ def test_of_many_reasons_the_first_three_are_told(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
-def test_what_rollouts_lack_is_told_as_well() -> None:
-    sampled = RolloutGroup("Hi.", [5], ["a", "b"], [[6], [7]], [[0.0], [0.0]], ["stop", "stop"])
-    too_long = SampleError("too_long", "2 tokens")
-    scores = GroupScores([1.0, None], [1.0, None], [2, 2], [False] * 2, [None, too_long], "v")
-    assert problems(sampled, 2) == [None, None], "sampled only"
-    assert problems(replace(sampled, scores=scores), 2) == [None, "too_long: 2 tokens"]
-    assert problems(RolloutGroup("Hi.", [], [], [], [], [], error="no room"), 1) == [
-        "not sampled: no room"
-    ]
-
-
 @pytest.mark.parametrize("command", ["score", "eval", "compare", "rollout"])
 def test_a_service_that_is_down_is_told_within_five_seconds(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
@@ -94,7 +80,7 @@ def test_a_service_that_is_down_is_told_within_five_seconds(
         "score": [url, rows, out],
         "eval": [url, str(pairs)],
         "compare": [str(tmp_path), url, str(pairs)],
-        "rollout": [str(tmp_path), rows, out, "--scorer", url],
+        "rollout": [str(tmp_path), str(pairs), out, "--scorer", url],
     }[command]
     started = time.monotonic()
     assert rayward.main([command, *arguments]) == 2
@@ -266,8 +252,8 @@ def test_a_folder_without_a_model_may_have_the_name_of_an_application(
     Path("rayward").mkdir()
     Path("rayward", "__init__.py").touch()
     Path("mine").symlink_to(export_dir)
-    assert not is_directory("rayward")
-    assert not is_directory("http://127.0.0.1:8000")
-    assert is_directory("mine")
-    assert is_directory(str(export_dir))
-    assert is_directory("./rayward"), "a path, whose model is then missed by name"
+    assert not is_model_directory("rayward")
+    assert not is_model_directory("http://127.0.0.1:8000")
+    assert is_model_directory("mine")
+    assert is_model_directory(str(export_dir))
+    assert is_model_directory("./rayward"), "a path, whose model is then missed by name"

@@ -29,7 +29,7 @@ def test_options_are_in_kebab_case_and_have_a_help_without_python(name: str) -> 
     parser = make_parser(name)
     for action in parser._actions:
         for string in action.option_strings:
-            assert re.fullmatch(r"-h|--(no-)?([a-z]+\.)?[a-z0-9]+(-[a-z0-9]+)*", string)
+            assert re.fullmatch(r"-[a-z]|--(no-)?([a-z]+\.)?[a-z0-9]+(-[a-z0-9]+)*", string)
         assert action.help, action.option_strings
     assert not re.search(r"\[[^]]*(None|True|False|'|\")", parser.format_help().replace("'s", ""))
 

@@ -30,7 +30,7 @@ from reward_actor.groups import SampleError, Whole
 from reward_actor.integrations.grouping import to_groups
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer, RenderError
-from reward_actor.rollout.policy import group_to_score, question_ids
+from reward_actor.rollout.policy import group_to_score
 from reward_actor.rollout.records import RolloutGroup
 from serve.http.requests import parse
 from serve.ingress.service import _check_given
@@ -280,12 +280,13 @@ def test_a_call_that_is_no_json_stays_as_it_was_sampled() -> None:
 
 
 def test_what_is_lost_is_asked_again_where_the_template_is_told_otherwise() -> None:
-    renderer = letters_renderer("qwen 2.5")
-    renderer.contract = replace(
-        renderer.contract,
+    qwen = letters_renderer("qwen 2.5")
+    contract = replace(
+        qwen.contract,
         chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if mode != 'short' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
     )
+    renderer = Renderer(qwen.tokenizer, contract)
     prompt = [{"role": "user", "content": "Rain?"}]
     renderer.render(prompt, ANSWER, template_args={"mode": "long"})
     with pytest.raises(RenderError, match="leaves out the content of message 0"):
@@ -325,7 +326,7 @@ def test_template_args_decide_how_a_conversation_begins_and_ends() -> None:
     ids = told.render("Hi.", "Yes.")
     assert tokenizer.decode(ids) == templated
     assert told.sequences(Whole(texts=[templated + "\n"])) == [ids]
-    assert told.prompt_ids("Hi.") == ids[: len(told.prompt_ids("Hi."))]
+    assert told.prompts.prompt_ids("Hi.") == ids[: len(told.prompts.prompt_ids("Hi."))]
 
 
 @pytest.mark.parametrize(
@@ -363,12 +364,11 @@ def test_what_a_template_is_told_counts_for_every_completion() -> None:
 
 def test_a_rollout(renderer: Renderer, expected: list[int]) -> None:
     question = question_of({k: v for k, v in ROW.items() if k != "completions"}, "in:1")
-    prompt_ids = question_ids(renderer, question)
     assert question.prompt is not None
-    rollout = RolloutGroup(
-        question.prompt, prompt_ids, [ANSWER], [expected[len(prompt_ids) :]], [[]], ["stop"],
-        tools=question.tools, template_args=question.template_args,
-    )  # fmt: skip
+    told = {"tools": question.tools, "template_args": question.template_args}
+    prompt_ids = renderer.prompts.prompt_ids(question.prompt, **told)
+    completion_ids = [expected[len(prompt_ids) :]]
+    rollout = RolloutGroup(0, question.prompt, prompt_ids, [ANSWER], completion_ids, **told)
     assert sequence(renderer, rollout.as_text()) == expected
     assert sequence(renderer, group_to_score(rollout, renderer)) == expected
 

@@ -29,7 +29,15 @@ def sampled(render: Renderer, *texts: str, end: str = "") -> RolloutGroup:
     ids = [render.tokenizer(text + end, add_special_tokens=False)["input_ids"] for text in texts]
     log_probs = [[0.0] * len(row) for row in ids]
     reasons = ["stop" if end else "length"] * len(texts)
-    return RolloutGroup(USER, render.prompt_ids(USER), list(texts), ids, log_probs, reasons)
+    return RolloutGroup(
+        0,
+        USER,
+        render.prompts.prompt_ids(USER),
+        list(texts),
+        ids,
+        log_probs,
+        finish_reasons=reasons,
+    )
 
 
 def scored_ids(render: Renderer, group: Group) -> list[object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reward_actor.vllm.reaper import Reaper
+from reward_actor.reaper import Reaper
 
 pytestmark = pytest.mark.process
 
@@ -32,7 +32,7 @@ time.sleep(600)
 STARTER = """
 import os, subprocess, sys, time
 
-from reward_actor.vllm.reaper import Reaper
+from reward_actor.reaper import Reaper
 
 reaper = Reaper()
 environment = {**os.environ, **reaper.environment}

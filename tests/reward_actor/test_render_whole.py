@@ -122,7 +122,7 @@ def test_every_system_knows_its_own_conversations(name: str) -> None:
     for day in (render, Renderer(own, later)):  # a policy renders on another day
         for messages in ([user], [{"role": "system", "content": "Be brief."}, user]):
             with contextlib.suppress(RenderError):
-                text = day._apply_template(messages, generation=True)
+                text = day.prompts.apply_template(messages, generation=True)
                 assert render.is_templated(text)
                 if messages[0] is user:  # a system prompt may be the first thing behind a BOS
                     assert render.is_templated(text.removeprefix(own.bos_token or ""))

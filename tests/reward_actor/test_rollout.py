@@ -1,154 +1,388 @@
-"""Rollouts from a real vLLM engine in a Ray actor, scored where they are made."""
+"""Rollouts from real vLLM engines in Ray actors, scored where they are made."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import os
+import re
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
+from processes import descendants, titled
 
 from reward_actor import Group, RewardScorer
-from reward_actor.rollout.pool import sample, start_rollout_actors
-from reward_actor.rollout.records import Sampling, VllmSettings
+from reward_actor.rollout import RolloutGroup, RolloutPool, Sampling, VllmSettings
 
 if TYPE_CHECKING:
     from nursery import Nursery
+    from torch import Tensor
 
 PROMPTS: list[Any] = ["Name two fruits.", [{"role": "user", "content": "Hi."}], "Count to three."]
 SAMPLING = Sampling(num_completions=3, max_tokens=12, seed=7)
+# Long ones, so that there is time to do something to the engine meanwhile.
+LONG = Sampling(num_completions=3, max_tokens=90, seed=3, other={"ignore_eos": True})
 
 
 @pytest.fixture(scope="module")
-def actors(vllm_engine: None, service: str, base_model: Path) -> Iterator[list[Any]]:
+def pool(vllm_engine: None, service: str, base_model: Path) -> Iterator[RolloutPool]:
     """One engine for the module; its completions are scored by the service over its handle."""
-    import ray
-
     num_gpus = int(torch.cuda.is_available())
-    engine = VllmSettings(
-        str(base_model), num_gpus, max_model_len=128, dtype="float32", cpu_threads=2
+    settings = VllmSettings(
+        str(base_model), num_gpus, max_model_len=128, dtype="float32", cpu_threads=2, sleeps=True
     )
-    started = start_rollout_actors(engine, 1, "rayward")
-    yield started
-    for actor in started:
-        ray.kill(actor)
+    with RolloutPool(settings, 1, "rayward", hang_timeout_s=10) as started:
+        yield started
 
 
-def test_a_rollout_is_scored_as_its_text_is(actors: list[Any], export_dir: Path) -> None:
+def sampled(pool: RolloutPool, prompts: list[Any], sampling: Sampling) -> list[RolloutGroup]:
+    groups = sorted(pool.rollouts(prompts, sampling), key=lambda group: group.index)
+    assert [group.index for group in groups] == list(range(len(prompts)))
+    return groups
+
+
+def ids(groups: list[RolloutGroup]) -> list[list[list[int]]]:
+    return [group.completion_ids for group in groups]
+
+
+def test_a_rollout_is_scored_as_its_text_is(pool: RolloutPool, export_dir: Path) -> None:
     """Policy and reward model share a tokenizer: ids travel where they are those of the text."""
-    import ray
-
-    assert ray.get(actors[0].ready.remote()) == "token ids"
-    rollouts = dict(sample(actors, PROMPTS, SAMPLING))
-    assert sorted(rollouts) == [0, 1, 2]
+    assert pool.travels_as == "token ids"
     scorer = RewardScorer.from_pretrained(export_dir, "cpu")
-    for index, group in rollouts.items():
-        assert group.prompt == PROMPTS[index]
-        assert group.prompt_ids == scorer.renderer.prompt_ids(PROMPTS[index])
+    for prompt, group in zip(PROMPTS, sampled(pool, PROMPTS, SAMPLING), strict=True):
+        assert group.prompt == prompt
+        assert group.prompt_ids == scorer.renderer.prompts.prompt_ids(prompt)
         assert len(group.completions) == len(group.completion_ids) == 3
-        assert set(group.finish_reasons) <= {"stop", "length"}
-        for ids, log_probs in zip(group.completion_ids, group.log_probs, strict=True):
-            assert 1 <= len(ids) <= 12
-            assert len(log_probs) == len(ids)
+        assert group.ended_with_eos == [reason == "stop" for reason in group.finish_reasons]
+        for given, log_probs, versions in zip(
+            group.completion_ids, group.log_probs, group.policy_versions, strict=True
+        ):
+            assert 1 <= len(given) <= 12
+            assert len(log_probs) == len(given)
             assert all(math.isfinite(value) and value <= 0 for value in log_probs)
-        [offline] = scorer.score([Group(PROMPTS[index], group.completions)])
+            assert versions == [0] * len(given)
+        [offline] = scorer.score([Group(prompt, group.completions)])
         assert group.scores is not None
-        assert group.scores.rewards == pytest.approx(offline.rewards, abs=1e-5)
+        assert group.rewards == pytest.approx(offline.rewards, abs=1e-5)
         assert group.scores.model_version == offline.model_version
 
 
-def test_the_same_seed_samples_the_same(actors: list[Any]) -> None:
-    first, again = (dict(sample(actors, PROMPTS, SAMPLING)) for _ in range(2))
-    other = dict(sample(actors, PROMPTS, Sampling(num_completions=3, max_tokens=12, seed=99)))
-    assert [first[i].completion_ids for i in range(3)] == [
-        again[i].completion_ids for i in range(3)
-    ]
-    assert [first[i].completion_ids for i in range(3)] != [
-        other[i].completion_ids for i in range(3)
-    ]
-    ids = first[0].completion_ids
-    assert ids[0] != ids[1]
+def test_the_same_seed_samples_the_same(pool: RolloutPool) -> None:
+    first, again = (ids(sampled(pool, PROMPTS, SAMPLING)) for _ in range(2))
+    other = ids(sampled(pool, PROMPTS, Sampling(num_completions=3, max_tokens=12, seed=99)))
+    assert first == again
+    assert first != other
+    assert first[0][0] != first[0][1]
+    [last] = pool.rollouts(PROMPTS[2:], SAMPLING, [2])
+    assert last.index == 2
+    assert last.completion_ids == first[2], "the seed belongs to the index"
 
 
-def test_a_crowd_of_prompts_is_sampled(actors: list[Any]) -> None:
+def test_rollouts_come_to_an_event_loop_as_well(pool: RolloutPool) -> None:
+    async def indices() -> list[int]:
+        rollouts = pool.rollouts(PROMPTS, SAMPLING)
+        with pytest.raises(TimeoutError):  # nothing is lost with a caller that gives up
+            await asyncio.wait_for(anext(rollouts), 0.001)
+        return sorted([group.index async for group in rollouts])
+
+    assert asyncio.run(indices()) == [0, 1, 2]
+
+
+def test_a_crowd_of_prompts_is_sampled(pool: RolloutPool) -> None:
     """More prompt tokens at once than vLLM reads in a step, all with seeds of their own."""
     prompts = [f"{number} " + "and a pear " * 25 for number in range(150)]
-    rollouts = dict(sample(actors, prompts, Sampling(num_completions=2, max_tokens=4)))
-    assert len(rollouts) == 150
-    assert all(group.error is None and len(group.completions) == 2 for group in rollouts.values())
-    tokens = sum(len(group.prompt_ids) for group in rollouts.values())
-    assert tokens > 8192
+    groups = sampled(pool, prompts, Sampling(num_completions=2, max_tokens=4))
+    assert all(group.error is None and len(group.completions) == 2 for group in groups)
+    assert sum(len(group.prompt_ids) for group in groups) > 8192
 
 
-def test_a_prompt_that_leaves_no_room_harms_no_other(actors: list[Any]) -> None:
-    rollouts = dict(sample(actors, ["word " * 200, "Hi."], SAMPLING))
-    assert rollouts[0].error is not None
-    assert "the policy takes 128" in rollouts[0].error
-    assert rollouts[0].completions == []
-    assert rollouts[0].scores is None
-    assert rollouts[1].error is None
-    assert len(rollouts[1].completions) == 3
-    assert rollouts[1].scores is not None
+def test_what_is_left_of_a_loop_is_given_up(pool: RolloutPool) -> None:
+    for group in pool.rollouts((f"Prompt {number}" for number in range(10_000)), LONG):
+        assert group.error is None
+        break
+    [actor] = pool._actors
+    assert actor.num_running == actor.running_tokens == 0
+    started = time.monotonic()
+    sampled(pool, PROMPTS, SAMPLING)
+    assert time.monotonic() - started < 20
 
 
-def test_log_probabilities_are_of_what_was_sampled_from(actors: list[Any]) -> None:
+def test_a_prompt_that_leaves_no_room_harms_no_other(pool: RolloutPool) -> None:
+    long, short = sampled(pool, ["word " * 200, "Hi."], SAMPLING)
+    assert long.error is not None
+    assert "the policy takes 128" in long.error
+    assert long.completions == []
+    assert long.scores is None
+    assert short.error is None
+    assert len(short.completions) == 3
+    assert short.scores is not None
+
+
+def test_log_probabilities_are_of_what_was_sampled_from(pool: RolloutPool) -> None:
     """Near temperature 0 the sampled token is almost certain; at 1 this policy knows nothing."""
     cold = Sampling(num_completions=1, max_tokens=12, temperature=0.01)
     warm = Sampling(num_completions=1, max_tokens=12, temperature=1.0)
     means = []
     for sampling in (cold, warm):
-        [(_, group)] = sample(actors, ["Hi."], sampling)
+        [group] = sampled(pool, ["Hi."], sampling)
         means.append(sum(group.log_probs[0]) / len(group.log_probs[0]))
     assert means[0] > -1.0
     assert means[1] < -3.0
 
 
-def test_other_tokenizers_travel_as_text(
-    nursery: Nursery, service: str, tmp_path: Path, export_dir: Path, actors: list[Any]
-) -> None:
-    """A policy with a vocabulary of its own: its completions are rendered by the reward model.
+def test_other_settings_of_vllm_go_by_name(pool: RolloutPool) -> None:
+    [free] = sampled(pool, ["Hi."], SAMPLING)
+    text = free.completions[0]
+    stop = text[len(text) // 2 :][:2]
+    [stopped] = sampled(pool, ["Hi."], Sampling(3, max_tokens=12, seed=7, stop=[stop]))
+    assert stopped.completions[0] == text[: text.index(stop)]
+    assert stopped.finish_reasons[0] == "stop"
+    assert stopped.ended_with_eos[0] is False, "the policy would have gone on"
+    [greedy] = sampled(pool, ["Hi."], Sampling(2, max_tokens=5, other={"top_k": 1}))
+    assert greedy.completion_ids[0] == greedy.completion_ids[1]
+    with pytest.raises(ValueError, match=r"vLLM does not take this sampling: .*no_such"):
+        sampled(pool, ["Hi."], Sampling(other={"no_such": 1}))
 
-    Runs as the command does, so the command is tested with it.
-    """
+
+# ---- weights
+
+
+def changed(base_model: Path, seed: int) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(base_model / "model.safetensors")
+    return {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
+
+
+def log_probs(base_model: Path, weights: dict[str, Tensor], group: RolloutGroup) -> list[Any]:
+    """What transformers says of the completions' tokens under these weights."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    network.load_state_dict(weights, strict=False)
+    found = []
+    for given in group.completion_ids:
+        sequence = torch.tensor([group.prompt_ids + given])
+        with torch.inference_mode():
+            table = network(sequence).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+        found.append(table.gather(1, torch.tensor(given)[:, None])[:, 0].tolist())
+    return found
+
+
+def test_weights_are_updated_while_requests_run(
+    pool: RolloutPool, base_model: Path, tmp_path: Path
+) -> None:
+    """Each token is of the version that it says, whether its completion was resumed or not."""
+    from safetensors.torch import load_file, save_file
+
+    of_version = {0: load_file(base_model / "model.safetensors")}
+    before = ids(sampled(pool, PROMPTS, SAMPLING))
+    seen: dict[str, list[RolloutGroup]] = {}
+    for running, seed in (("resume", 1), ("finish", 2)):
+        given = of_version[seed] = changed(base_model, seed)
+        groups: list[RolloutGroup] = []
+        rollouts = pool.rollouts((f"Prompt {number}" for number in range(30)), LONG)
+        reading = threading.Thread(target=lambda: groups.extend(rollouts))  # noqa: B023
+        reading.start()
+        while not pool._actors[0].num_running:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        if seed == 2:
+            (tmp_path / "weights").mkdir()
+            save_file(given, tmp_path / "weights" / "model.safetensors")
+            assert pool.update_weights(tmp_path / "weights", running="finish") == 2
+        else:
+            assert pool.update_weights(given, running="resume") == 1
+        reading.join()
+        assert sorted(group.index for group in groups) == list(range(30))
+        seen[running] = groups
+    kinds = {
+        running: {tuple(sorted(set(v))) for group in groups for v in group.policy_versions}
+        for running, groups in seen.items()
+    }
+    assert (0, 1) in kinds["resume"], "some were under way, and went on"
+    assert kinds["finish"] <= {(1,), (2,)}
+    assert (1,) in kinds["finish"]
+    mixed = next(g for g in seen["resume"] if {0, 1} <= set(g.policy_versions[0]))
+    late = next(iter(sampled(pool, PROMPTS, SAMPLING)))
+    for group in (mixed, late):
+        tables = {v: log_probs(base_model, weights, group) for v, weights in of_version.items()}
+        for place, versions in enumerate(group.policy_versions):
+            expected = [tables[v][place][at] for at, v in enumerate(versions)]
+            assert group.log_probs[place] == pytest.approx(expected, abs=2e-3)
+    assert set(late.policy_versions[0]) == {2}
+    assert pool.update_weights(base_model, version=7) == 7
+    assert ids(sampled(pool, PROMPTS, SAMPLING)) == before
+
+
+def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(
+    pool: RolloutPool, base_model: Path, tmp_path: Path
+) -> None:
+    before, version = ids(sampled(pool, PROMPTS, SAMPLING)), pool.policy_version
+    good = changed(base_model, 5)
+    name = next(iter(good))
+    for bad, message in (
+        ({**good, name: good[name][:-1]}, f"these weights: {name} is .*; the policy's is"),
+        ({n: w for n, w in good.items() if n != name}, f"these weights: no {name}, which"),
+        ({**good, "other": good[name]}, "these weights: other, which .* does not have"),
+        (tmp_path, "holds no weights in safetensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool.update_weights(bad)  # type: ignore[arg-type]
+    assert pool.policy_version == version
+    assert ids(sampled(pool, PROMPTS, SAMPLING)) == before
+
+
+# ---- faults
+
+
+def processes_of(pool: RolloutPool) -> tuple[psutil.Process, psutil.Process]:
+    """The first actor's process, and its engine core's."""
+    import ray
+
+    [pid] = [ray.get(a.handle.__ray_call__.remote(lambda _: os.getpid())) for a in pool._actors]
+    actor = psutil.Process(pid)
+    [core] = titled("VLLM::EngineCore", descendants(actor))
+    return actor, core
+
+
+KILL_ACTOR, KILL_CORE = ("actor", signal.SIGKILL), ("core", signal.SIGKILL)
+STOP_CORE = ("core", signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "faults"),
+    [
+        (30, [KILL_ACTOR, STOP_CORE]),
+        pytest.param(200, [KILL_ACTOR, KILL_CORE, KILL_ACTOR], marks=pytest.mark.long),
+    ],
+)
+def test_what_a_lost_actor_sampled_is_sampled_again(
+    pool: RolloutPool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    num_prompts: int,
+    faults: list[tuple[str, signal.Signals]],
+) -> None:
+    """After a killed actor, a killed engine core, one that hangs: the same rollouts as without."""
+    prompts = [f"Prompt {number}" for number in range(num_prompts)]
+    expected = ids(sampled(pool, prompts, LONG))
+    monkeypatch.setattr(pool, "max_groups", 6)  # so that some are left for the next actor
+    groups: list[RolloutGroup] = []
+    left, cores, harmed = list(faults), [], list[Any]()
+    for group in pool.rollouts(prompts, LONG):
+        groups.append(group)
+        [current] = pool._actors
+        if left and current.is_ready and current not in harmed:
+            actor, core = processes_of(pool)
+            cores.append(core)
+            harmed.append(current)
+            which, number = left.pop(0)
+            os.kill(actor.pid if which == "actor" else core.pid, number)
+    assert not left
+    groups.sort(key=lambda group: group.index)
+    assert [group.index for group in groups] == list(range(num_prompts))
+    assert ids(groups) == expected
+    assert all(None not in group.rewards for group in groups)
+    lost = [line for line in caplog.messages if line.startswith("lost a rollout actor (")]
+    assert len(lost) == len(faults)
+    assert ("it has not answered for 10 s" in lost[-1]) == (faults[-1] is STOP_CORE)
+    assert psutil.wait_procs(cores, timeout=20)[1] == [], "no engine outlives its actor"
+
+
+def test_a_pool_that_sleeps_gives_its_memory_back(pool: RolloutPool) -> None:
+    before = ids(sampled(pool, PROMPTS, SAMPLING))
+    _, core = processes_of(pool)
+    held = core.memory_info().rss
+    pool.sleep()
+    if pool.settings.num_gpus:
+        pytest.skip("a GPU's memory is read by benchmarks.gpu")
+    assert psutil.wait_procs([core], timeout=20)[1] == []
+    assert held > 2**28
+    rollouts = pool.rollouts(PROMPTS, SAMPLING)
+    waiting: list[RolloutGroup] = []
+    reading = threading.Thread(target=lambda: waiting.extend(rollouts))
+    reading.start()
+    reading.join(timeout=2)
+    assert reading.is_alive(), "prompts wait until it wakes"
+    pool.wake()
+    reading.join()
+    assert ids(sorted(waiting, key=lambda group: group.index)) == before
+
+
+# ---- the command
+
+
+def test_a_killed_command_resumes(
+    nursery: Nursery, service: str, tmp_path: Path, export_dir: Path, pool: RolloutPool
+) -> None:
+    """With a policy that has a vocabulary of its own: its completions are rendered by the reward
+    model."""
     import ray
 
     from trainer.init_model import init_model
 
-    ray.kill(actors.pop())  # two engines would not fit beside each other on two cores
+    pool.close()  # two engines would not fit beside each other on two cores
     corpus = ["Something else entirely, so that the merges differ.", "0123456789"] * 20
     policy = init_model(
         tmp_path / "policy", corpus, vocab_size=300, hidden_size=32, num_layers=1, num_heads=2,
         num_kv_heads=1, head_dim=32, intermediate_size=32, max_position_embeddings=128,
     )  # fmt: skip
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "rollouts.jsonl"
-    asked = [*PROMPTS, "word " * 200]
-    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
+    asked = [*PROMPTS, "word " * 200, *(f"Prompt {number}" for number in range(200))]
+    rows = [{"question": prompt, "id": f"q{place}"} for place, prompt in enumerate(asked)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     address = ray.get_runtime_context().gcs_address
     command = [nursery.python, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
-    command += ["--scorer", service, "--ray-address", address, "--num-completions", "2"]
-    done = subprocess.run(
-        [*command, "--max-tokens", "8"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    command += ["--scorer", service, "--ray-address", address, "-n", "2", "--max-tokens", "60"]
+    command += ["--prompt-column", "question", "--advantages", "--sampling", "ignore_eos=true"]
+    unfinished = Path(f"{output}.unfinished")
+    with subprocess.Popen(command) as first:
+        while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 5:
+            assert first.poll() is None, "it ended before it was killed"
+            time.sleep(0.02)
+        first.kill()
+    num_seen = unfinished.read_bytes().count(b"\n") - 1
+    assert not output.exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    resumed = re.search(r"resuming: (\d+) of 204 prompts are done", done.stdout)
+    assert resumed is not None
+    assert num_seen <= int(resumed[1]) < 204
     assert "completions travel as: text" in done.stdout
-    assert "2 of 8 have no reward:\n  2 x not sampled: the prompt has" in done.stderr
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == asked
-    assert "the policy takes 128" in rows.pop()["error"]
+    assert "204 rows of 204 prompts in" in done.stdout
+    assert "2 of 408 have no reward:\n  2 x not sampled: the prompt has" in done.stderr
+    assert not unfinished.exists()
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["question"] for row in written] == asked
+    assert [row["id"] for row in written] == [row["id"] for row in rows]
+    assert [row["prompt_index"] for row in written] == list(range(204))
+    assert "the policy takes 128" in written.pop(3)["error"]
+    assert all(row["num_completion_tokens"] == [60, 60] for row in written)
     scorer = RewardScorer.from_pretrained(export_dir, "cpu")
-    for row in rows:
+    for row in written[:5]:
         [offline] = scorer.score([Group(row["prompt"], row["completions"])])
         assert row["rewards"] == pytest.approx(offline.rewards, abs=1e-5)
+        assert sum(row["advantages"]) == pytest.approx(0, abs=1e-6)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {output} exists; --overwrite replaces it\n"
 
 
 def test_a_policy_that_is_not_there_is_refused(
     ray_cluster: None, tmp_path: Path, base_model: Path
 ) -> None:
     with pytest.raises(ValueError, match="no policy to sample from"):
-        start_rollout_actors(VllmSettings(str(tmp_path)), 1)
+        RolloutPool(VllmSettings(str(tmp_path)))
     with pytest.raises(ValueError, match="too small"):
-        start_rollout_actors(VllmSettings(str(base_model)), 1000)
+        RolloutPool(VllmSettings(str(base_model)), 1000)

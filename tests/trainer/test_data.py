@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_runs import overrides, write_pairs
 
+from reward_actor.sources import check_source, content_mark
 from trainer.config.config_file import load_config
 from trainer.data.comparisons import Comparisons
 from trainer.data.load import load_comparisons, read_rows
 from trainer.data.prepare import prepare
 from trainer.data.render import hash_key
-from trainer.data.sources import check_source, content_mark
 from trainer.data.split import split_by_prompt
 from trainer.run import resolve_paths
 

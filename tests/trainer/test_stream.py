@@ -16,10 +16,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reward_actor.json_files import begins_an_array
+from reward_actor.sources import read_split, splits
 from trainer.config.train import TrainConfig
 from trainer.data.comparisons import Comparisons
 from trainer.data.prepare import prepare
-from trainer.data.sources import read_split, splits
 from trainer.data.stream import prepare_stream
 
 if TYPE_CHECKING:

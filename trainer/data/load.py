@@ -8,13 +8,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from reward_actor.config_errors import did_you_mean
+from reward_actor.sources import raw_rows
 from trainer.config.data import Source
 from trainer.data.comparisons import Comparisons
 from trainer.data.gather import Gathered, first_uses, gather, take
 from trainer.data.parse import parse_line, parse_object
 from trainer.data.render import Rules, Tally, render_rows
 from trainer.data.rows import BadRows, Row
-from trainer.data.sources import raw_rows
 
 if TYPE_CHECKING:
     from reward_actor.render import Renderer

@@ -25,7 +25,7 @@ _MAX_FLOAT32 = 3.4e38  # of float32, which scores, margins and attributes are ke
 
 
 def parse_line(number: int, raw: Any, columns: Columns) -> Row:
-    """`parse_row` of what `trainer.data.sources` has read. Raises ValueError."""
+    """`parse_row` of what `reward_actor.sources` has read. Raises ValueError."""
     try:
         return parse_row(number, parse_object(raw), columns)
     except RecursionError:  # in what takes the nulls out of tool definitions

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 
 from reward_actor.cluster import connect
 from reward_actor.contract import ScoringContract, sha256_text
+from reward_actor.sources import SPLIT_BYTES, Split, fingerprint, is_blank, read_split, splits
 from trainer.config.data import Source
 from trainer.config.train import TrainConfig
 from trainer.data.columns import RenderedPart, from_row, to_row
@@ -32,7 +33,6 @@ from trainer.data.gather import gather, take
 from trainer.data.parse import parse_line
 from trainer.data.render import BLOCK_ROWS, Block, Rules, Tally, render_block
 from trainer.data.rows import Row
-from trainer.data.sources import SPLIT_BYTES, Split, fingerprint, is_blank, read_split, splits
 from trainer.data.split import Prepared, Summary, decide, rules_of
 
 if TYPE_CHECKING:

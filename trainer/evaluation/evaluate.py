@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from reward_actor.groups import Group, GroupScores
+from reward_actor.sources import check_source
 from trainer.config.data import Columns, Source
 from trainer.data.comparisons import Comparison, Comparisons
 from trainer.data.load import check_columns, load_comparisons, read_rows
 from trainer.data.render import Tally
 from trainer.data.rows import BadRows, Row, as_chat
-from trainer.data.sources import check_source
 from trainer.data.split import few_prompts, without_scores
 from trainer.evaluation import metrics
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from reward_actor.files import prompt_of
 from reward_actor.groups import Group, Prompt
+from reward_actor.sources import check_source, raw_rows
 from trainer.data.parse import parse_object
-from trainer.data.sources import check_source, raw_rows
 from trainer.evaluation.evaluate import scoring
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def score_ties(rows: Sequence[BenchmarkRow], rewards: Rewards) -> dict[str, floa
 
 
 def read_benchmark(data: str, version: int) -> list[BenchmarkRow]:
-    """The rows of a data set (see `trainer.data.sources`) in the format of version 1 or 2.
+    """The rows of a data set (see `reward_actor.sources`) in the format of version 1 or 2.
 
     Subsets get the case in which they are known. Raises ValueError for files that cannot be read,
     and for the first row that does not fit, naming it.

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from reward_actor.sources import is_file_name
 from reward_actor.terminal import out
 from trainer.config.data import DataConfig
-from trainer.data.sources import is_file_name
 from trainer.evaluation.metrics import RMSE
 from trainer.report import describe
 

@@ -1,0 +1,208 @@
+"""A policy in vLLM's engine, whose processes end with this one. Asked from one event loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reward_actor.errors import EngineDied
+from reward_actor.reaper import Reaper
+from reward_actor.rollout.records import Sampling, VllmSettings
+from reward_actor.rollout.vllm_worker import PolicyWorker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Running = Literal["finish", "resume"]
+"""What becomes of requests that run while weights are updated: they finish on the version that
+they began with, which the update waits for, or are resumed on the new one, with their keys and
+values computed again."""
+
+Weights = str | Mapping[str, "Tensor"]
+"""A directory with safetensors, or tensors by the names that they have in one."""
+
+_CPU_BATCH_TOKENS = 8192
+_SHARED_MEMORY = Path("/dev/shm")
+_SHUTDOWN_S = 15.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The n completions of one prompt; see `RolloutGroup`."""
+
+    completions: list[str]
+    completion_ids: list[list[int]]
+    log_probs: list[list[float]]
+    policy_versions: list[list[int]]
+    finish_reasons: list[str]
+    ended_with_eos: list[bool]
+
+
+class PolicyEngine:
+    """One policy in one vLLM engine, on a GPU or several of this machine, or on the CPU."""
+
+    def __init__(self, settings: VllmSettings, max_length: int) -> None:
+        """Raises ValueError if vLLM does not take the model or cannot start."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._settings = settings
+        self._num_requests = 0
+        self._reaper = Reaper()
+        os.environ.update(self._reaper.environment)  # read by the processes that it starts
+        arguments: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "max_model_len": max_length,
+            "disable_log_stats": True,
+            # vLLM's default is the logits' own distribution, whatever the temperature.
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": f"{PolicyWorker.__module__}.{PolicyWorker.__qualname__}",
+        }
+        if settings.num_gpus:
+            arguments |= {
+                "tensor_parallel_size": settings.num_gpus,
+                "gpu_memory_utilization": settings.gpu_memory_utilization,
+                "enable_sleep_mode": settings.sleeps,
+                # In a Ray actor vLLM would otherwise look for a placement group of its own.
+                "distributed_executor_backend": "mp" if settings.num_gpus > 1 else None,
+            }
+        else:
+            arguments |= {
+                "enforce_eager": True,  # compiling costs more than a CPU run gains
+                # vLLM 0.32 rewinds the generator of a seeded request whose prompt is only half
+                # read, and PyTorch's CPU generator cannot be rewound: the engine would die.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, max_length),
+            }
+        try:
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except (RuntimeError, ValueError, TimeoutError) as error:
+            self._reaper.close()
+            raise ValueError(_why(settings.model, error)) from error
+
+    async def sample(
+        self, prompt_ids: list[int], sampling: Sampling, seed: int, max_tokens: int
+    ) -> Sampled:
+        """Raises EngineDied, and ValueError for a sampling that vLLM does not take."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            parameters = SamplingParams(
+                n=sampling.num_completions,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=max_tokens,
+                seed=seed,
+                stop=list(sampling.stop),
+                logprobs=0,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                **sampling.other,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"vLLM does not take this sampling: {error}") from error
+        self._num_requests += 1
+        final: Any = None
+        try:
+            async for output in self._engine.generate(
+                {"prompt_token_ids": prompt_ids}, parameters, f"rollout-{self._num_requests}"
+            ):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDied("vLLM's engine core has ended") from error
+        outputs = sorted(final.outputs, key=lambda output: output.index)
+        return Sampled(
+            completions=[output.text for output in outputs],
+            completion_ids=[list(output.token_ids) for output in outputs],
+            log_probs=[_log_probs(output) for output in outputs],
+            policy_versions=[_versions(output) for output in outputs],
+            finish_reasons=[output.finish_reason for output in outputs],
+            ended_with_eos=[
+                output.finish_reason == "stop" and output.stop_reason is None for output in outputs
+            ],
+        )
+
+    async def answer(self) -> None:
+        """Return once the engine core does. Raises EngineDied."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.is_paused()
+        except EngineDeadError as error:
+            raise EngineDied("vLLM's engine core has ended") from error
+
+    async def update_weights(self, weights: Weights, version: int, running: Running) -> None:
+        """Continue with other weights of the same shapes, and an empty prefix cache."""
+        directory = weights if isinstance(weights, str) else _written(weights)
+        await self._engine.pause_generation(mode="wait" if running == "finish" else "keep")
+        try:
+            await self._engine.collective_rpc("reload_policy", args=(directory,))
+            await self._engine.update_weight_version(str(version))
+        finally:
+            await self._engine.resume_generation()
+            if not isinstance(weights, str):
+                shutil.rmtree(directory)
+
+    async def set_version(self, version: int) -> None:
+        """Of the weights that it has."""
+        await self._engine.update_weight_version(str(version))
+
+    async def sleep(self) -> None:
+        """Once what runs has finished, put the weights into the host's memory, and forget keys and
+        values. On a GPU, with `VllmSettings.sleeps`."""
+        await self._engine.sleep(level=1, mode="wait")
+
+    async def wake(self) -> None:
+        await self._engine.wake_up()
+
+    async def drain(self) -> None:
+        """Return once what runs has finished. What is asked from now on would wait for ever."""
+        await self._engine.pause_generation(mode="wait")
+
+    def close(self) -> None:
+        self._engine.shutdown(timeout=_SHUTDOWN_S)
+        self._reaper.close()
+
+
+def _log_probs(output: Any) -> list[float]:
+    return [
+        float(at_token[token].logprob)
+        for token, at_token in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+
+
+def _versions(output: Any) -> list[int]:
+    return [
+        int(span.version) for span in output.weight_versions for _ in range(span.start, span.end)
+    ]
+
+
+def _written(weights: Mapping[str, Tensor]) -> str:
+    """A directory with them, in memory where there is a file system for it."""
+    from safetensors.torch import save_file
+
+    shared = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    directory = tempfile.mkdtemp(prefix="rayward-weights-", dir=shared)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        Path(directory, "model.safetensors"),
+    )
+    return directory
+
+
+def _why(model: str, error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, ValueError):
+        return f"{model}: vLLM does not take this policy: {' '.join(str(error).split())}"
+    return (
+        f"{model}: vLLM's engine could not start; its own lines say why. Most often its memory is "
+        "too small for the model and one sequence of max_model_len (gpu_memory_utilization, on a "
+        "CPU cpu_kv_cache_gib)"
+    )
