@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from reward_actor import schema
 from reward_actor.client import bodies
-from reward_actor.client.connection import Sender, Verify, checked_token
+from reward_actor.client.connection import Sender, Verify, checked_token, proxies, tls
 from reward_actor.client.endpoints import parse_urls
 from reward_actor.client.merging import PendingGroups, divide, queue, share, take
 from reward_actor.errors import RewardServiceError
@@ -65,7 +65,7 @@ class AsyncRewardClient:
         self.urls = parse_urls(urls)
         self.timeout_s = timeout_s
         self.max_concurrency = max_concurrency
-        self._make_sender = partial(Sender, self.urls, checked_token(token), verify)
+        self._make_sender = partial(Sender, checked_token(token), tls(verify), proxies(self.urls))
         self._sender = self._make_sender()
         self._waiting = queue()
         self._requests: set[asyncio.Task[None]] = set()

@@ -97,10 +97,14 @@ def decode(body: bytes, media_type: str, groups: Sequence[Group | Whole]) -> lis
     return [GroupScores(**vars(r), model_version=reply.model_version) for r in reply.results]
 
 
+def is_passing(status: int) -> bool:
+    """Whether what a reply refuses may be answered later."""
+    return status == 429 or status >= 500
+
+
 def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> RewardServiceError:
     """What a reply with another status than 200 means. A page that is none of ours is not quoted:
     nobody knows what it repeats."""
-    is_worth_another_try = status == 429 or status >= 500
     retry_after_s = _retry_after_s(headers.get("Retry-After"))
     try:
         error = schema.ErrorReply.model_validate_json(body, extra="ignore").error
@@ -110,13 +114,13 @@ def error_of(url: str, status: int, headers: Mapping[str, str], body: bytes) -> 
         return RewardServiceError(
             _TYPE_OF_STATUS.get(status, default),
             f"{url} replied HTTP {status} without saying why",
-            retryable=is_worth_another_try,
+            retryable=is_passing(status),
             retry_after_s=retry_after_s,
         )
     return RewardServiceError(
         error.type,
         error.message,
-        retryable=is_worth_another_try,
+        retryable=is_passing(status),
         index=error.index,
         retry_after_s=retry_after_s,
     )

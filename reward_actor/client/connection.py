@@ -13,8 +13,10 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -48,8 +50,25 @@ _PROBES = {
 _NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
-def connect(url: str, token: str | None, verify: Verify) -> httpx.AsyncClient:
-    """The connections to one endpoint. Raises ValueError for a token or a file that cannot be."""
+@dataclass(frozen=True)
+class Proxy:
+    """What the environment has requests go through. `url` may hold a password; its text does not.
+
+    variable: the environment's, which names it.
+    """
+
+    url: str
+    variable: str
+
+    def __str__(self) -> str:
+        parts = urlsplit(self.url)
+        return f"the proxy {parts.scheme}://{parts.netloc.rpartition('@')[2]} ({self.variable})"
+
+
+def connect(
+    url: str, token: str | None, verify: bool | ssl.SSLContext, proxy: Proxy | None = None
+) -> httpx.AsyncClient:
+    """The connections to one endpoint."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     options = [
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -59,9 +78,9 @@ def connect(url: str, token: str | None, verify: Verify) -> httpx.AsyncClient:
         if hasattr(socket, name):  # not everywhere
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     transport = httpx.AsyncHTTPTransport(
-        verify=_verify(verify),
+        verify=verify,
         limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
-        proxy=_proxy(url),
+        proxy=None if proxy is None else proxy.url,
         socket_options=options,
     )
     return httpx.AsyncClient(
@@ -81,21 +100,44 @@ def checked_token(token: str | None) -> str | None:
     return token or None
 
 
-def unreachable(url: str, error: httpx.TransportError) -> RewardServiceError:
+def unreachable(
+    url: str, error: httpx.TransportError, proxy: Proxy | None = None
+) -> RewardServiceError:
     """What a request means that got no reply. It may be sent again unless the certificate is to
-    blame, which stays what it is."""
+    blame, which stays what it is, or a proxy's rules."""
+    where = url if proxy is None else f"{url} through {proxy}"
     if _is_about_certificate(error):
-        message = f"{url}: its certificate is not trusted; name its authority's file as verify="
+        message = f"{where}: its certificate is not trusted; name its authority's file as verify="
         return RewardServiceError("unavailable", message)
+    if proxy is not None and isinstance(error, httpx.ProxyError):
+        status = str(error)[:3]  # of a tunnel that is refused; a SOCKS proxy has none
+        return _refused(proxy, url, int(status) if status.isdigit() else None)
     # The text of an error may hold a piece of the request.
-    message = f"{url}: {type(error).__name__}"
+    message = f"{where}: {type(error).__name__}"
     if isinstance(error, _NOT_CONNECTED):
         detail = str(error) or type(error).__name__
         message = (
-            f"nothing answers at {url} ({detail}); start a service there with `rayward serve "
-            "MODEL`, or check the address"
+            f"nothing answers at {where} ({detail}); start a service there with `rayward serve "
+            f"MODEL`, or check the address{'' if proxy is None else ' and the proxy'}"
         )
     return RewardServiceError("unavailable", message, retryable=True)
+
+
+def _refusal_of(proxy: Proxy | None, url: str, reply: httpx.Response) -> RewardServiceError | None:
+    """What a proxy's own reply means; None for one of the service, which all have an id."""
+    if proxy is None or reply.status_code == 200 or "X-Request-Id" in reply.headers:
+        return None
+    return _refused(proxy, url, reply.status_code)
+
+
+def _refused(proxy: Proxy, url: str, status: int | None) -> RewardServiceError:
+    did = "does not reach" if status is None else f"answered {status} in place of"
+    message = (
+        f"{proxy} {did} {url}; ask those who run it or, if the service can be reached without it, "
+        f"add {urlsplit(url).hostname} to NO_PROXY"
+    )
+    is_passing = status is None or bodies.is_passing(status)
+    return RewardServiceError("unavailable", message, retryable=is_passing)
 
 
 def _is_about_certificate(error: BaseException | None) -> bool:
@@ -106,32 +148,77 @@ def _is_about_certificate(error: BaseException | None) -> bool:
     return False
 
 
-def _verify(verify: Verify) -> bool | ssl.SSLContext:
+def tls(verify: Verify) -> ssl.SSLContext:
+    """Raises ValueError for a file that cannot be read."""
     if not isinstance(verify, str):
-        return verify
+        return httpx.create_ssl_context(verify)
     try:
         return ssl.create_default_context(cafile=verify)
     except (OSError, ssl.SSLError) as error:
         raise ValueError(f"verify is {verify!r}, which cannot be read as PEM: {error}") from None
 
 
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for this address."""
+def proxies(urls: Sequence[str]) -> dict[str, Proxy | None]:
+    """What the environment has requests to each address go through; this machine's own are asked
+    directly. Raises ValueError for a variable that names no proxy."""
+    return {url: _proxy(url) for url in urls}
+
+
+def _proxy(url: str) -> Proxy | None:
     parts = urlsplit(url)
-    if proxy_bypass(parts.netloc):
+    assert parts.hostname is not None
+    if _is_loopback(parts.hostname) or proxy_bypass(parts.netloc):
         return None
-    proxies = getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
+    named = getproxies()
+    kind = next((kind for kind in (parts.scheme, "all") if named.get(kind)), None)
+    if kind is None:
+        return None
+    value = named[kind]
+    variables = (name for name in os.environ if name.lower() == f"{kind}_proxy")
+    variable = next((v for v in variables if os.environ[v] == value), "the system's settings")
+    proxy = Proxy(value if "://" in value else f"http://{value}", variable)
+    if (problem := _problem(proxy.url)) is not None:  # which may hold a password
+        raise ValueError(
+            f"{variable} {problem}; correct or unset it, or add {parts.hostname} to NO_PROXY"
+        )
+    return proxy
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _problem(proxy_url: str) -> str | None:
+    """What is wrong with the URL of a proxy, if anything is."""
+    try:
+        parsed = httpx.URL(proxy_url)
+    except httpx.InvalidURL:
+        return "is no URL"
+    if parsed.scheme not in ("http", "https", "socks5", "socks5h") or not parsed.host:
+        return (
+            f"has the scheme {parsed.scheme!r} and the host {parsed.host!r}; a proxy is "
+            "http://HOST:PORT, or the same with https or socks5"
+        )
+    if parsed.scheme.startswith("socks") and find_spec("socksio") is None:
+        return 'names a SOCKS proxy, which needs `pip install "httpx[socks]"`'
+    return None
 
 
 class Sender:
     """The connections of one client in one event loop."""
 
-    def __init__(self, urls: Sequence[str], token: str | None, verify: Verify) -> None:
-        """Raises ValueError as `connect` does."""
-        self.endpoints = Endpoints(urls)
-        make = partial(connect, token=token, verify=verify)
-        self._connections = {url: make(url) for url in urls}
+    def __init__(
+        self, token: str | None, verify: ssl.SSLContext, proxies: Mapping[str, Proxy | None]
+    ) -> None:
+        """proxies: by the addresses."""
+        self.endpoints = Endpoints(list(proxies))
+        self._proxies = proxies
+        self._connections = {
+            url: connect(url, token, verify, proxy) for url, proxy in proxies.items()
+        }
         self._has_told = False
 
     async def send(
@@ -172,13 +259,14 @@ class Sender:
             raise failures[0]
 
     async def _not_connected(self, url: str) -> RewardServiceError | None:
+        proxy = self._proxies[url]
         try:
-            await self._connections[url].get("/health", timeout=_CONNECT_S)
-        except _NOT_CONNECTED as error:
-            return unreachable(url, error)
+            reply = await self._connections[url].get("/health", timeout=_CONNECT_S)
+        except (*_NOT_CONNECTED, httpx.ProxyError) as error:
+            return unreachable(url, error, proxy)
         except httpx.TransportError:
-            pass  # it is slow, or none of ours; a call finds out
-        return None
+            return None  # it is slow, or none of ours; a call finds out
+        return _refusal_of(proxy, url, reply)
 
     def _tell(self, failure: RewardServiceError, deadline: float) -> None:
         """Once an outage, log what is waited for, and until when."""
@@ -204,13 +292,15 @@ class Sender:
             self.endpoints.failed(endpoint, failure, started, time.monotonic())
             raise failure from None
         except httpx.TransportError as error:
-            failure = unreachable(endpoint.url, error)
+            failure = unreachable(endpoint.url, error, self._proxies[endpoint.url])
         else:
             if reply.status_code == 200:
                 self.endpoints.succeeded(endpoint)
                 self._has_told = False
                 return reply
-            failure = bodies.error_of(endpoint.url, reply.status_code, reply.headers, reply.content)
+            failure = _refusal_of(self._proxies[endpoint.url], endpoint.url, reply) or (
+                bodies.error_of(endpoint.url, reply.status_code, reply.headers, reply.content)
+            )
         if not failure.retryable:
             raise failure
         self.endpoints.failed(endpoint, failure, started, time.monotonic())

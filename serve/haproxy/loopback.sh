@@ -6,6 +6,7 @@
 # Every request gets the name of its service: an ingress that took the port of another service's
 # dead one would otherwise answer for it.
 # An id of a request is passed on, and sent back, only if it is one: see serve/monitoring/request_log.py.
+# What HAProxy answers itself gets one, too: clients tell the service's replies by it from a proxy's.
 # Called as HAProxy is: haproxy -db -f CONFIG [options]
 config=$3
 safe=$config.loopback
@@ -13,6 +14,9 @@ sed -e 's/bind :\([0-9]\)/bind 127.0.0.1:\1/' -e 's/bind \*:/bind 127.0.0.1:/' \
     -e 's/mode 666/mode 600/' \
     -e "/^frontend http_frontend/a\\    http-request set-header X-Rayward-Service $RAYWARD_SERVICE" \
     -e '/^frontend http_frontend/a\    http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9_-]{1,64}$ }' \
+    -e '/^frontend http_frontend/a\    http-request set-header x-request-id %[uuid] unless { req.hdr(x-request-id) -m found }' \
+    -e '/^frontend http_frontend/a\    http-request set-var(txn.rayward_id) req.hdr(x-request-id)' \
+    -e '/^frontend http_frontend/a\    http-after-response set-header x-request-id %[var(txn.rayward_id)] unless { res.hdr(x-request-id) -m found }' \
     "$config" > "$safe" || exit 1
 if [ -n "$RAYWARD_LISTEN" ]; then
     sed -i -e "/^frontend http_frontend/,/bind/ s|bind .*|bind $RAYWARD_LISTEN|" "$safe" || exit 1

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from stub_service import error, stub
+from proxy import proxy
+from stub_service import Answer, Received, error, stub
 
 from reward_actor import RewardClient
 from reward_actor.client import connection as sender
@@ -98,21 +102,141 @@ def test_https_trusts_the_authorities_that_it_is_given(certificate: tuple[Path, 
         RewardClient("https://127.0.0.1", verify="/nowhere.pem")
 
 
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without proxies, whatever the machine has."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None
+    return port
+
+
 def test_the_environments_proxy_is_used_but_not_past_no_proxy(
-    monkeypatch: pytest.MonkeyPatch,
+    environment: pytest.MonkeyPatch,
 ) -> None:
-    with stub(lambda _: error("forbidden")) as proxy, stub() as server:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        with (
-            RewardClient("http://rewards.invalid") as client,
-            pytest.raises(RewardServiceError, match="forbidden"),
-        ):
-            client.score("p", ["x"])
-        assert proxy.received[0].path == "http://rewards.invalid/v1/score"
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with stub() as server, proxy(port_of(server.url)) as through:
+        environment.setenv("HTTP_PROXY", through.url)
+        with RewardClient("http://rewards.invalid") as client:
+            assert client.score("p", ["xyz"]).rewards == [3.0]
+        assert through.asked == ["POST http://rewards.invalid/v1/score HTTP/1.1"]
+        environment.setenv("NO_PROXY", "rewards.invalid")
+        assert sender.proxies(["http://rewards.invalid"]) == {"http://rewards.invalid": None}
+
+
+@pytest.mark.parametrize("no_proxy", [None, "", "example.com"])
+def test_this_machine_is_never_asked_through_a_proxy(
+    environment: pytest.MonkeyPatch, no_proxy: str | None
+) -> None:
+    if no_proxy is not None:
+        environment.setenv("NO_PROXY", no_proxy)
+    hosts = ("127.0.0.1", "127.1.2.3", "[::1]", "localhost", "LOCALHOST")
+    with stub() as server, proxy(status=403) as refusing:
+        for variable in ("HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+            environment.setenv(variable, refusing.url)
+        found = sender.proxies([f"{s}://{h}:8000" for s in ("http", "https") for h in hosts])
+        assert len(found) == 10
+        assert not any(found.values())
+        environment.setenv("HTTP_PROXY", "foo://broken")
         with RewardClient(server.url) as client:
             assert client.score("p", ["xyz"]).rewards == [3.0]
-        assert len(proxy.received) == 1
+        assert refusing.asked == []
+
+
+@pytest.mark.parametrize(("scheme", "variable"), [("http", "HTTP_PROXY"), ("https", "all_proxy")])
+@pytest.mark.parametrize("status", [403, 407, 502])
+def test_what_a_proxy_refuses_is_not_said_of_the_service(
+    environment: pytest.MonkeyPatch, scheme: str, variable: str, status: int
+) -> None:
+    url = f"{scheme}://rewards.invalid"
+    with proxy(status=status) as refusing:
+        at = refusing.url.removeprefix("http://")
+        environment.setenv(variable, f"http://me:{SECRET}@{at}")
+        with RewardClient(url, timeout_s=0.5) as client:
+            for call in (client.check_reachable, client.info):
+                with pytest.raises(RewardServiceError) as refused:
+                    call()
+                assert refused.value.message.startswith(
+                    f"the proxy http://{at} ({variable}) answered {status} in place of {url}; "
+                )
+                assert refused.value.message.endswith("add rewards.invalid to NO_PROXY")
+                assert refused.value.type == "unavailable"
+                assert refused.value.retryable == (status == 502)
+                assert "secret" not in f"{refused.value!r}".lower()
+    assert len(refusing.asked) == 2 or status == 502
+
+
+def test_what_the_service_refuses_is_not_said_of_the_proxy(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    def refuse(received: Received) -> Answer:
+        if received.path == "/info":
+            return error("forbidden", X_Request_Id="a1")
+        return Answer(404, b"not ours", {"X-Request-Id": "a2"})
+
+    with stub(refuse) as server, proxy(port_of(server.url)) as through:
+        environment.setenv("http_proxy", through.url.removeprefix("http://"))
+        with (
+            RewardClient("http://rewards.invalid") as client,
+            pytest.raises(RewardServiceError, match=r"^forbidden: as the test wants it$"),
+        ):
+            client.info()
+        with (
+            RewardClient("http://rewards.invalid") as client,
+            pytest.raises(RewardServiceError, match=r"^not_found: http://rewards.invalid "),
+        ):
+            client.models()
+        assert len(through.asked) == 2
+
+
+def test_a_tunnel_through_a_proxy_is_the_services_own(
+    environment: pytest.MonkeyPatch, certificate: tuple[Path, Path]
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with stub(context=context) as server, proxy(port_of(server.url)) as through:
+        environment.setenv("HTTPS_PROXY", through.url)
+        with RewardClient("https://rewards.invalid", verify=False) as client:
+            assert client.score("p", ["xyz"]).rewards == [3.0]
+        assert through.asked == ["CONNECT rewards.invalid:443 HTTP/1.1"]
+        with (
+            RewardClient("https://rewards.invalid") as client,
+            pytest.raises(RewardServiceError, match=r"through the proxy .* certificate is not"),
+        ):
+            client.info()
+
+
+def test_a_proxy_that_is_not_there_is_named(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with (
+        RewardClient("http://rewards.invalid") as client,
+        pytest.raises(RewardServiceError, match=r"through the proxy http://127.0.0.1:1 \(HTTP_PRO"),
+    ):
+        client.check_reachable()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("foo://me:secret@x", "has the scheme 'foo'"),
+        ("http://", "has the scheme 'http' and the host ''"),
+        ("http://me:secret@host:port", "is no URL"),
+        ("socks5://me:secret@x:1080", r'names a SOCKS proxy, .* `pip install "httpx\[socks\]"`'),
+    ],
+)
+def test_a_variable_that_names_no_proxy_is_named(
+    environment: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    environment.setitem(sys.modules, "socksio", None)
+    environment.setenv("ALL_PROXY", value)
+    with pytest.raises(ValueError, match=rf"^ALL_PROXY {said}.*; correct or unset it, or") as no:
+        RewardClient("http://rewards.invalid")
+    assert "secret" not in str(no.value)
 
 
 def test_data_that_nobody_acknowledges_ends_its_connection() -> None:
