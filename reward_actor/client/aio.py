@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +36,8 @@ SWAP_TIMEOUT_S = 600.0
 
 
 class AsyncRewardClient:
-    """Calls a running service, from one event loop at a time.
+    """Calls a running service, from any event loop: each has connections of its own, which end when
+    another loop is used and theirs is idle.
 
     urls: one address, several in a list, or several in a string with commas; requests go to each in
     turn, and one that fails is left aside for a while. token: the bearer token, by default
@@ -66,11 +68,7 @@ class AsyncRewardClient:
         self.timeout_s = timeout_s
         self.max_concurrency = max_concurrency
         self._make_sender = partial(Sender, checked_token(token), tls(verify), proxies(self.urls))
-        self._sender = self._make_sender()
-        self._waiting = queue()
-        self._requests: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pump_is_due = False
+        self._calls: dict[asyncio.AbstractEventLoop, _Calls] = {}
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -105,28 +103,13 @@ class AsyncRewardClient:
         """
         for group in groups:
             bodies.check(group)
-        loop = self._bind()
-        deadline = time.monotonic() + self.timeout_s
-        parts: list[PendingGroups] = []
-        first = 0
-        for some in divide(groups):
-            done: asyncio.Future[list[GroupScores]] = loop.create_future()
-            parts.append(PendingGroups(some, first, token_rewards, deadline, done, turn_rewards))
-            self._waiting.add(parts[-1])
-            first += len(some)
-        self._pump_soon()
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                scores = await wait_for_all([part.done for part in parts])
-        except TimeoutError:
-            failure = next((part.failure for part in parts if part.failure), None)
-            raise self._sender.too_late(failure) from None
-        return [each for some in scores for each in some]
+        async with self._here() as calls:
+            return await calls.score(groups, token_rewards, turn_rewards, self.timeout_s)
 
     async def check_reachable(self) -> None:
         """Raise RewardServiceError, within five seconds, if nothing answers at any address."""
-        self._bind()
-        await self._sender.check_reachable()
+        async with self._here() as calls:
+            await calls.sender.check_reachable()
 
     async def info(self) -> schema.Info:
         """What is served, and every limit."""
@@ -153,14 +136,13 @@ class AsyncRewardClient:
     async def close(self) -> None:
         """End calls that are under way with an error, and the connections."""
         self._is_closed = True
-        requests = list(self._requests)
-        for request in requests:
-            request.cancel()
-        for part in self._waiting:
-            _fail(part, closed())
-        await asyncio.gather(*requests, return_exceptions=True)
-        if self._loop in (None, asyncio.get_running_loop()):  # others took their connections along
-            await self._sender.close()
+        here = self._calls.pop(asyncio.get_running_loop(), None)
+        while self._calls:
+            loop, calls = self._calls.popitem()
+            if loop.is_running():  # others took their connections along
+                _call_in(loop, calls.close_soon)
+        if here is not None:
+            await here.close()
 
     async def __aenter__(self) -> AsyncRewardClient:
         return self
@@ -173,37 +155,136 @@ class AsyncRewardClient:
     ) -> None:
         await self.close()
 
-    # ---- requests that wait and requests that are under way
+    async def _ask(
+        self,
+        model: type[Reply],
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        async with self._here() as calls:
+            reply = await calls.sender.send(method, path, body, bodies.JSON, deadline)
+        try:
+            return model.model_validate_json(reply.content, extra="ignore")
+        except ValueError:
+            raise _strange(reply) from None
 
-    def _bind(self) -> asyncio.AbstractEventLoop:
-        """The running loop. Connections belong to one: a second loop gets its own, once the first
-        is closed."""
+    @asynccontextmanager
+    async def _here(self) -> AsyncIterator[_Calls]:
+        """What belongs to the running loop, for one call."""
         if self._is_closed:
             raise closed()
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None:
-                if not self._loop.is_closed():
-                    raise RuntimeError(
-                        "this AsyncRewardClient is in use in another event loop; make one for each"
-                    )
-                self._sender = self._make_sender()
-                self._waiting = queue()
-                self._requests.clear()
-                self._pump_is_due = False
-            self._loop = loop
-        return loop
+        if loop not in self._calls:
+            for other, calls in list(self._calls.items()):
+                self._leave(other, calls)
+            calls = _Calls(self._make_sender(), self.max_concurrency, partial(self._forget, loop))
+            self._calls[loop] = calls
+            await calls.open()
+        calls = self._calls[loop]
+        calls.num_calls += 1
+        try:
+            yield calls
+        finally:
+            calls.num_calls -= 1
+
+    def _leave(self, loop: asyncio.AbstractEventLoop, calls: _Calls) -> None:
+        """Let go of the connections in a loop that has ended, or has no call under way."""
+        if loop.is_running():
+            if not calls.num_calls:
+                _call_in(loop, self._leave_from_within)
+        elif loop.is_closed() or not calls.num_calls:
+            self._forget(loop, calls)
+
+    def _leave_from_within(self) -> None:
+        """In the loop's own thread, where no call begins meanwhile."""
+        loop = asyncio.get_running_loop()
+        calls = self._calls.get(loop)
+        if calls is not None and not calls.num_calls:
+            self._forget(loop, calls)
+            calls.close_soon()
+
+    def _forget(self, loop: asyncio.AbstractEventLoop, calls: _Calls) -> None:
+        if self._calls.get(loop) is calls:
+            del self._calls[loop]
+
+
+class _Calls:
+    """The calls of a client in one event loop, and the connections, which belong to it."""
+
+    def __init__(
+        self, sender: Sender, max_concurrency: int, on_close: Callable[[_Calls], None]
+    ) -> None:
+        self.sender = sender
+        self.num_calls = 0
+        self._max_concurrency = max_concurrency
+        self._waiting = queue()
+        self._requests: set[asyncio.Task[None]] = set()
+        self._pump_is_due = False
+        self._lifetime = self._until_closed(on_close)
+        self._closing: asyncio.Task[None] | None = None
+
+    async def score(
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool,
+        turn_rewards: bool,
+        timeout_s: float,
+    ) -> list[GroupScores]:
+        """The scores of checked groups. Raises RewardServiceError."""
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + timeout_s
+        parts: list[PendingGroups] = []
+        first = 0
+        for some in divide(groups):
+            done: asyncio.Future[list[GroupScores]] = loop.create_future()
+            parts.append(PendingGroups(some, first, token_rewards, deadline, done, turn_rewards))
+            self._waiting.add(parts[-1])
+            first += len(some)
+        self._pump_soon()
+        try:
+            async with asyncio.timeout(timeout_s):
+                scores = await wait_for_all([part.done for part in parts])
+        except TimeoutError:
+            failure = next((part.failure for part in parts if part.failure), None)
+            raise self.sender.too_late(failure) from None
+        return [each for some in scores for each in some]
+
+    async def open(self) -> None:
+        await anext(self._lifetime)
+
+    async def close(self) -> None:
+        await self._lifetime.aclose()
+
+    def close_soon(self) -> None:
+        self._closing = asyncio.get_running_loop().create_task(self.close())
+
+    async def _until_closed(self, on_close: Callable[[_Calls], None]) -> AsyncGenerator[None]:
+        """A generator, since asyncio.run closes those while connections can still be closed."""
+        try:
+            yield
+        finally:
+            on_close(self)
+            requests = list(self._requests)
+            for request in requests:
+                request.cancel()
+            for part in self._waiting:
+                _fail(part, closed())
+            await asyncio.gather(*requests, return_exceptions=True)
+            await self.sender.close()
 
     def _pump_soon(self) -> None:
         """Send what waits when all that can run now has run: calls made together go together."""
-        if not self._pump_is_due and self._loop is not None:
+        if not self._pump_is_due:
             self._pump_is_due = True
-            self._loop.call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
         self._pump_is_due = False
-        samples = share(self._waiting.size, self._sender.endpoints.num_ready(time.monotonic()))
-        while self._waiting and len(self._requests) < self.max_concurrency:
+        samples = share(self._waiting.size, self.sender.endpoints.num_ready(time.monotonic()))
+        while self._waiting and len(self._requests) < self._max_concurrency:
             parts = take(self._waiting, samples)
             if not parts:
                 return
@@ -244,28 +325,18 @@ class AsyncRewardClient:
                 part.failure = error
 
         deadline = max(part.deadline for part in parts)
-        reply = await self._sender.send("POST", "/v1/score", body, media_type, deadline, failed)
+        reply = await self.sender.send("POST", "/v1/score", body, media_type, deadline, failed)
         try:
             media_type = reply.headers.get("Content-Type", "").partition(";")[0]
             return bodies.decode(reply.content, media_type, groups)
         except ValueError:
             raise _strange(reply) from None
 
-    async def _ask(
-        self,
-        model: type[Reply],
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        timeout_s: float | None = None,
-    ) -> Reply:
-        self._bind()
-        deadline = time.monotonic() + (timeout_s or self.timeout_s)
-        reply = await self._sender.send(method, path, body, bodies.JSON, deadline)
-        try:
-            return model.model_validate_json(reply.content, extra="ignore")
-        except ValueError:
-            raise _strange(reply) from None
+
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    """In the thread of a running loop, unless it ends just now."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback)
 
 
 def _may_be_one_part(error: Exception) -> bool:

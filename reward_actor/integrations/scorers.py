@@ -45,5 +45,5 @@ def client(url: str) -> RewardClient:
 
 @cache
 def async_client(url: str) -> AsyncRewardClient:
-    """One for a process, in its one event loop."""
+    """One for a process, in whichever event loops call."""
     return AsyncRewardClient(url)

@@ -192,7 +192,8 @@ def test_a_request_that_nobody_waits_for_is_given_up() -> None:
                 task = asyncio.create_task(client.score("p", ["x"]))
                 await asyncio.to_thread(started.wait, 10)
                 task.cancel()
-                while client._requests:
+                [calls] = client._calls.values()
+                while calls._requests:
                     await asyncio.sleep(0.01)
 
         asyncio.run(asyncio.wait_for(call(), 5))

@@ -6,8 +6,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -137,19 +138,105 @@ def test_a_client_that_is_dropped_takes_its_thread_along() -> None:
         assert len(set(threading.enumerate()) - before) <= 2  # the server's connections
 
 
-def test_an_async_client_lives_through_several_loops_but_not_in_two_at_once() -> None:
+@contextmanager
+def loops_in_threads(count: int) -> Iterator[list[asyncio.AbstractEventLoop]]:
+    """Running ones, as each of a process's trainers keeps one."""
+    loops = [asyncio.new_event_loop() for _ in range(count)]
+    threads = [threading.Thread(target=loop.run_forever) for loop in loops]
+    for thread in threads:
+        thread.start()
+    try:
+        yield loops
+    finally:
+        for loop, thread in zip(loops, threads, strict=True):
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+def score_in(loop: asyncio.AbstractEventLoop, client: AsyncRewardClient) -> list[float | None]:
+    return asyncio.run_coroutine_threadsafe(client.score("p", ["xy"]), loop).result(10).rewards
+
+
+def num_sockets() -> int:
+    """Of this process, the server's ends of connections among them."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return found
+
+
+def wait_for_sockets(most: int) -> None:
+    deadline = time.monotonic() + 5
+    while (num := num_sockets()) > most:
+        assert time.monotonic() < deadline, f"{num} sockets are open, {most} were expected"
+        time.sleep(0.01)
+
+
+def test_an_async_client_leaves_no_sockets_in_loops_that_have_ended() -> None:
     with stub() as server:
         client = AsyncRewardClient(server.url)
-        for _ in range(2):
+        before = num_sockets()
+        for _ in range(20):
             assert asyncio.run(client.score("p", ["xy"])).rewards == [2.0]
+        wait_for_sockets(before)
+        assert len({got.connection for got in server.received}) == 20
 
-        async def here() -> None:
-            await client.score("p", ["x"])
-            with pytest.raises(RuntimeError, match="another event loop"):
-                await asyncio.to_thread(asyncio.run, client.score("p", ["x"]))
-            await client.close()
 
-        asyncio.run(here())
+def test_an_async_client_leaves_no_sockets_in_loops_that_are_idle() -> None:
+    """Those of earlier trainers, or of cells of a notebook."""
+    with stub() as server, loops_in_threads(20) as loops:
+        client = AsyncRewardClient(server.url)
+        before = num_sockets()
+        for loop in [*loops, loops[0]]:
+            assert score_in(loop, client) == score_in(loop, client) == [2.0]
+        wait_for_sockets(before + 2)  # both ends of the last loop's connection
+        asyncio.run_coroutine_threadsafe(client.close(), loops[1]).result(10)
+        wait_for_sockets(before)
+        for loop in loops[:2]:
+            with pytest.raises(RewardServiceError, match="closed"):
+                score_in(loop, client)
+
+
+def test_an_async_client_is_used_in_loops_that_stop_and_run_again() -> None:
+    with stub() as server:
+        client = AsyncRewardClient(server.url)
+        loops = [asyncio.new_event_loop() for _ in range(2)]
+        for loop in loops * 2:
+            assert loop.run_until_complete(client.score("p", ["xy"])).rewards == [2.0]
+        for loop in loops:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            assert loop.run_until_complete(client.score("p", ["xy"])).rewards == [2.0]
+            loop.run_until_complete(client.close() if loop is loops[1] else asyncio.sleep(0))
+            loop.close()
+
+
+def test_loops_that_call_at_the_same_time_do_not_disturb_each_other() -> None:
+    both = threading.Barrier(2)
+
+    def hold(received: Received) -> None:
+        if received.groups == [Group("together", ["xy"])]:
+            both.wait(10)
+
+    with stub(hold) as server, loops_in_threads(2) as loops:
+        client, before = AsyncRewardClient(server.url), num_sockets()
+        for _ in range(20):
+            calls = [
+                asyncio.run_coroutine_threadsafe(client.score("together", ["xy"]), loop)
+                for loop in loops
+            ]
+            assert [call.result(10).rewards for call in calls] == [[2.0]] * 2
+        assert len({got.connection for got in server.received}) == 2
+        asyncio.run(client.close())
+        wait_for_sockets(before)
+
+
+def test_a_client_that_is_dropped_leaves_no_sockets() -> None:
+    with stub() as server:
+        before = num_sockets()
+        RewardClient(server.url).score("p", ["x"])
+        wait_for_sockets(before)
 
 
 @pytest.mark.process
