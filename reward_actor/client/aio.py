@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reward_actor import schema
 from reward_actor.client import bodies
@@ -48,6 +49,11 @@ class AsyncRewardClient:
     Connection errors, 429 and 5xx are tried again with growing random pauses, or as `Retry-After`
     says; a service that is away is logged, once. Everything else, and what lasts until the
     deadline, raises RewardServiceError. Use it as a context manager or call `close()`.
+
+    Pickled and copied are these arguments, the token with them: a pickle is as secret as the token.
+    A copy opens its own connections when it is first used, and is open though its original is
+    closed. A token that the original does not have, a proxy and the file of authorities are those
+    of the machine on which it is unpickled. TypeError for an SSLContext.
     """
 
     def __init__(
@@ -67,12 +73,33 @@ class AsyncRewardClient:
         self.urls = parse_urls(urls)
         self.timeout_s = timeout_s
         self.max_concurrency = max_concurrency
-        self._make_sender = partial(Sender, checked_token(token), tls(verify), proxies(self.urls))
+        found = checked_token(token)
+        self._secret = found or token
+        self._verify = verify
+        self._make_sender = partial(Sender, found, tls(verify), proxies(self.urls))
         self._calls: dict[asyncio.AbstractEventLoop, _Calls] = {}
         self._is_closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self.arguments()), ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that make another client like this one, for a pickle. Raises TypeError."""
+        if isinstance(self._verify, ssl.SSLContext):
+            raise TypeError(
+                "a client whose verify is an SSLContext cannot be pickled or copied; give the file "
+                "of authorities as verify= instead"
+            )
+        return {
+            "urls": self.urls,
+            "token": self._secret,
+            "timeout_s": self.timeout_s,
+            "max_concurrency": self.max_concurrency,
+            "verify": self._verify,
+        }
 
     async def score(
         self,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, cast
 
 from ray import serve
@@ -111,12 +111,22 @@ class RewardHandle:
     Without a name it is that of the cluster's one reward service. Tries again as `RewardClient`
     does, until `timeout_s` after the call began; then raises RewardServiceError. Raises ValueError
     at once when no such application runs.
+
+    Pickled and copied are the application's name and `timeout_s`; a copy looks for the application
+    when it is first used, in the cluster where it is.
     """
 
     def __init__(self, app_name: str | None = None, *, timeout_s: float = 120.0) -> None:
         self._app_name = app_name or _only_app()
-        self._handle = _app_handle(self._app_name)
         self._timeout_s = timeout_s
+        self._handle = _app_handle(self._app_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _settings(vars(self))
+
+    @cached_property
+    def _handle(self) -> Any:
+        return _app_handle(self._app_name)
 
     def score(
         self,
@@ -175,14 +185,23 @@ class AsyncRewardHandle:
     """`RewardHandle` for an asynchronous actor: the same methods, awaited.
 
     `target` is the name of a Serve application (none: the one reward service), or any handle whose
-    `score_groups` and `info` answer `.remote()`, a `RewardScorerActor` for one.
+    `score_groups` and `info` answer `.remote()`, a `RewardScorerActor` for one. Such a handle is
+    pickled along, by its own rules.
     """
 
     def __init__(self, target: Any = None, *, timeout_s: float = 120.0) -> None:
         is_app = target is None or isinstance(target, str)
         self._app_name = target or _only_app() if is_app else None
-        self._handle = target if self._app_name is None else _app_handle(self._app_name)
         self._timeout_s = timeout_s
+        self._handle = target if self._app_name is None else _app_handle(self._app_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _settings(vars(self))
+
+    @cached_property
+    def _handle(self) -> Any:
+        assert self._app_name is not None, "any other handle travels along"
+        return _app_handle(self._app_name)
 
     async def score(
         self,
@@ -239,6 +258,12 @@ class AsyncRewardHandle:
                 failure = _as_service_error(error)
             await asyncio.sleep(pause_s(failure, attempt, deadline))
             attempt += 1
+
+
+def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a handle is pickled: not that of an application, which holds connections."""
+    is_app = state["_app_name"] is not None
+    return {name: value for name, value in state.items() if not (is_app and name == "_handle")}
 
 
 def _wanted(token_rewards: bool, turn_rewards: bool) -> tuple[bool, ...]:

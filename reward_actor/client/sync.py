@@ -25,7 +25,8 @@ Result = TypeVar("Result")
 class RewardClient:
     """`AsyncRewardClient` for code that waits: the same arguments and methods, from any thread.
 
-    Calls of several threads are merged as concurrent ones are there.
+    Calls of several threads are merged as concurrent ones are there. It is pickled and copied as
+    that is: the arguments travel, the token with them; the thread and the connections do not.
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class RewardClient:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._client.arguments()), ()
 
     def score(
         self,

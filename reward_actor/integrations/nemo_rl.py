@@ -58,7 +58,8 @@ class RewardEnvironment:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """config: url, prompt_key, error_reward, turn_rewards; all optional. Raises ValueError."""
-        self._scorer = client(url_or_variable(config.get("url")))
+        self._url = url_or_variable(config.get("url"))
+        client(self._url)  # raises now rather than at the first step
         self._prompt_key = config.get("prompt_key")
         self._error_reward = config.get("error_reward")
         self._rule = checked_rule(config.get("turn_rewards"))
@@ -78,7 +79,7 @@ class RewardEnvironment:
             for name in ("tools", "chat_template_kwargs")
         )
         groups, samples = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
-        scores = self._scorer.score_groups(groups, **wanted(self._rule))
+        scores = client(self._url).score_groups(groups, **wanted(self._rule))
         rewarded = samples.over_turns(scores, message_log_batch, self._rule)
         rewards = samples.chosen(rewarded, self._error_reward)
         n = len(message_log_batch)

@@ -42,7 +42,8 @@ class RewardStep:
         """env_config, extras: may hold `url`, `error_reward`, `tools`, `chat_template_kwargs` and
         `turn_rewards`; extras win. Raises ValueError."""
         super().__init__()
-        self._scorer = client(url_or_variable(_setting("url", env_config, extras)))
+        self._url = url_or_variable(_setting("url", env_config, extras))
+        client(self._url)  # raises now rather than at the first step
         error_reward = _setting("error_reward", env_config, extras)
         self._error_reward = None if error_reward is None else float(error_reward)
         self._told = [
@@ -60,7 +61,7 @@ class RewardStep:
     def step(self, action: str) -> dict[str, Any]:
         """The reward of the completion; the episode ends. Raises RewardServiceError."""
         groups, samples = to_groups([self._prompt], [action], *self._told)
-        scores = self._scorer.score_groups(groups, **wanted(self._rule))
+        scores = client(self._url).score_groups(groups, **wanted(self._rule))
         [reward] = samples.chosen(scores, self._error_reward)
         self._num_tokens = scores[0].num_tokens[0]
         metadata: dict[str, Any] = {"model_version": scores[0].model_version}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from reward_actor.client.sync import AsyncRewardClient, RewardClient
 from reward_actor.groups import Prompt
@@ -53,7 +53,8 @@ def reward_function(
     function. name: what TRL logs it as. timeout_s: of a client that is made here. turn_rewards: a
     completion's reward is this over the rewards at the ends of its assistant turns; by default the
     last one. The function raises RewardServiceError where the service is of no help, which ends the
-    training. Raises ValueError for a scorer or a rule that is none.
+    training. It can be pickled if its scorer can be, as clients and handles can. Raises ValueError
+    for a scorer or a rule that is none.
     """
     rule = checked_rule(turn_rewards)
     if isinstance(scorer, str):
@@ -61,27 +62,39 @@ def reward_function(
         scorer = make(scorer, timeout_s=timeout_s)
     elif asynchronous and not inspect.iscoroutinefunction(scorer.score_groups):
         raise ValueError("asynchronous needs an AsyncRewardClient or an AsyncRewardHandle")
-    if inspect.iscoroutinefunction(scorer.score_groups):
-        waits = cast("AsyncScorer", scorer)
+    is_async = inspect.iscoroutinefunction(scorer.score_groups)
+    return (_AsyncFunction if is_async else _Function)(scorer, rule, name)
 
-        async def rewards_soon(
-            prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
-        ) -> Rewards:
-            groups, samples = to_groups(prompts, completions, *_told(columns))
-            scores = await waits.score_groups(groups, **wanted(rule))
-            return samples.rewards(samples.over_turns(scores, completions, rule))
 
-        rewards_soon.__name__ = name
-        return rewards_soon
-    blocks = cast("Scorer", scorer)
+class _Scores:
+    """What TRL calls: an object, since pickle takes no function that is made in another."""
 
-    def rewards(prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any) -> Rewards:
+    def __init__(self, scorer: Any, rule: TurnRewards | None, name: str) -> None:
+        self.__name__ = name
+        self._scorer = scorer
+        self._rule = rule
+
+
+class _Function(_Scores):
+    def __call__(
+        self, /, prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
+    ) -> Rewards:
         groups, samples = to_groups(prompts, completions, *_told(columns))
-        scores = blocks.score_groups(groups, **wanted(rule))
-        return samples.rewards(samples.over_turns(scores, completions, rule))
+        scores = self._scorer.score_groups(groups, **wanted(self._rule))
+        return samples.rewards(samples.over_turns(scores, completions, self._rule))
 
-    rewards.__name__ = name
-    return rewards
+
+class _AsyncFunction(_Scores):
+    async def __call__(
+        self, /, prompts: Sequence[Prompt], completions: Sequence[Said], **columns: Any
+    ) -> Rewards:
+        groups, samples = to_groups(prompts, completions, *_told(columns))
+        scores = await self._scorer.score_groups(groups, **wanted(self._rule))
+        return samples.rewards(samples.over_turns(scores, completions, self._rule))
+
+    # Older versions of TRL ask inspect.iscoroutinefunction, which takes what has these for one.
+    __code__ = __call__.__code__
+    __defaults__ = __kwdefaults__ = None
 
 
 def _told(columns: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
+import pickle
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import httpx
 import pytest
 import ray
@@ -22,6 +25,7 @@ from ray.serve import RunTarget
 from reward_actor import (
     AsyncRewardHandle,
     Group,
+    RewardClient,
     RewardHandle,
     RewardScorer,
     RewardServiceError,
@@ -68,6 +72,42 @@ def test_a_driver_scores(service: str, rewards: list[float]) -> None:
         handle.score("Hi.", ["x"] * 501)
     assert refused.value.type == "too_many_tokens"
     assert "Traceback" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda value: pickle.loads(pickle.dumps(value)),
+        lambda value: pickle.loads(cloudpickle.dumps(value)),
+        copy.deepcopy,
+    ],
+)
+def test_a_copy_of_a_handle_finds_the_service_by_itself(
+    service: str, rewards: list[float], copied: Any
+) -> None:
+    handle, awaited = RewardHandle(timeout_s=50.0), AsyncRewardHandle("rayward")
+    handle.score_groups(GROUPS)
+    assert "_handle" not in handle.__getstate__()
+    for one in (copied(handle), copied(copied(handle))):
+        assert flat(one.score_groups(GROUPS)) == pytest.approx(rewards, abs=1e-5)
+        assert one.__getstate__() == {"_app_name": "rayward", "_timeout_s": 50.0}
+    got = asyncio.run(copied(awaited).score_groups(GROUPS))
+    assert flat(got) == pytest.approx(rewards, abs=1e-5)
+
+
+def test_clients_and_handles_are_arguments_of_a_ray_task(
+    service: str, rewards: list[float]
+) -> None:
+    groups = GROUPS
+
+    def scores(*scorers: Any) -> list[Any]:
+        return [scorer.score_groups(groups) for scorer in scorers]
+
+    task: Any = ray.remote(num_cpus=0.1)(scores)
+    with RewardClient(service) as client:
+        client.info()
+        for got in ray.get(task.remote(client, RewardHandle()), timeout=120):
+            assert flat(got) == pytest.approx(rewards, abs=1e-5)
 
 
 DRIVER = """
