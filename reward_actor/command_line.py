@@ -7,8 +7,8 @@ import difflib
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from reward_actor import clashes, terminal
 from reward_actor.errors import RewardServiceError
@@ -209,7 +209,6 @@ def _metavar(key: str, annotation: Any) -> str:
         return "|".join(args)
     if origin is Annotated:
         return _metavar(key, args[0])
-    if NoneType in args:
-        [kind] = (arg for arg in args if arg is not NoneType)
-        return _metavar(key, kind)
+    if origin in (Union, UnionType):
+        return "|".join(_metavar(key, arg) for arg in args if arg is not NoneType)
     return _TYPES.get(origin or annotation, "TEXT")

@@ -314,13 +314,15 @@ class ModelInfo(Wire):
 
 class Info(ModelInfo):
     """What is served and every limit that a caller can run into. `generation` grows by one with
-    every hot swap."""
+    every hot swap; `error_reward` is what other systems' routes answer for a sample that cannot be
+    scored."""
 
     model: str
     generation: int = 0
     num_replicas: int = 1
     engine: str = "forest"
     limits: dict[str, float]
+    error_reward: float | Literal["refuse"] = "refuse"
     warnings: list[MonitorWarning] = []
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -80,6 +81,10 @@ class ServeConfig(BaseModel):
     drop_in_scores: Literal["reward", "raw_score"] = Field(
         "reward", description="what other systems' protocols are answered with"
     )
+    error_reward: float | Literal["refuse"] = Field(
+        "refuse",
+        description="what these answer for a sample that cannot be scored; refuse: with an error",
+    )
     registry: str | None = Field(
         None, description="directory of models by name, for hot swaps; none: no swaps"
     )
@@ -129,6 +134,17 @@ class ServeConfig(BaseModel):
         le=1,
         description="share of rewards beyond nearly all held-out ones; above: same",
     )
+
+    @field_validator("error_reward", mode="before")
+    @classmethod
+    def error_reward_is_finite(cls, value: object) -> object:
+        try:
+            is_right = value == "refuse" or isfinite(float(str(value)))
+        except ValueError:
+            is_right = False
+        if not is_right:  # in one complaint, where pydantic has one for each type
+            raise ValueError("it must be a finite number, or refuse")
+        return value
 
     @model_validator(mode="after")
     def replicas_agree(self) -> ServeConfig:

@@ -138,6 +138,7 @@ class RewardService:
                 "max_batch_tokens": model.description.max_batch_tokens,
                 "max_length": model.contract.max_length,
             },
+            error_reward=self.config.error_reward,
             warnings=self.observer.warnings(),
         )
 

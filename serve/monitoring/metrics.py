@@ -58,6 +58,9 @@ REQUESTS = _counter("requests_total", "HTTP requests answered.", "route", "statu
 REJECTIONS = _counter("rejections_total", "Requests refused or failed.", "type")
 SAMPLES = _counter("samples_total", "Samples scored.")
 SAMPLE_ERRORS = _counter("sample_errors_total", "Samples without a reward.", "type")
+ERROR_REWARDS = _counter(
+    "error_rewards_total", "Samples answered with error_reward, without a reward.", "type"
+)
 TOKENS = _counter("tokens_total", "Tokens of the samples scored, each counted in full.")
 COMPUTED_TOKENS = _counter("computed_tokens_total", "Tokens computed, shared prefixes once.")
 SAVED_TOKENS = _counter("saved_tokens_total", "Tokens not computed, as their prefix is shared.")

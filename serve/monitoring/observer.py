@@ -115,6 +115,10 @@ class Observer:
     def refused(self, type_: str) -> None:
         self._recorder.count(metrics.REJECTIONS, 1, type_)
 
+    def error_rewarded(self, type_: str) -> None:
+        """A sample with this error was answered with `error_reward`."""
+        self._recorder.count(metrics.ERROR_REWARDS, 1, type_)
+
     def swapped(self, outcome: str) -> None:
         """`done`, or the type of the error."""
         self._recorder.count(metrics.SWAPS, 1, outcome)

@@ -1,14 +1,14 @@
 """What the protocols of others have in common: lenient requests, strict numbers.
 
 None of them has a place for the error of a single sample, so the first one that cannot be scored
-fails its request, with its index; nothing is ever substituted for a reward.
+fails its request, with its index, unless `error_reward` is a number that such samples get instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -22,10 +22,15 @@ from serve.protocols.native import check_model
 if TYPE_CHECKING:
     from fastapi import Response
 
+T = TypeVar("T")
+
 _TO_TEMPLATES = ("tools", "chat_template_kwargs")
 
 VERSION_HEADER = "Rayward-Model-Version"
 """The header with the model_version, which these replies have no field for."""
+
+ERROR_REWARDS_HEADER = "Rayward-Error-Rewards"
+"""The header with the number of samples that got `error_reward`, if any did."""
 
 
 class DropIn(BaseModel):
@@ -88,34 +93,49 @@ async def check_drop_in_model(service: RewardService, name: str | None) -> None:
 def values(service: RewardService, scored: Scored) -> list[float]:
     """One number a sample, in order: rewards, or raw scores where `drop_in_scores` says so.
 
-    Raises RewardServiceError, with its index, for the first sample that has none.
+    A sample that has none gets `error_reward`; if that is "refuse", the first such one raises
+    RewardServiceError, with its index.
     """
-    _check(scored)
     raw = service.config.drop_in_scores == "raw_score"
     found = [v for group in scored.results for v in (group.raw_scores if raw else group.rewards)]
-    return [value for value in found if value is not None]
+    return _with_error_reward(service, scored, found, lambda value: value)
 
 
 def token_values(service: RewardService, scored: Scored) -> list[list[float]]:
-    """One number for every token of every sample. Raises RewardServiceError as `values` does, and
-    where `drop_in_scores` asks for raw scores: tokens have rewards only."""
+    """One number for every token of every sample, or `error_reward` alone. Raises
+    RewardServiceError as `values` does, and where `drop_in_scores` asks for raw scores: tokens have
+    rewards only."""
     if service.config.drop_in_scores == "raw_score":
         raise RewardServiceError(
             "invalid_request",
             "this service answers other systems with raw scores (drop_in_scores), which it has for "
             "whole sequences only; POST /v1/score with token_rewards",
         )
-    _check(scored)
-    return [row for group in scored.results for row in group.token_rewards or [] if row is not None]
+    found = [row for group in scored.results for row in group.token_rewards or []]
+    return _with_error_reward(service, scored, found, lambda value: [value])
 
 
-def _check(scored: Scored) -> None:
+def _with_error_reward(
+    service: RewardService,
+    scored: Scored,
+    found: Sequence[T | None],
+    shaped: Callable[[float], T],
+) -> list[T]:
+    """What was found for each sample, or `error_reward` in its shape."""
     errors = [error for group in scored.results for error in group.errors]
-    for index, error in enumerate(errors):
-        if error is not None:
-            raise RewardServiceError(
-                "invalid_request", f"{error.type}: {error.message}", index=index
-            )
+    substitute = service.config.error_reward
+    answered: list[T] = []
+    for index, (value, error) in enumerate(zip(found, errors, strict=True)):
+        if error is None:
+            assert value is not None, "a sample without a reward has an error"
+            answered.append(value)
+        elif substitute == "refuse":
+            message = f"{error.type}: {error.message}"
+            raise RewardServiceError("invalid_request", message, index=index)
+        else:
+            service.observer.error_rewarded(error.type)
+            answered.append(shaped(substitute))
+    return answered
 
 
 def num_tokens(results: Iterable[GroupScores]) -> list[int]:
@@ -130,6 +150,15 @@ def sigmoid(value: float) -> float:
     return math.exp(value) / (1 + math.exp(value))
 
 
+def drop_in_headers(scored: Scored) -> dict[str, str]:
+    """Of a reply in the words of another system: what it has no field for."""
+    headers = {VERSION_HEADER: scored.model_version}
+    num_errors = sum(error is not None for group in scored.results for error in group.errors)
+    if num_errors:  # which got their error_reward, or there would be no reply
+        headers[ERROR_REWARDS_HEADER] = str(num_errors)
+    return headers
+
+
 def drop_in_reply(body: Any, scored: Scored) -> Response:
-    """JSON in the words of another system, with the model_version in a header."""
-    return json_reply(body, {VERSION_HEADER: scored.model_version})
+    """JSON in the words of another system."""
+    return json_reply(body, drop_in_headers(scored))

@@ -25,7 +25,7 @@ from serve.errors import answer_error
 from serve.http.auth import PublicRoute, ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols import kserve_tensors as tensors
-from serve.protocols.drop_in import VERSION_HEADER, DropIn, values
+from serve.protocols.drop_in import DropIn, drop_in_headers, values
 from serve.protocols.kserve_tensors import InputTensor
 from serve.protocols.native import check_model
 
@@ -220,7 +220,7 @@ async def infer(request: Request, name: str) -> Response:
     reply = {"model_name": name, "model_version": scored.model_version, "outputs": [output]}
     if asked.id is not None:
         reply["id"] = asked.id
-    headers = {VERSION_HEADER: scored.model_version}
+    headers = drop_in_headers(scored)
     if not is_binary:
         output["data"] = found
         return Response(to_json(reply), headers=headers, media_type="application/json")

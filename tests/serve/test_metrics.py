@@ -81,6 +81,7 @@ def url(service: str, watched_dir: Path) -> Iterator[str]:
         threads_per_replica=1,
         num_ingress=2,
         max_request_samples=400,
+        error_reward=-10.0,
         access_log=True,
     )
     serve.run(build(resolve(config), use_gpu=False), name=NAME, route_prefix=f"/{NAME}")
@@ -176,6 +177,8 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
     assert httpx.post(f"{url}/v1/admin/models", json={"model": CANARY}).status_code == 404
     too_long = {"prompt": CANARY * 1000, "completions": ["a"]}
     assert httpx.post(f"{url}/v1/score", json={"groups": [too_long]}).status_code == 200
+    answered = httpx.post(f"{url}/get_reward", json={"query": ["a", CANARY * 1000, CANARY * 999]})
+    assert answered.json()["rewards"][1:] == [-10.0, -10.0]
     too_many = [Group(prompt_ids=[5], completion_ids=[[6]] * 401)]
     with RewardClient(url) as client, pytest.raises(RewardServiceError, match="401"):
         client.score_groups(too_many)
@@ -205,6 +208,7 @@ def test_prometheus_finds_every_metric(url: str, scorer: RewardScorer) -> None:
             for labels in found[name]:
                 assert {key for key, _ in labels} - {"le"} == set(metric.labels), name
     assert found["ray_rayward_sample_errors_total"][(("type", "too_long"),)] >= 1
+    assert found["ray_rayward_error_rewards_total"][(("type", "too_long"),)] >= 2
     assert found["ray_rayward_swaps_total"][(("outcome", "not_found"),)] >= 1
     given, computed, saved = (
         sum(found[f"ray_rayward_{name}_total"].values())

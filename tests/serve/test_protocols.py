@@ -6,7 +6,7 @@ The bodies are those that the clients' own code builds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline import reward, templated
 
-from reward_actor import Group, RewardScorer
+from reward_actor import Group, RewardClient, RewardScorer
+from reward_actor.config_errors import validate
+from serve.config import ServeConfig
 from serve.http.requests import check
-from serve.protocols.drop_in import VERSION_HEADER, sigmoid
+from serve.protocols.drop_in import ERROR_REWARDS_HEADER, VERSION_HEADER, sigmoid
 from serve.protocols.kserve import InferRequest
 from serve.protocols.llama_factory import LlamaFactoryRequest
 from serve.protocols.openrlhf import OpenRlhfRequest
@@ -236,6 +238,12 @@ def test_one_bad_sample_fails_its_request_and_is_named(http: httpx.Client) -> No
         assert "word word" not in reply.text
 
 
+def test_no_reply_without_an_error_says_that_it_has_any(http: httpx.Client) -> None:
+    for path, body in PATHS.items():
+        assert ERROR_REWARDS_HEADER not in http.post(path, json=body).headers
+    assert http.get("/info").json()["error_reward"] == "refuse"
+
+
 def test_every_route_is_described_with_examples_that_work(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     tried = 0
@@ -285,24 +293,139 @@ def test_the_sigmoid_takes_any_number(value: float) -> None:
     assert sigmoid(value) + sigmoid(-value) == pytest.approx(1.0)
 
 
-@pytest.fixture(scope="module")
-def raw_url(service: str, seeds: list[Path]) -> Iterator[str]:
-    """A service that answers other systems with raw scores of a model that is normalised."""
+def application(service: str, name: str, config: ServeConfig) -> Iterator[str]:
+    """The URL of a second application of the shared service's cluster."""
     from ray import serve
 
     from serve.app import build, resolve
-    from serve.config import ServeConfig
 
-    config = ServeConfig(
-        model=str(seeds[1]),
-        device="cpu",
-        cpus_per_replica=0.5,
-        threads_per_replica=1,
-        drop_in_scores="raw_score",
+    config = config.model_copy(
+        update={"device": "cpu", "cpus_per_replica": 0.5, "threads_per_replica": 1}
     )
-    serve.run(build(resolve(config), use_gpu=False), name="raw", route_prefix="/raw")
-    yield service + "/raw"
-    serve.delete("raw")
+    serve.run(build(resolve(config), use_gpu=False), name=name, route_prefix=f"/{name}")
+    yield f"{service}/{name}"
+    serve.delete(name)
+
+
+ERROR_REWARD = -10.0
+
+
+@pytest.fixture(scope="module")
+def lenient(service: str, export_dir: Path) -> Iterator[httpx.Client]:
+    """A service that answers a number for what cannot be scored."""
+    config = ServeConfig(model=str(export_dir), error_reward=ERROR_REWARD)
+    for url in application(service, "lenient", config):
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield client
+
+
+GOOD = "An apple and a pear."
+
+
+def bad_among_good() -> dict[str, tuple[str, Any, Callable[[Any], list[float]]]]:
+    """Of each protocol: its path, a body whose second sample of three is too long, and where a
+    reply has its numbers."""
+    texts = [GOOD, TOO_LONG, GOOD]
+    sentences = {"name": "sentences", "datatype": "BYTES", "shape": [3], "data": texts}
+    infer = "/v2/models/reward_model/infer"
+    # fmt: off
+    return {
+        "OpenRLHF": ("/get_reward", openrlhf(texts), lambda r: r["rewards"]),
+        "vLLM classify": (
+            "/classify", {"input": texts}, lambda r: [one["probs"][0] for one in r["data"]]
+        ),
+        "vLLM pooling": (
+            "/pooling", {"input": texts}, lambda r: [one["data"][0] for one in r["data"]]
+        ),
+        "vLLM tokens": (
+            "/pooling", {"input": texts, "task": "token_classify"},
+            lambda r: [one["data"][-1][0] for one in r["data"]],
+        ),
+        "OpenAI": (
+            "/v1/embeddings", {"input": texts}, lambda r: [one["embedding"][0] for one in r["data"]]
+        ),
+        "SGLang classify": (
+            "/classify", {"text": texts}, lambda r: [one["embedding"][0] for one in r]
+        ),
+        "SGLang score": (
+            "/v1/score", {"query": "a ", "items": texts}, lambda r: [s for [s] in r["scores"]]
+        ),
+        "TEI": (
+            "/predict", {"inputs": [[text] for text in texts], "raw_scores": True},
+            lambda r: [one["score"] for [one] in r],
+        ),
+        "LLaMA-Factory": ("/v1/score/evaluation", {"messages": texts}, lambda r: r["scores"]),
+        "KServe": (infer, {"inputs": [sentences]}, lambda r: r["outputs"][0]["data"]),
+    }
+    # fmt: on
+
+
+@pytest.mark.parametrize("protocol", bad_among_good())
+def test_a_sample_that_cannot_be_scored_gets_the_error_reward(
+    http: httpx.Client, lenient: httpx.Client, protocol: str
+) -> None:
+    path, body, numbers = bad_among_good()[protocol]
+    refused = http.post(path, json=body)
+    assert refused.status_code == 422
+    assert "too_long" in refused.text
+    reply = lenient.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    first, substitute, last = numbers(reply.json())
+    assert substitute == ERROR_REWARD
+    assert first == last != ERROR_REWARD
+    assert reply.headers[ERROR_REWARDS_HEADER] == "1"
+    short = json.loads(json.dumps(body).replace(TOO_LONG, GOOD))
+    whole = http.post(path, json=short)
+    assert numbers(whole.json()) == close([first] * 3), "the others' rewards are what they were"
+
+
+def test_one_sample_alone_gets_the_error_reward(lenient: httpx.Client) -> None:
+    alone = {"prompt": "Hi.", "response": TOO_LONG}
+    assert lenient.post("/reward/slime", json=alone).json() == ERROR_REWARD
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": TOO_LONG}]
+    classified = lenient.post("/classify", json={"messages": said}).json()
+    assert classified["data"][0]["probs"] == [ERROR_REWARD]
+    for error in ([6, 9999], []):  # of the vocabulary, and nothing at all
+        reply = lenient.post("/classify", json={"input": [[5], error]})
+        assert reply.json()["data"][1]["probs"] == [ERROR_REWARD]
+    activated = lenient.post("/predict", json={"inputs": TOO_LONG}).json()
+    assert activated[0]["score"] == pytest.approx(sigmoid(ERROR_REWARD)), "as any reward is"
+
+
+def test_nothing_but_a_samples_error_gets_the_error_reward(lenient: httpx.Client) -> None:
+    for path, body, status in (
+        ("/get_reward", {"query": ["fine", 7]}, 422),
+        ("/classify", {"input": ["fine"], "model": "another"}, 404),
+        ("/v1/score", {"query": "a", "items": ["b"] * 10_001}, 413),
+    ):
+        assert lenient.post(path, json=body).status_code == status
+
+
+def test_the_native_route_has_no_error_reward(lenient: httpx.Client) -> None:
+    group = {"prompt": "Hi.", "completions": ["Hello.", TOO_LONG]}
+    reply = lenient.post("/v1/score", json={"groups": [group]})
+    [result] = reply.json()["results"]
+    assert result["rewards"][1] is None
+    assert result["errors"][1]["type"] == "too_long"
+    assert ERROR_REWARDS_HEADER not in reply.headers
+    with RewardClient(str(lenient.base_url)) as client:
+        scores = client.score("Hi.", ["Hello.", TOO_LONG])
+        assert scores.rewards == [close(result["rewards"][0]), None]
+        assert client.info().error_reward == ERROR_REWARD
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "none", None, [1.0]])
+def test_an_error_reward_is_a_finite_number(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^error_reward is .*: it must be a finite number, or re"):
+        validate(ServeConfig, {"model": "m", "error_reward": value})
+    assert validate(ServeConfig, {"model": "m", "error_reward": "-10"}).error_reward == -10.0
+
+
+@pytest.fixture(scope="module")
+def raw_url(service: str, seeds: list[Path]) -> Iterator[str]:
+    """A service that answers other systems with raw scores of a model that is normalised."""
+    config = ServeConfig(model=str(seeds[1]), drop_in_scores="raw_score")
+    yield from application(service, "raw", config)
 
 
 def test_raw_scores_can_be_had_for_all_of_them(raw_url: str, seeds: list[Path]) -> None:
