@@ -108,30 +108,32 @@ def test_trl_trains_a_policy_on_the_service(
             return seen[-1][1]
 
     prompts = [[{"role": "user", "content": text}] for text in ("Name two fruits.", "Hi.")]
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base_model),
-        processing_class=AutoTokenizer.from_pretrained(base_model),
-        reward_funcs=[ours, watching],
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=8,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-        ),
-    )
-    trainer.train()
-    logged = [row for row in trainer.state.log_history if "rewards/rayward/mean" in row]
-    assert len(logged) == len(seen) == 2
-    for row, (num, got) in zip(logged, seen, strict=True):
-        assert num == 4
-        assert row["rewards/rayward/mean"] == pytest.approx(sum(got) / num, abs=1e-4)
+    for _ in range(2 if asynchronous else 1):  # each trainer has a loop, and keeps it
+        seen.clear()
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(base_model),
+            processing_class=AutoTokenizer.from_pretrained(base_model),
+            reward_funcs=[ours, watching],
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            args=GRPOConfig(
+                output_dir=str(tmp_path),
+                max_steps=2,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                max_completion_length=8,
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=1,
+                disable_tqdm=True,
+            ),
+        )
+        trainer.train()
+        logged = [row for row in trainer.state.log_history if "rewards/rayward/mean" in row]
+        assert len(logged) == len(seen) == 2
+        for row, (num, got) in zip(logged, seen, strict=True):
+            assert num == 4
+            assert row["rewards/rayward/mean"] == pytest.approx(sum(got) / num, abs=1e-4)
 
 
 # ---- OpenRLHF
