@@ -37,8 +37,8 @@ SWAP_TIMEOUT_S = 600.0
 
 
 class AsyncRewardClient:
-    """Calls a running service, from any event loop: each has connections of its own, which end when
-    another loop is used and theirs is idle.
+    """Calls a running service, from any event loop: each has connections of its own, which end with
+    it, or when the client is called from another loop while this one has no call under way.
 
     urls: one address, several in a list, or several in a string with commas; requests go to each in
     turn, and one that fails is left aside for a while. token: the bearer token, by default

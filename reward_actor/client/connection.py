@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -57,7 +57,7 @@ class Proxy:
     variable: the environment's, which names it.
     """
 
-    url: str
+    url: str = field(repr=False)
     variable: str
 
     def __str__(self) -> str:
@@ -124,8 +124,15 @@ def unreachable(
 
 
 def _refusal_of(proxy: Proxy | None, url: str, reply: httpx.Response) -> RewardServiceError | None:
-    """What a proxy's own reply means; None for one of the service, which all have an id."""
-    if proxy is None or reply.status_code == 200 or "X-Request-Id" in reply.headers:
+    """What a proxy's own reply means; None for one of the service, which all have an id. Out of a
+    tunnel (for TLS, or a SOCKS proxy's) comes nothing of a proxy's own."""
+    if (
+        proxy is None
+        or urlsplit(url).scheme == "https"
+        or urlsplit(proxy.url).scheme[:5] == "socks"
+    ):
+        return None
+    if reply.status_code == 200 or "X-Request-Id" in reply.headers:
         return None
     return _refused(proxy, url, reply.status_code)
 

@@ -203,6 +203,8 @@ def test_a_tunnel_through_a_proxy_is_the_services_own(
         environment.setenv("HTTPS_PROXY", through.url)
         with RewardClient("https://rewards.invalid", verify=False) as client:
             assert client.score("p", ["xyz"]).rewards == [3.0]
+            with pytest.raises(RewardServiceError, match=r"^not_found: https://rewards.invalid "):
+                client.info()
         assert through.asked == ["CONNECT rewards.invalid:443 HTTP/1.1"]
         with (
             RewardClient("https://rewards.invalid") as client,
