@@ -7,7 +7,7 @@ has K members.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,6 +154,16 @@ class GroupScores:
         """Every field by its name, as JSON has it; the lists are these, not copies."""
         errors = [None if error is None else asdict(error) for error in self.errors]
         return vars(self) | {"errors": errors}
+
+
+def joined(parts: Sequence[GroupScores]) -> GroupScores:
+    """The scores of several groups as those of one. The version is the first one's."""
+    lists: dict[str, Any] = {
+        name: [each for part in parts for each in getattr(part, name)]
+        for name, value in vars(parts[0]).items()
+        if isinstance(value, list)
+    }
+    return replace(parts[0], **lists)
 
 
 class TruncatedIds(list[int]):

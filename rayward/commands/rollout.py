@@ -240,13 +240,13 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
         except ValueError:
             other[name.strip().replace("-", "_")] = value
     return Sampling(
-        arguments.num_completions,
-        arguments.temperature,
-        arguments.top_p,
-        arguments.max_tokens,
-        arguments.seed,
-        arguments.stop,
-        other,
+        num_completions=arguments.num_completions,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        other=other,
     )
 
 

@@ -7,33 +7,50 @@ chat template and the ids are those of its text under them; as text otherwise.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from reward_actor import schema
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
+from reward_actor.conversation import as_messages
 from reward_actor.errors import ErrorType, RewardServiceError
-from reward_actor.groups import Group, GroupScores, SampleError
+from reward_actor.groups import Group, GroupScores, Message, SampleError, joined
 from reward_actor.model.tokenizer import tokenizer_fingerprint
 from reward_actor.prompts import RenderError
 from reward_actor.render import Renderer
 from reward_actor.rollout.engine import PolicyEngine, Running, Weights
 from reward_actor.rollout.policy import Policy, check_weights, group_to_score
-from reward_actor.rollout.records import Question, RolloutGroup, Sampling, VllmSettings, asked
+from reward_actor.rollout.records import (
+    Environment,
+    Question,
+    RolloutGroup,
+    Sampling,
+    Turn,
+    VllmSettings,
+    asked,
+)
 
 logger = logging.getLogger(__name__)
 
 # What the service refuses of one group, and would of it again.
 _OF_A_GROUP = ("invalid_request", "body_too_large", "too_many_tokens")
 _POLL_S = 0.05
+_SEEDS_OF_A_TURN = 2**32
+
+Adapters = Mapping[str, tuple[str, int]]
+"""Name of a LoRA adapter -> its directory and version."""
 
 
 class Scorer(Protocol):
     """What a rollout actor scores with: an HTTP client, a Serve handle, an actor's handle."""
 
-    async def score_groups(self, groups: Sequence[Group]) -> list[GroupScores]: ...
+    async def score_groups(
+        self, groups: Sequence[Group], token_rewards: bool = False, turn_rewards: bool = False
+    ) -> list[GroupScores]: ...
 
     async def info(self) -> schema.Info: ...
 
@@ -53,7 +70,9 @@ class RolloutActor:
         self._is_awake = asyncio.Event()
         self._num_sampling = 0
 
-    async def start(self, weights: Weights | None = None, version: int = 0) -> str:
+    async def start(
+        self, weights: Weights | None = None, version: int = 0, adapters: Adapters | None = None
+    ) -> str:
         """Load the policy, and return how rollouts travel to the scorer: "token ids", "text", or
         "no scorer". weights: other ones than those of its directory.
 
@@ -62,7 +81,7 @@ class RolloutActor:
         self._policy = Policy.load(self._settings.model)
         self._max_length = self._settings.max_model_len or self._policy.max_length
         travels_as = await self._learn_rendering()
-        await self.wake(weights, version)
+        await self.wake(weights, version, adapters or {})
         return travels_as
 
     async def _learn_rendering(self) -> str:
@@ -81,11 +100,17 @@ class RolloutActor:
         return "token ids"
 
     async def rollout(
-        self, index: int, question: Question, sampling: Sampling, seed: int
+        self,
+        index: int,
+        question: Question,
+        sampling: Sampling,
+        seed: int,
+        environment: Environment | None = None,
     ) -> RolloutGroup:
         """Sample a prompt and score its completions. Equal seeds give equal rollouts.
 
-        Raises EngineDied, RewardServiceError, and ValueError for a sampling that vLLM refuses.
+        Raises EngineDied, RewardServiceError, ValueError for a sampling that vLLM refuses or
+        messages of an environment that cannot be rendered, and what an environment raises.
         """
         group = asked(question)
         assert group.prompt is not None
@@ -93,33 +118,80 @@ class RolloutActor:
             index, group.prompt, tools=group.tools, template_args=group.template_args
         )
         try:
-            rollout.prompt_ids = prompt_ids = self._policy.prompt_ids(group)
+            if environment is not None and not self._policy.prompts.is_chat:
+                raise RenderError("an environment needs a policy with a chat template")
+            rollout.prompt_ids = self._policy.prompt_ids(group)
+            if not self._room(rollout.prompt_ids):
+                raise RenderError(
+                    f"the prompt has {len(rollout.prompt_ids)} tokens; the policy takes "
+                    f"{self._max_length}"
+                )
         except RenderError as error:
             rollout.error = str(error)
             return rollout
-        room = self._max_length - len(prompt_ids)
-        if room < 1:
-            rollout.error = (
-                f"the prompt has {len(prompt_ids)} tokens; the policy takes {self._max_length}"
+        turns = await self._sample(rollout.prompt_ids, sampling, seed)
+        if environment is not None:
+            conversing = (
+                self._converse(group, turn, sampling, seed + place, environment)
+                for place, turn in enumerate(turns)
             )
-            return rollout
-        await self._is_awake.wait()
-        assert self._engine is not None
-        self._num_sampling += 1
-        try:
-            sampled = await self._engine.sample(
-                prompt_ids, sampling, seed, min(sampling.max_tokens, room)
-            )
-        finally:
-            self._num_sampling -= 1
-        vars(rollout).update(vars(sampled))
+            for of_one, conversation in await asyncio.gather(*conversing):
+                rollout.turns.append(of_one)
+                rollout.conversations.append(conversation)
+            turns = [of_one[-1] for of_one in rollout.turns]
+        rollout.end_with(turns)
         if self._scorer is not None:
             await self._score(rollout, self._scorer)
         return rollout
 
+    def _room(self, prompt_ids: list[int]) -> int:
+        return max(0, self._max_length - len(prompt_ids))
+
+    async def _sample(self, prompt_ids: list[int], sampling: Sampling, seed: int) -> list[Turn]:
+        await self._is_awake.wait()
+        assert self._engine is not None
+        self._num_sampling += 1
+        try:
+            max_tokens = min(sampling.max_tokens, self._room(prompt_ids))
+            return await self._engine.sample(prompt_ids, sampling, seed, max_tokens)
+        finally:
+            self._num_sampling -= 1
+
+    async def _converse(
+        self, group: Group, turn: Turn, sampling: Sampling, seed: int, environment: Environment
+    ) -> tuple[list[Turn], list[Message]]:
+        """The turns of one completion as long as the environment answers and there is room, and
+        the conversation that they are of."""
+        assert group.prompt is not None
+        turns = [turn]
+        conversation = [*as_messages(group.prompt), _said(turn)]
+        single = replace(sampling, num_completions=1)
+        while len(turns) < sampling.max_turns and turns[-1].finish_reason != "length":
+            answer = environment(list(conversation))
+            if inspect.isawaitable(answer):
+                answer = await answer
+            if not answer:
+                break
+            prompt_ids = self._policy.prompt_ids(replace(group, prompt=[*conversation, *answer]))
+            if not self._room(prompt_ids):
+                turns[-1] = replace(turns[-1], finish_reason="length")
+                break
+            turns += await self._sample(prompt_ids, single, seed + len(turns) * _SEEDS_OF_A_TURN)
+            conversation += [*answer, _said(turns[-1])]
+        return turns, conversation
+
     async def _score(self, rollout: RolloutGroup, scorer: Scorer) -> None:
         try:
-            [rollout.scores] = await scorer.score_groups([self._group(rollout)])
+            if rollout.conversations:
+                groups = [
+                    Group(
+                        said[:-1], [text], template_args=rollout.template_args, tools=rollout.tools
+                    )
+                    for said, text in zip(rollout.conversations, rollout.completions, strict=True)
+                ]
+                rollout.scores = joined(await scorer.score_groups(groups, turn_rewards=True))
+            else:
+                [rollout.scores] = await scorer.score_groups([self._group(rollout)])
         except RewardServiceError as error:
             if error.type not in _OF_A_GROUP:
                 raise
@@ -152,6 +224,11 @@ class RolloutActor:
         await self._engine.update_weights(weights, version, running)
         self._version = version
 
+    async def load_adapter(self, name: str, directory: str, version: int) -> None:
+        await self._is_awake.wait()
+        assert self._engine is not None
+        await self._engine.load_adapter(name, directory, version)
+
     async def sleep(self) -> None:
         """Once what runs has finished, free the GPU's memory; on a CPU, drop the engine."""
         await self._is_awake.wait()
@@ -165,18 +242,24 @@ class RolloutActor:
             self._engine.close()
             self._engine = None
 
-    async def wake(self, weights: Weights | None, version: int) -> None:
+    async def wake(self, weights: Weights | None, version: int, adapters: Adapters) -> None:
         """Sample (again), with these weights where they are others than before."""
         if self._engine is None:
             self._engine = PolicyEngine(self._settings, self._max_length)
             await self._engine.set_version(0)
             self._version = 0
+            for name, (directory, of_adapter) in adapters.items():
+                await self._engine.load_adapter(name, directory, of_adapter)
         else:
             await self._engine.wake()
         if weights is not None and version != self._version:
             await self._engine.update_weights(weights, version, "finish")
             self._version = version
         self._is_awake.set()
+
+
+def _said(turn: Turn) -> Message:
+    return {"role": "assistant", "content": turn.completion}
 
 
 def _unscored(num_completions: int, error: RewardServiceError) -> GroupScores:

@@ -6,17 +6,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_actor.errors import EngineDied
 from reward_actor.reaper import Reaper
-from reward_actor.rollout.records import Sampling, VllmSettings
+from reward_actor.rollout.records import Sampling, Turn, VllmSettings
 from reward_actor.rollout.vllm_worker import PolicyWorker
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm.lora.request import LoRARequest
 
 Running = Literal["finish", "resume"]
 """What becomes of requests that run while weights are updated: they finish on the version that
@@ -31,18 +31,6 @@ _SHARED_MEMORY = Path("/dev/shm")
 _SHUTDOWN_S = 15.0
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The n completions of one prompt; see `RolloutGroup`."""
-
-    completions: list[str]
-    completion_ids: list[list[int]]
-    log_probs: list[list[float]]
-    policy_versions: list[list[int]]
-    finish_reasons: list[str]
-    ended_with_eos: list[bool]
-
-
 class PolicyEngine:
     """One policy in one vLLM engine, on a GPU or several of this machine, or on the CPU."""
 
@@ -53,6 +41,8 @@ class PolicyEngine:
 
         self._settings = settings
         self._num_requests = 0
+        self._num_adapters = 0
+        self._adapters: dict[str, tuple[LoRARequest, int]] = {}
         self._reaper = Reaper()
         os.environ.update(self._reaper.environment)  # read by the processes that it starts
         arguments: dict[str, Any] = {
@@ -64,6 +54,12 @@ class PolicyEngine:
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": f"{PolicyWorker.__module__}.{PolicyWorker.__qualname__}",
         }
+        if settings.max_adapters:
+            arguments |= {
+                "enable_lora": True,
+                "max_lora_rank": settings.max_adapter_rank,
+                "max_loras": settings.max_adapters + 1,  # while one takes another's place
+            }
         if settings.num_gpus:
             arguments |= {
                 "tensor_parallel_size": settings.num_gpus,
@@ -88,8 +84,9 @@ class PolicyEngine:
 
     async def sample(
         self, prompt_ids: list[int], sampling: Sampling, seed: int, max_tokens: int
-    ) -> Sampled:
-        """Raises EngineDied, and ValueError for a sampling that vLLM does not take."""
+    ) -> list[Turn]:
+        """The n completions of a prompt. Raises EngineDied, and ValueError for a sampling that vLLM
+        does not take and an adapter that is not loaded."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -108,26 +105,34 @@ class PolicyEngine:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"vLLM does not take this sampling: {error}") from error
+        if sampling.adapter is not None and sampling.adapter not in self._adapters:
+            raise ValueError(f"no adapter {sampling.adapter!r} is loaded; update_weights loads one")
+        adapter, version = self._adapters.get(sampling.adapter or "", (None, None))
         self._num_requests += 1
         final: Any = None
         try:
             async for output in self._engine.generate(
-                {"prompt_token_ids": prompt_ids}, parameters, f"rollout-{self._num_requests}"
+                {"prompt_token_ids": prompt_ids},
+                parameters,
+                f"rollout-{self._num_requests}",
+                lora_request=adapter,
             ):
                 final = output
         except EngineDeadError as error:
             raise EngineDied("vLLM's engine core has ended") from error
         outputs = sorted(final.outputs, key=lambda output: output.index)
-        return Sampled(
-            completions=[output.text for output in outputs],
-            completion_ids=[list(output.token_ids) for output in outputs],
-            log_probs=[_log_probs(output) for output in outputs],
-            policy_versions=[_versions(output) for output in outputs],
-            finish_reasons=[output.finish_reason for output in outputs],
-            ended_with_eos=[
-                output.finish_reason == "stop" and output.stop_reason is None for output in outputs
-            ],
-        )
+        return [
+            Turn(
+                prompt_ids,
+                output.text,
+                list(output.token_ids),
+                _log_probs(output),
+                _versions(output) if version is None else [version] * len(output.token_ids),
+                output.finish_reason,
+                output.finish_reason == "stop" and output.stop_reason is None,
+            )
+            for output in outputs
+        ]
 
     async def answer(self) -> None:
         """Return once the engine core does. Raises EngineDied."""
@@ -149,6 +154,19 @@ class PolicyEngine:
             await self._engine.resume_generation()
             if not isinstance(weights, str):
                 shutil.rmtree(directory)
+
+    async def load_adapter(self, name: str, directory: str, version: int) -> None:
+        """Sample with this LoRA adapter where one is asked for by this name; what runs finishes on
+        the one before. Raises ValueError for one that vLLM does not take."""
+        from vllm.lora.request import LoRARequest
+
+        self._num_adapters += 1  # vLLM knows them, and what was cached of them, by number
+        adapter = LoRARequest(name, self._num_adapters, directory)
+        try:
+            await self._engine.add_lora(adapter)
+        except Exception as error:  # whatever its process raised comes as a plain one
+            raise ValueError(f"{directory}: vLLM does not take this adapter: {error}") from error
+        self._adapters[name] = adapter, version
 
     async def set_version(self, version: int) -> None:
         """Of the weights that it has."""

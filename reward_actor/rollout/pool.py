@@ -23,10 +23,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from reward_actor.actor import is_model_directory, start_scorer_actor
 from reward_actor.cluster import connect, require_resources
 from reward_actor.errors import EngineDied
-from reward_actor.rollout.actor import RolloutActor
+from reward_actor.rollout.actor import Adapters, RolloutActor
 from reward_actor.rollout.engine import Running
 from reward_actor.rollout.policy import Policy, longest_needed
-from reward_actor.rollout.records import Question, RolloutGroup, Sampling, VllmSettings, asked
+from reward_actor.rollout.records import (
+    Environment,
+    Question,
+    RolloutGroup,
+    Sampling,
+    VllmSettings,
+    asked,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +93,8 @@ class RolloutPool:
         self.hang_timeout_s = hang_timeout_s
         self.policy_version = 0
         self._weights: Any = None  # other ones than the directory's: a path, or tensors in Ray
+        self._weights_version = 0
+        self._adapters: dict[str, tuple[str, int]] = {}
         self._is_asleep = False
         self._num_lost_in_a_row = 0
         self._lock = threading.RLock()
@@ -112,25 +121,35 @@ class RolloutPool:
             raise
 
     def rollouts(
-        self, prompts: Iterable[Question], sampling: Sampling, indices: Iterable[int] | None = None
+        self,
+        prompts: Iterable[Question],
+        sampling: Sampling,
+        indices: Iterable[int] | None = None,
+        *,
+        environment: Environment | None = None,
     ) -> Rollouts:
         """The rollouts of every prompt, as they come. indices: of the prompts, where they are not
-        all; seeds go by them."""
+        all; seeds go by them. environment: answers the policy, for several turns."""
         numbered = enumerate(prompts) if indices is None else zip(indices, prompts, strict=True)
-        return Rollouts(self, numbered, sampling)
+        return Rollouts(self, numbered, sampling, environment)
 
     def update_weights(
         self,
         weights: str | Path | Mapping[str, Tensor],
         version: int | None = None,
         running: Running = "finish",
+        adapter: str | None = None,
     ) -> int:
         """Sample with other weights from now on, and return their version: the one given, or the
         last one's plus 1. Requests may run meanwhile; see `Running` for what becomes of them.
 
         weights: a directory that every actor sees, or tensors, by the names that the policy's
-        safetensors have. Raises ValueError for other names or shapes; the old weights stay.
+        safetensors have. adapter: what they are a LoRA adapter of this name for, in a directory; it
+        is sampled where `Sampling.adapter` names it, and what runs finishes on the one before.
+        Raises ValueError for other names or shapes; the old weights stay.
         """
+        if adapter is not None:
+            return self._update_adapter(adapter, weights, version)
         given: Any = (
             str(Path(weights).absolute())
             if isinstance(weights, str | Path)
@@ -140,11 +159,31 @@ class RolloutPool:
             self._tell(self._actors_now(), "check_weights", given)
             with self._lock:
                 self._weights = given
-                self.policy_version = self.policy_version + 1 if version is None else version
+                self._weights_version = self.policy_version = self._next(version)
                 actors = list(self._actors)  # what starts from now on has the new weights
             if not self._is_asleep:
                 self._tell(actors, "update_weights", given, self.policy_version, running)
             return self.policy_version
+
+    def _update_adapter(self, name: str, weights: object, version: int | None) -> int:
+        if not isinstance(weights, str | Path):
+            raise ValueError("an adapter is given as a directory")
+        if name not in self._adapters and len(self._adapters) == self.settings.max_adapters:
+            raise ValueError(
+                f"VllmSettings.max_adapters is {self.settings.max_adapters}; {name!r} is one more"
+            )
+        directory = str(Path(weights).absolute())
+        with self._updating:
+            if self._is_asleep:
+                raise ValueError("the pool is asleep; wake it first")
+            version = self._next(version)
+            self._tell(self._actors_now(), "load_adapter", name, directory, version)
+            self._adapters[name] = directory, version
+            self.policy_version = version
+            return version
+
+    def _next(self, version: int | None) -> int:
+        return self.policy_version + 1 if version is None else version
 
     def sleep(self) -> None:
         """Give the engines' memory back, once what runs has finished; prompts wait until `wake`. On
@@ -157,7 +196,7 @@ class RolloutPool:
     def wake(self) -> None:
         """Sample again, with the last weights."""
         with self._updating:
-            self._tell(self._actors_now(), "wake", self._weights, self.policy_version)
+            self._tell(self._actors_now(), "wake", *self._state)
             self._is_asleep = False
 
     def close(self) -> None:
@@ -201,7 +240,12 @@ class RolloutPool:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, bundle),
         )
         handle = remote.remote(settings, self._scorer)
-        return _Actor(handle, handle.start.remote(self._weights, self.policy_version))
+        return _Actor(handle, handle.start.remote(*self._state))
+
+    @property
+    def _state(self) -> tuple[Any, int, Adapters]:
+        """What an engine that starts must be brought to."""
+        return self._weights, self._weights_version, self._adapters
 
     def _actors_now(self) -> list[_Actor]:
         with self._lock:
@@ -301,11 +345,16 @@ class Rollouts:
     """An iterator, for `for` and for `async for`, over the rollouts of prompts as they are done."""
 
     def __init__(
-        self, pool: RolloutPool, prompts: Iterable[tuple[int, Question]], sampling: Sampling
+        self,
+        pool: RolloutPool,
+        prompts: Iterable[tuple[int, Question]],
+        sampling: Sampling,
+        environment: Environment | None,
     ) -> None:
         self._pool = pool
         self._prompts = iter(prompts)
         self._sampling = sampling
+        self._environment = environment
         self._is_exhausted = False
         self._again: deque[_Prompt] = deque()
         self._calls: dict[Any, tuple[_Prompt, _Actor, int]] = {}
@@ -361,7 +410,9 @@ class Rollouts:
             num_tokens = _num_tokens(prompt.question, self._sampling)
             actor.running_tokens += num_tokens
             actor.num_running += 1
-            call = actor.handle.rollout.remote(prompt.index, prompt.question, self._sampling, seed)
+            call = actor.handle.rollout.remote(
+                prompt.index, prompt.question, self._sampling, seed, self._environment
+            )
             self._calls[call] = (prompt, actor, num_tokens)
 
     def _next_prompt(self) -> _Prompt | None:
@@ -401,6 +452,7 @@ def rollout(
     sampling: Sampling | None = None,
     *,
     num_actors: int = 1,
+    environment: Environment | None = None,
 ) -> list[RolloutGroup]:
     """The scored rollouts of every prompt, in their order: `RolloutPool` in one call, on this
     machine's own Ray cluster if the process is in none.
@@ -417,7 +469,8 @@ def rollout(
         policy = VllmSettings(policy, num_gpus, max_model_len=longest)
     connect(2.0 * num_actors + 2, log_to_driver=False)
     with RolloutPool(policy, num_actors, scorer) as pool:
-        return sorted(pool.rollouts(prompts, sampling), key=lambda group: group.index)
+        groups = pool.rollouts(prompts, sampling, environment=environment)
+        return sorted(groups, key=lambda group: group.index)
 
 
 def _release(actor: _Actor, num_tokens: int) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward_actor.groups import Group, GroupScores, Prompt
+from reward_actor.groups import Group, GroupScores, Message, Prompt
 
 Question = Prompt | Group
 """What a policy is asked: a prompt, or a group without completions, which may have tools and
 template arguments."""
+
+Environment = Callable[[list[Message]], Sequence[Message] | Awaitable[Sequence[Message]]]
+"""What answers a policy: it is given a conversation that ends with the assistant's turn and returns
+the messages that follow, a tool's result for one; none end the conversation. It is pickled, and
+runs in the actor: what takes long should be awaited."""
 
 # Fields of vllm.SamplingParams that `Sampling` has, or that an engine sets.
 _OWN = frozenset((
@@ -26,6 +31,9 @@ class Sampling:
     max_tokens  of a completion.
     seed        completion c of prompt i has the seed `seed + i * num_completions + c`.
     stop        texts that end a completion; they are not part of it.
+    adapter     name of a LoRA adapter; see `RolloutPool.update_weights`.
+    max_turns   of the assistant, where an environment answers it; turn t of a completion has its
+                seed + t * 2**32.
     other       further fields of `vllm.SamplingParams` by name: top_k, min_p, ...
 
     Raises ValueError for values that cannot be.
@@ -37,10 +45,12 @@ class Sampling:
     max_tokens: int = 256
     seed: int = 0
     stop: Sequence[str] = ()
+    adapter: str | None = None
+    max_turns: int = 8
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_completions", "max_tokens"):
+        for name in ("num_completions", "max_tokens", "max_turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.temperature >= 0:
@@ -61,7 +71,9 @@ class Sampling:
 class VllmSettings:
     """A vLLM engine: one per actor. `num_gpus` is its tensor parallelism; 0 runs on the CPU.
 
-    sleeps  on a GPU: whether `RolloutPool.sleep` can free its memory.
+    sleeps            on a GPU: whether `RolloutPool.sleep` can free its memory.
+    max_adapters      LoRA adapters at a time.
+    max_adapter_rank  of such an adapter, one of those that vLLM takes.
     """
 
     model: str
@@ -72,6 +84,21 @@ class VllmSettings:
     cpu_threads: int = 0
     cpu_kv_cache_gib: int = 1
     sleeps: bool = False
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the assistant: what the policy saw, and what was sampled. See `RolloutGroup`."""
+
+    prompt_ids: list[int]
+    completion: str
+    completion_ids: list[int]
+    log_probs: list[float]
+    policy_versions: list[int]
+    finish_reason: str
+    ended_with_eos: bool
 
 
 @dataclass
@@ -86,7 +113,10 @@ class RolloutGroup:
                      `RolloutPool.update_weights`.
     finish_reasons   "stop" or "length".
     ended_with_eos   whether the policy ended it by itself: neither its length nor a stop text did.
-    scores           None where no scorer was asked.
+    turns            where an environment answers: the assistant's turns of each completion. What
+                     is above is of its last one.
+    conversations    likewise: the prompt and all that followed.
+    scores           None where no scorer was asked; with `turn_rewards` of conversations.
     error            why the prompt could not be sampled; the lists are empty then.
     """
 
@@ -99,10 +129,21 @@ class RolloutGroup:
     policy_versions: list[list[int]] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
     ended_with_eos: list[bool] = field(default_factory=list)
+    turns: list[list[Turn]] = field(default_factory=list)
+    conversations: list[list[Message]] = field(default_factory=list)
     scores: GroupScores | None = None
     error: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def end_with(self, turns: Sequence[Turn]) -> None:
+        """Take the last turn of each completion."""
+        self.completions = [turn.completion for turn in turns]
+        self.completion_ids = [turn.completion_ids for turn in turns]
+        self.log_probs = [turn.log_probs for turn in turns]
+        self.policy_versions = [turn.policy_versions for turn in turns]
+        self.finish_reasons = [turn.finish_reason for turn in turns]
+        self.ended_with_eos = [turn.ended_with_eos for turn in turns]
 
     @property
     def rewards(self) -> list[float | None]:

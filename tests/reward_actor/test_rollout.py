@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,47 @@ def test_other_settings_of_vllm_go_by_name(pool: RolloutPool) -> None:
         sampled(pool, ["Hi."], Sampling(other={"no_such": 1}))
 
 
+# ---- several turns
+
+
+def test_an_environment_answers_each_completion(pool: RolloutPool, export_dir: Path) -> None:
+    """Every turn is sampled from what came before it, and has its reward."""
+
+    async def environment(conversation: list[Any]) -> list[Any]:
+        said = conversation[-1]["content"]
+        if sum(map(ord, said)) % 3 == 0:
+            return []
+        return [{"role": "tool", "content": f"{len(said)} characters"}]
+
+    sampling = replace(
+        SAMPLING, num_completions=6, max_turns=3, other={"stop_token_ids": list(range(300, 400))}
+    )
+    [group] = pool.rollouts(PROMPTS[1:2], sampling, environment=environment)
+    [again] = pool.rollouts(PROMPTS[1:2], sampling, environment=environment)
+    assert group.conversations == again.conversations
+    assert len({len(turns) for turns in group.turns}) > 1, "they part"
+    scorer = RewardScorer.from_pretrained(export_dir, "cpu")
+    assert group.scores is not None
+    assert group.scores.turn_rewards is not None
+    for place, (turns, conversation) in enumerate(
+        zip(group.turns, group.conversations, strict=True)
+    ):
+        roles = [message["role"] for message in conversation]
+        assert roles == ["user", *["assistant", "tool"] * (len(turns) - 1), "assistant"]
+        for number, turn in enumerate(turns):
+            before = conversation[: 1 + 2 * number]
+            assert turn.prompt_ids == scorer.renderer.prompts.prompt_ids(before)
+            assert turn.completion == conversation[1 + 2 * number]["content"]
+            assert len(turn.log_probs) == len(turn.completion_ids) == len(turn.policy_versions)
+        assert group.completion_ids[place] == turns[-1].completion_ids
+        whole = Group(conversation[:-1], [group.completions[place]])
+        [offline] = scorer.score([whole], turn_rewards=True)
+        assert offline.turn_rewards is not None
+        assert group.rewards[place] == pytest.approx(offline.rewards[0], abs=1e-5)
+        assert group.scores.turn_rewards[place] == pytest.approx(offline.turn_rewards[0], abs=1e-5)
+        assert len(group.scores.turn_rewards[place] or []) == len(turns)
+
+
 # ---- weights
 
 
@@ -223,6 +265,59 @@ def test_weights_are_updated_while_requests_run(
     assert set(late.policy_versions[0]) == {2}
     assert pool.update_weights(base_model, version=7) == 7
     assert ids(sampled(pool, PROMPTS, SAMPLING)) == before
+
+
+@pytest.mark.long
+def test_adapters_go_by_name(
+    vllm_engine: None, ray_cluster: None, base_model: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    settings = VllmSettings(
+        str(base_model), max_model_len=128, dtype="float32", cpu_threads=2, max_adapters=1
+    )
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        networks.append(get_peft_model(network, config))
+        networks[-1].save_pretrained(tmp_path / f"adapter{seed}")
+    sampling = replace(SAMPLING, adapter="mine")
+    with RolloutPool(settings) as pool:
+        before = ids(sampled(pool, PROMPTS, SAMPLING))
+        with pytest.raises(ValueError, match="no adapter 'mine' is loaded"):
+            sampled(pool, PROMPTS, sampling)
+        for seed, network in enumerate(networks):
+            path = tmp_path / f"adapter{seed}"
+            assert pool.update_weights(path, adapter="mine") == seed + 1
+            for group in sampled(pool, PROMPTS, sampling):
+                for given, found, versions in zip(
+                    group.completion_ids, group.log_probs, group.policy_versions, strict=True
+                ):
+                    assert set(versions) == {seed + 1}
+                    sequence = torch.tensor([group.prompt_ids + given])
+                    with torch.inference_mode():
+                        logits = network(sequence).logits[0, len(group.prompt_ids) - 1 : -1]
+                    table = logits.log_softmax(-1)
+                    expected = table.gather(1, torch.tensor(given)[:, None])[:, 0].tolist()
+                    assert found == pytest.approx(expected, abs=2e-3)
+        assert ids(sampled(pool, PROMPTS, SAMPLING)) == before, "the policy itself is as it was"
+        with pytest.raises(ValueError, match="max_adapters is 1; 'other' is one more"):
+            pool.update_weights(tmp_path / "adapter0", adapter="other")
+        with pytest.raises(ValueError, match="vLLM does not take this adapter"):
+            pool.update_weights(tmp_path, adapter="mine")
+        # The weights under an adapter are updated as well, an output head that is tied too.
+        given = changed(base_model, 3)
+        assert pool.update_weights(given) == 3
+        late = next(iter(sampled(pool, PROMPTS, SAMPLING)))
+        expected = log_probs(base_model, given, late)
+        for found, of_one in zip(late.log_probs, expected, strict=True):
+            assert found == pytest.approx(of_one, abs=2e-3)
+        assert pool.update_weights(load_file(base_model / "model.safetensors")) == 4
+        assert ids(sampled(pool, PROMPTS, SAMPLING)) == before
 
 
 def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(
