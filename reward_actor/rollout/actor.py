@@ -67,11 +67,16 @@ class RolloutActor:
         self._told_of_text = False
         self._engine: PolicyEngine | None = None
         self._version = 0
+        self._has_started = asyncio.Event()
         self._is_awake = asyncio.Event()
         self._num_sampling = 0
 
     async def start(
-        self, weights: Weights | None = None, version: int = 0, adapters: Adapters | None = None
+        self,
+        weights: Weights | None = None,
+        version: int = 0,
+        adapters: Adapters | None = None,
+        is_asleep: bool = False,
     ) -> str:
         """Load the policy, and return how rollouts travel to the scorer: "token ids", "text", or
         "no scorer". weights: other ones than those of its directory.
@@ -81,7 +86,9 @@ class RolloutActor:
         self._policy = Policy.load(self._settings.model)
         self._max_length = self._settings.max_model_len or self._policy.max_length
         travels_as = await self._learn_rendering()
-        await self.wake(weights, version, adapters or {})
+        if not is_asleep:
+            await self.wake(weights, version, adapters or {})
+        self._has_started.set()
         return travels_as
 
     async def _learn_rendering(self) -> str:
@@ -231,7 +238,9 @@ class RolloutActor:
 
     async def sleep(self) -> None:
         """Once what runs has finished, free the GPU's memory; on a CPU, drop the engine."""
-        await self._is_awake.wait()
+        await self._has_started.wait()
+        if not self._is_awake.is_set():
+            return
         assert self._engine is not None
         self._is_awake.clear()
         while self._num_sampling:
@@ -244,6 +253,8 @@ class RolloutActor:
 
     async def wake(self, weights: Weights | None, version: int, adapters: Adapters) -> None:
         """Sample (again), with these weights where they are others than before."""
+        if self._is_awake.is_set():
+            return
         if self._engine is None:
             self._engine = PolicyEngine(self._settings, self._max_length)
             await self._engine.set_version(0)

@@ -69,7 +69,8 @@ class RolloutPool:
     scorer: a service's URL, a Serve application's name, a reward model's directory, an actor's
     handle, or None. max_groups: prompts that an actor has at a time. hang_timeout_s: an actor that
     does not answer for so long is killed; one that is lost, for whatever reason, is replaced, and
-    its unfinished prompts are sampled again with their seeds.
+    its unfinished prompts are sampled again with their seeds. update_timeout_s: likewise for an
+    actor that does not take weights, sleep or wake. A process that is in no Ray cluster starts one.
 
     Raises ValueError for a policy that is not there or cannot be sampled from and for a cluster
     that is too small, and RewardServiceError for a scorer that does not answer. Use it as a context
@@ -84,13 +85,16 @@ class RolloutPool:
         *,
         max_groups: int = 64,
         hang_timeout_s: float = 120.0,
+        update_timeout_s: float = 1800.0,
     ) -> None:
         Policy.load(settings.model)
+        connect(2.0 * num_actors + 2, log_to_driver=False)
         # Actors run in another directory.
         self.settings = replace(settings, model=str(Path(settings.model).absolute()))
         self._num_actors = num_actors
         self.max_groups = max_groups
         self.hang_timeout_s = hang_timeout_s
+        self.update_timeout_s = update_timeout_s
         self.policy_version = 0
         self._weights: Any = None  # other ones than the directory's: a path, or tensors in Ray
         self._weights_version = 0
@@ -162,7 +166,9 @@ class RolloutPool:
                 self._weights_version = self.policy_version = self._next(version)
                 actors = list(self._actors)  # what starts from now on has the new weights
             if not self._is_asleep:
-                self._tell(actors, "update_weights", given, self.policy_version, running)
+                self._tell(
+                    actors, "update_weights", given, self.policy_version, running, is_final=True
+                )
             return self.policy_version
 
     def _update_adapter(self, name: str, weights: object, version: int | None) -> int:
@@ -196,8 +202,8 @@ class RolloutPool:
     def wake(self) -> None:
         """Sample again, with the last weights."""
         with self._updating:
-            self._tell(self._actors_now(), "wake", *self._state)
             self._is_asleep = False
+            self._tell(self._actors_now(), "wake", *self._state[:3], is_final=True)
 
     def close(self) -> None:
         """End the actors, and whoever iterates over rollouts with an error."""
@@ -243,24 +249,29 @@ class RolloutPool:
         return _Actor(handle, handle.start.remote(*self._state))
 
     @property
-    def _state(self) -> tuple[Any, int, Adapters]:
-        """What an engine that starts must be brought to."""
-        return self._weights, self._weights_version, self._adapters
+    def _state(self) -> tuple[Any, int, Adapters, bool]:
+        """What an actor that starts must be brought to: weights, their version, adapters, and
+        whether it sleeps."""
+        return self._weights, self._weights_version, self._adapters, self._is_asleep
 
     def _actors_now(self) -> list[_Actor]:
         with self._lock:
             return list(self._actors)
 
-    def _tell(self, actors: list[_Actor], method: str, *arguments: Any) -> None:
-        """Call a method of each and wait; a lost one is replaced. Raises what one raised."""
+    def _tell(
+        self, actors: list[_Actor], method: str, *arguments: Any, is_final: bool = False
+    ) -> None:
+        """Call a method of each and wait; a lost one is replaced. Raises what one raised, but for a
+        call that is final: one that raises is then in no known state, and is replaced as well."""
         calls = [getattr(actor.handle, method).remote(*arguments) for actor in actors]
         failures = []
+        deadline = time.monotonic() + self.update_timeout_s
         for actor, call in zip(actors, calls, strict=True):
             try:
-                ray.get(call)
+                ray.get(call, timeout=max(0.0, deadline - time.monotonic()))
             except RayError as error:
                 cause = _cause(error)
-                if cause is None:
+                if cause is None or is_final:
                     self.replace_lost(actor, error)
                 else:
                     failures.append(cause)
@@ -467,7 +478,6 @@ def rollout(
         num_gpus = int(torch.cuda.is_available())
         longest = longest_needed(Policy.load(policy), prompts, sampling)
         policy = VllmSettings(policy, num_gpus, max_model_len=longest)
-    connect(2.0 * num_actors + 2, log_to_driver=False)
     with RolloutPool(policy, num_actors, scorer) as pool:
         groups = pool.rollouts(prompts, sampling, environment=environment)
         return sorted(groups, key=lambda group: group.index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import secrets
 import shutil
 import socket
@@ -128,7 +127,8 @@ def free_ports(count: int) -> list[int]:
     to its workers (10002 to 19999)."""
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 25_000)
+        # Not of `random`, which tests seed: two would then look for the same ports at once.
+        port = 20_000 + secrets.randbelow(5_000)
         with socket.socket() as probe:
             try:  # on every interface: a listener on any would be in the way
                 probe.bind(("", port))
