@@ -67,7 +67,8 @@ class Summary:
             shares.append(f"{self._share(num_unrewarded)} without a reward")
         if self.num_unsampled:
             shares.append(f"{self.num_unsampled} of {self._num_prompts} prompts not sampled")
-        return [*lines, "completions: " + ", ".join(shares), self._speed()]
+        speed = [self._speed()] if self._began else []  # else there was nothing left to sample
+        return [*lines, "completions: " + ", ".join(shares), *speed]
 
     def _share(self, count: int) -> str:
         return f"{count / max(1, self._num_completions):.1%}"

@@ -45,7 +45,7 @@ def group(
         [[0, 0]] * len(texts),
         list(reasons),
         [reason == "stop" for reason in reasons],
-        scores,
+        scores=scores,
     )
 
 
@@ -153,9 +153,9 @@ def test_the_summary_counts() -> None:
 def test_a_summary_without_a_scorer_says_nothing_of_rewards() -> None:
     summary = Summary()
     summary.add(rollout_row(group(), {}))
-    completions, speed = summary.text()
-    assert completions == "completions: 50.0% cut by length"
-    assert "scored" not in speed
+    assert summary.text() == ["completions: 50.0% cut by length"], "nothing was sampled now"
+    summary.begin()
+    assert "scored" not in summary.text()[-1]
 
 
 @given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=50))
