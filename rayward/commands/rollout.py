@@ -155,6 +155,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         with RewardClient(arguments.scorer) as client:
             client.check_reachable()
+    if sampling.other and find_spec("vllm"):
+        from reward_actor.rollout.engine import parameters_of
+
+        parameters_of(sampling, 0, 1)
     from reward_actor.rollout.rollout_file import RolloutFile
     from reward_actor.rollout.rows import FORMS, problems_of
     from reward_actor.rollout.summary import Summary

@@ -87,24 +87,9 @@ class PolicyEngine:
     ) -> list[Turn]:
         """The n completions of a prompt. Raises EngineDied, and ValueError for a sampling that vLLM
         does not take and an adapter that is not loaded."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        try:
-            parameters = SamplingParams(
-                n=sampling.num_completions,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=max_tokens,
-                seed=seed,
-                stop=list(sampling.stop),
-                logprobs=0,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                **sampling.other,
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"vLLM does not take this sampling: {error}") from error
+        parameters = parameters_of(sampling, seed, max_tokens)
         if sampling.adapter is not None and sampling.adapter not in self._adapters:
             raise ValueError(f"no adapter {sampling.adapter!r} is loaded; update_weights loads one")
         adapter, version = self._adapters.get(sampling.adapter or "", (None, None))
@@ -187,6 +172,27 @@ class PolicyEngine:
     def close(self) -> None:
         self._engine.shutdown(timeout=_SHUTDOWN_S)
         self._reaper.close()
+
+
+def parameters_of(sampling: Sampling, seed: int, max_tokens: int) -> Any:
+    """As vLLM has them. Raises ValueError for what it does not take."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    try:
+        return SamplingParams(
+            n=sampling.num_completions,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=list(sampling.stop),
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **sampling.other,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"vLLM does not take this sampling: {error}") from error
 
 
 def _log_probs(output: Any) -> list[float]:

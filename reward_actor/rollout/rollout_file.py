@@ -86,6 +86,8 @@ class RolloutFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._places:  # nothing to resume from
+            self.unfinished.unlink(missing_ok=True)
         self._file.close()
 
     def _read(self, overwrite: bool) -> int:

@@ -20,6 +20,7 @@ class Summary:
         self._num_completions = 0
         self._num_cut = 0
         self._rewards: list[float] = []
+        self._total_reward = 0.0
         self._spreads: list[float] = []
         self._is_scored = False
         self._num_sampled_tokens = 0
@@ -39,6 +40,7 @@ class Summary:
         rewards = [reward for reward in row.get("rewards", ()) if reward is not None]
         self._is_scored |= "rewards" in row
         self._rewards += rewards
+        self._total_reward += sum(rewards)
         if len(rewards) > 1:
             self._spreads.append(pstdev(rewards))
         if self._began:
@@ -48,8 +50,9 @@ class Summary:
 
     def line(self) -> str:
         """For a line that changes while it runs."""
-        mean = f"mean reward {fmean(self._rewards):+.3f}, " if self._rewards else ""
-        return f"{mean}{self._share(self._num_cut)} cut by length, {self._speed()}"
+        mean = self._total_reward / max(1, len(self._rewards))
+        shown = f"mean reward {mean:+.3f}, " if self._rewards else ""
+        return f"{shown}{self._share(self._num_cut)} cut by length, {self._speed()}"
 
     def text(self) -> list[str]:
         """Lines for the end."""

@@ -129,6 +129,7 @@ def test_what_is_made_of_rollouts(
         (["--best-of", "--pairs"], "--best-of and --pairs exclude each other"),
         (["--prompt-column", "question"], "row 1: has no 'question', only id, label, prompt"),
         (["--sampling", "top_k"], "--sampling top_k: give NAME=VALUE, such as top_k=50"),
+        (["--sampling", "top_kk=3"], "vLLM does not take this sampling"),
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
     ],
 )

@@ -39,7 +39,7 @@ def test_rows_come_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
 
 
-@given(cut=st.integers(1, 200), num=st.integers(0, 5))
+@given(cut=st.integers(1, 200), num=st.integers(1, 5))
 def test_what_a_killed_run_has_written_whole_is_kept(
     tmp_path_factory: pytest.TempPathFactory, cut: int, num: int
 ) -> None:
@@ -56,6 +56,12 @@ def test_what_a_killed_run_has_written_whole_is_kept(
             again.add(row(index))
         assert list(again.rows()) == [row(index) for index in range(num)]
         assert again.finish(same) == num
+
+
+def test_nothing_is_left_of_a_run_that_has_done_nothing(tmp_path: Path) -> None:
+    with RolloutFile(tmp_path / "out.jsonl", RUN, overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_is_overwritten_only_when_that_is_asked_for(tmp_path: Path) -> None:
