@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,8 @@ def main() -> None:
     # thread adds up in one order, which is what makes the result repeat.
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Saving a network imports DeepSpeed, which says that this machine has no GPU.
+    getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= ERROR)
     started_s = time.monotonic()
     try:
         train_policy(args.base_dir, args.corpus, args.out_dir, num_steps=args.steps, seed=args.seed)

@@ -1,9 +1,7 @@
 """Makes the pictures of the playground that the documents show, from a running service:
 
-    python examples/preferences.py outputs/pictures
-    rayward train --config quickstart --data.train outputs/pictures/train.jsonl \\
-        --output-dir outputs/pictures/fruits
-    rayward serve outputs/pictures/fruits/export --name fruits --num-replicas 2
+    make demo
+    rayward serve outputs/demo/reward-model/export --name fruits --num-replicas 2
     python tests/helpers/playground_pictures.py http://127.0.0.1:8000 docs/images --font Inter
 
 Everything on them is the service's own: for the monitoring tab it scores what a policy might say
@@ -21,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from browser import headless
+from browser import chromium, headless
 from PIL import Image
 
 from reward_actor import Group, RewardClient
@@ -36,7 +34,7 @@ COMPLETIONS = [
     "Ugh, not again. I would pick owls and saws.",
 ]
 NUM_PROMPTS = 1000
-SIZE = {"width": 1280, "height": 900}
+SIZE = {"width": 1280, "height": 980}
 # Chromium's system-ui is what the desktop says, and a server has none.
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
@@ -57,6 +55,9 @@ def main() -> None:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--font", help="family that stands for the desktop's own")
     arguments = parser.parse_args()
+    path = chromium()
+    if path is None:
+        parser.error("there is no Chromium; `make browser` installs one")
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.font:
@@ -65,7 +66,7 @@ def main() -> None:
             matches = [MATCH.format(family=family, font=arguments.font) for family in families]
             fonts.write_text(FONTS.format(matches="".join(matches)))
             os.environ["FONTCONFIG_FILE"] = str(fonts)
-        with headless() as browser:
+        with headless(path) as browser:
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport=SIZE, color_scheme=scheme, device_scale_factor=2)
                 page.goto(f"{arguments.url}/playground")
