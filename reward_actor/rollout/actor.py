@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from reward_actor import schema
+from reward_actor.client.connection import TOKEN_VARIABLE
 from reward_actor.client.handle import AsyncRewardHandle
 from reward_actor.client.sync import AsyncRewardClient
 from reward_actor.conversation import as_messages
@@ -59,7 +61,8 @@ class RolloutActor:
     """One policy in one vLLM engine. Await `start` first; then `rollout`, as often as you like."""
 
     def __init__(self, settings: VllmSettings, scorer: Any = None) -> None:
-        """`scorer`: a service's URL, a Serve application's name, an actor's handle, or None."""
+        """scorer: an `AsyncRewardClient` or `AsyncRewardHandle`, a Serve application's name, an
+        actor's handle, or None."""
         self._settings = settings
         self._target = scorer
         self._scorer: Scorer | None = None
@@ -285,7 +288,14 @@ def _unscored(num_completions: int, error: RewardServiceError) -> GroupScores:
     )
 
 
-def _scorer_at(target: Any) -> Scorer:
+def travelling(target: Any) -> Any:
+    """What a scorer is named by, as an actor can be given it: with this process's token."""
     if isinstance(target, str) and target.startswith(("http://", "https://")):
-        return AsyncRewardClient(target)
+        return AsyncRewardClient(target, token=os.environ.get(TOKEN_VARIABLE))
+    return target
+
+
+def _scorer_at(target: Any) -> Scorer:
+    if isinstance(target, AsyncRewardClient | AsyncRewardHandle):
+        return target
     return AsyncRewardHandle(target)

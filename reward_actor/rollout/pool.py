@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from reward_actor.actor import is_model_directory, start_scorer_actor
 from reward_actor.cluster import connect, require_resources
 from reward_actor.errors import EngineDied
-from reward_actor.rollout.actor import Adapters, RolloutActor
+from reward_actor.rollout.actor import Adapters, RolloutActor, travelling
 from reward_actor.rollout.engine import Running
 from reward_actor.rollout.policy import Policy, longest_needed
 from reward_actor.rollout.records import (
@@ -66,11 +66,16 @@ class _Actor:
 class RolloutPool:
     """`num_actors` engines in one placement group, each with the GPUs of `VllmSettings`.
 
-    scorer: a service's URL, a Serve application's name, a reward model's directory, an actor's
-    handle, or None. max_groups: prompts that an actor has at a time. hang_timeout_s: an actor that
-    does not answer for so long is killed; one that is lost, for whatever reason, is replaced, and
-    its unfinished prompts are sampled again with their seeds. update_timeout_s: likewise for an
-    actor that does not take weights, sleep or wake. A process that is in no Ray cluster starts one.
+    scorer            a service's URL (asked with this process's $RAYWARD_TOKEN), the name of a
+                      Serve application, a reward model's directory, an `AsyncRewardClient`, an
+                      actor's handle, or None.
+    max_groups        prompts that an actor has at a time.
+    hang_timeout_s    an actor that does not answer for so long is killed. One that is lost, for
+                      whatever reason, is replaced, and its unfinished prompts are sampled again
+                      with their seeds.
+    update_timeout_s  likewise for an actor that does not take weights, sleep or wake.
+
+    A process that is in no Ray cluster starts one.
 
     Raises ValueError for a policy that is not there or cannot be sampled from and for a cluster
     that is too small, and RewardServiceError for a scorer that does not answer. Use it as a context
@@ -110,7 +115,7 @@ class RolloutPool:
         self._own_scorer: Any = None
         if isinstance(scorer, str) and is_model_directory(scorer):
             scorer = self._own_scorer = start_scorer_actor(scorer, min(settings.num_gpus, 1))
-        self._scorer = scorer
+        self._scorer = travelling(scorer)
         self._place: PlacementGroup = placement_group([bundle] * num_actors, strategy="PACK")
         self._actors: list[_Actor] = []
         try:

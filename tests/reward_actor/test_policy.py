@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig
 from reward_actor.groups import Group
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
+from reward_actor.rollout.actor import travelling
 from reward_actor.rollout.policy import group_to_score
 from reward_actor.rollout.records import RolloutGroup
 
@@ -104,3 +106,12 @@ def test_a_prompt_that_cannot_be_rendered_travels_as_text() -> None:
     rollout = sampled(render, "Apples.", end="<end_of_turn>")
     rollout.prompt = [{"role": "system", "content": "Gemma knows no such role."}, *USER]
     assert group_to_score(rollout, render).prompt_ids is None
+
+
+def test_a_scorer_travels_with_the_token_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYWARD_TOKEN", "rw_mine")
+    packed = pickle.dumps(travelling("http://127.0.0.1:1"))
+    monkeypatch.delenv("RAYWARD_TOKEN")
+    client = pickle.loads(packed)
+    assert client.arguments()["token"] == "rw_mine"
+    assert travelling("rayward") == "rayward"
