@@ -237,7 +237,13 @@ class RolloutPool:
     def _start(self, bundle: int) -> _Actor:
         settings = self.settings
         threads = settings.cpu_threads or max(1, (os.cpu_count() or 1) // self._num_actors)
-        environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {
+            "HF_HUB_OFFLINE": "1",  # a policy is a directory
+            "TRANSFORMERS_VERBOSITY": "error",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }
         if not settings.num_gpus:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
