@@ -24,6 +24,7 @@ ErrorType = Literal[
     "overloaded",
     "deadline_exceeded",
     "unavailable",
+    "asleep",
     "internal",
 ]
 

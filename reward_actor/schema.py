@@ -36,9 +36,10 @@ HTTP_STATUS: dict[str, int] = {
     "overloaded": 429,
     "deadline_exceeded": 504,
     "unavailable": 503,
+    "asleep": 503,
     "internal": 500,
 }
-RETRYABLE = frozenset({"overloaded", "deadline_exceeded", "unavailable", "internal"})
+RETRYABLE = frozenset({"overloaded", "deadline_exceeded", "unavailable", "asleep", "internal"})
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -314,13 +315,14 @@ class ModelInfo(Wire):
 
 class Info(ModelInfo):
     """What is served and every limit that a caller can run into. `generation` grows by one with
-    every hot swap; `error_reward` is what other systems' routes answer for a sample that cannot be
-    scored."""
+    every hot swap. `asleep`: it scores nothing until it is woken; `num_replicas` sleep then.
+    `error_reward` is what other systems' routes answer for a sample that cannot be scored."""
 
     model: str
     generation: int = 0
     num_replicas: int = 1
     engine: str = "forest"
+    asleep: bool = False
     limits: dict[str, float]
     error_reward: float | Literal["refuse"] = "refuse"
     warnings: list[MonitorWarning] = []
@@ -341,6 +343,23 @@ class SwapReply(Wire):
     num_replicas: int
 
 
+class ReplicaState(Wire):
+    """What one replica says when it was told to sleep or to wake; seconds that it took."""
+
+    replica: str
+    asleep: bool
+    seconds: float
+    error: str | None = None
+
+
+class SleepReply(Wire):
+    """The service sleeps, or is awake, and every replica with it; seconds of the whole."""
+
+    asleep: bool
+    seconds: float
+    replicas: list[ReplicaState]
+
+
 class RegistryReply(Wire):
     """The names that the registry has, and that of the model that is served."""
 
@@ -349,7 +368,7 @@ class RegistryReply(Wire):
 
 
 class Status(Wire):
-    status: Literal["ok", "not_ready"]
+    status: Literal["ok", "not_ready", "asleep"]
     model_version: str | None = None
     reason: str | None = None
 

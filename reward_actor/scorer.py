@@ -266,6 +266,21 @@ class RewardScorer:
     def close(self) -> None:
         """Nothing: its memory is free when nobody refers to it."""
 
+    def offload(self) -> bool:
+        """Move the weights from the GPU to host memory until `restore`; False on a CPU, where that
+        would free nothing."""
+        if any(engine.device.type == "cpu" for engine in self.engines):
+            return False
+        for engine in self.engines:
+            engine.offload()
+        return True
+
+    def restore(self) -> None:
+        """Score again. Raises RuntimeError if the device has no room, and as `replay` does."""
+        for engine in self.engines:
+            engine.restore()
+        self.replay()
+
     def last_scores(self, token_scores: Sequence[Scores]) -> Scores:
         """n arrays (tokens, K) -> (n, K): the scores of the sequences that they end."""
         last = np.array([row[-1] for row in token_scores], np.float32)

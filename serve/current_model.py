@@ -1,4 +1,5 @@
-"""Which model is the current one, remembered by the cluster: what starts later must load it, too.
+"""Which model is the current one, and whether it sleeps, remembered by the cluster: what starts
+later must do the same.
 
 Lies in the key-value store of Ray's head (as Ray Serve's own state does), so it outlives every
 process of the service.
@@ -83,6 +84,21 @@ class CurrentModel:
     def is_of(self, model: str) -> bool:
         """Whether it is of a service that was started with this model."""
         return self.base in ("", model)
+
+
+def fall_asleep(app_name: str, version: str) -> None:
+    """Remember that the service sleeps, and which version it must wake up with; "" for any."""
+    kv_put(f"{app_name}:asleep", version)
+
+
+def wake_up(app_name: str) -> None:
+    kv_delete(f"{app_name}:asleep")
+
+
+def asleep_as(app_name: str) -> str | None:
+    """The version that the service must wake up with ("" for any); None if it does not sleep."""
+    found = kv_get(f"{app_name}:asleep")
+    return None if found is None else found.decode()
 
 
 def forget(app_name: str) -> None:

@@ -15,7 +15,7 @@ from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.ray_internals import logs_dir, serve_http_options
 from serve.api import build_api
 from serve.config import ServeConfig
-from serve.current_model import CurrentModel
+from serve.current_model import CurrentModel, asleep_as
 from serve.http.auth import require_guard
 from serve.ingress.service import RewardService
 from serve.ingress.swap import Swapper
@@ -81,6 +81,14 @@ class Ingress:
         """What is served. Raises RewardServiceError while no replica is ready."""
         return await self._service.info()
 
+    async def sleep(self) -> schema.SleepReply:
+        """Let every replica give its weights' memory back. Raises RewardServiceError."""
+        return await self._swapper.sleep()
+
+    async def wake(self) -> schema.SleepReply:
+        """Score again. Raises RewardServiceError."""
+        return await self._swapper.wake()
+
 
 # Ray's own default bounds requests in flight; here tokens do.
 @serve.deployment(name="RewardModel", max_ongoing_requests=10_000)
@@ -102,6 +110,7 @@ class RewardModel(Replica):
             current.name or config.name,
             partial(load_scorer, config),
             _RETIRE_AFTER_S,
+            asleep_as(app_name),
         )
         models.generation = current.take_over(app_name, model).generation
         super().__init__(
@@ -110,5 +119,6 @@ class RewardModel(Replica):
             models,
             Recorder(),
             partial(CurrentModel.get, app_name),
+            lambda: asleep_as(app_name) is not None,
             num_threads,
         )

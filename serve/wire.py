@@ -57,12 +57,13 @@ class ReplicaReply:
     "overloaded": its queue is full; `retry_after_s` is when there should be room.
     "failed": the model could not be run; `reason` says why.
     "lost": this replica can score no more and is about to be replaced.
+    "asleep": it has given its memory back, until it is woken.
     generation: of the model that the replica takes for the current one; it grows with every swap.
     score_s: seconds of the batch that the sequences were part of; tokens_per_s: what this replica
     computes, as measured over the last batches.
     """
 
-    status: Literal["ok", "other_version", "overloaded", "failed", "lost"]
+    status: Literal["ok", "other_version", "overloaded", "failed", "lost", "asleep"]
     generation: int
     raw_scores: NDArray[np.float32] | None = None
     token_scores: list[NDArray[np.float32]] | None = None
@@ -70,6 +71,13 @@ class ReplicaReply:
     tokens_per_s: float = 0.0
     retry_after_s: float = 0.0
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """What a replica that sleeps says in place of a `Description`."""
+
+    replica: str
 
 
 @dataclass(frozen=True)

@@ -151,14 +151,27 @@ class AsyncRewardClient:
 
         Raises ValueError where several addresses could be several services.
         """
-        if len(self.urls) > 1:
-            raise ValueError(
-                f"this client has {len(self.urls)} addresses; swap each service by a client of its "
-                "own"
-            )
+        self._require_one_service()
         body = schema.SwapRequest(model=name).model_dump_json().encode()
         path = "/v1/admin/models"
         return await self._ask(schema.SwapReply, "POST", path, body, timeout_s=timeout_s)
+
+    async def sleep(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
+        """Let every replica give its weights' memory back until `wake`, for a token with the scope
+        for it. Until then scoring waits, and ends with the error "asleep" at its deadline.
+
+        Raises ValueError as `swap` does.
+        """
+        self._require_one_service()
+        path = "/v1/admin/sleep"
+        return await self._ask(schema.SleepReply, "POST", path, timeout_s=timeout_s)
+
+    async def wake(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
+        """Score again. Raises as `sleep` does, and RewardServiceError ("model_refused") where a
+        replica cannot: then the service sleeps on."""
+        self._require_one_service()
+        path = "/v1/admin/wake"
+        return await self._ask(schema.SleepReply, "POST", path, timeout_s=timeout_s)
 
     async def close(self) -> None:
         """End calls that are under way with an error, and the connections."""
@@ -181,6 +194,13 @@ class AsyncRewardClient:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def _require_one_service(self) -> None:
+        if len(self.urls) > 1:
+            raise ValueError(
+                f"this client has {len(self.urls)} addresses; change each service by a client of "
+                "its own"
+            )
 
     async def _ask(
         self,

@@ -256,7 +256,8 @@ class Sender:
                 return result
             failure = result
             on_failure(failure)
-            if failure.type == "unavailable" and time.monotonic() >= started + _TELL_AFTER_S:
+            is_away = failure.type in ("unavailable", "asleep")
+            if is_away and time.monotonic() >= started + _TELL_AFTER_S:
                 self._tell(failure, deadline)
 
     async def check_reachable(self) -> None:

@@ -27,6 +27,7 @@ from reward_actor.ray_internals import route_in_own_loop
 logger = logging.getLogger(__name__)
 
 DEFAULT_APP_NAME = "rayward"
+SLEEP_TIMEOUT_S = 600.0
 
 _DEPLOYMENTS = {"Ingress", "RewardModel"}
 _GONE = (ApplicationStatus.DELETING, ApplicationStatus.DEPLOY_FAILED)
@@ -157,8 +158,18 @@ class RewardHandle:
         """What is served, and every limit."""
         return cast("schema.Info", self._call(self._handle.info))
 
-    def _call(self, method: Any, *arguments: Any) -> Any:
-        deadline = time.monotonic() + self._timeout_s
+    def sleep(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+        """Let every replica give its weights' memory back until `wake`. Until then scoring waits,
+        and ends with the error "asleep" at its deadline."""
+        return cast("schema.SleepReply", self._call(self._handle.sleep, timeout_s=timeout_s))
+
+    def wake(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+        """Score again. Raises RewardServiceError ("model_refused") where a replica cannot: then the
+        service sleeps on."""
+        return cast("schema.SleepReply", self._call(self._handle.wake, timeout_s=timeout_s))
+
+    def _call(self, method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
+        deadline = time.monotonic() + (timeout_s or self._timeout_s)
         attempt = 0
         while True:
             response = method.remote(*arguments)
@@ -233,8 +244,16 @@ class AsyncRewardHandle:
         """What is served, and every limit."""
         return cast("schema.Info", await self._call(self._handle.info))
 
-    async def _call(self, method: Any, *arguments: Any) -> Any:
-        deadline = time.monotonic() + self._timeout_s
+    async def sleep(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+        """Let the replicas give their memory back, as `RewardHandle.sleep`."""
+        return cast("schema.SleepReply", await self._call(self._handle.sleep, timeout_s=timeout_s))
+
+    async def wake(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+        """Score again, as `RewardHandle.wake`."""
+        return cast("schema.SleepReply", await self._call(self._handle.wake, timeout_s=timeout_s))
+
+    async def _call(self, method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
+        deadline = time.monotonic() + (timeout_s or self._timeout_s)
         loop = asyncio.get_running_loop()
         tell = partial(_tell_who_is_missing, self._app_name, deadline)
         telling = loop.call_later(_TELL_AFTER_S, loop.run_in_executor, None, tell)

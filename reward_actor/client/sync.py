@@ -98,6 +98,14 @@ class RewardClient:
         """Serve another model of the registry, as `AsyncRewardClient.swap`."""
         return self._run(lambda client: client.swap(name, timeout_s=timeout_s))
 
+    def sleep(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
+        """Let the replicas give their memory back, as `AsyncRewardClient.sleep`."""
+        return self._run(lambda client: client.sleep(timeout_s=timeout_s))
+
+    def wake(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
+        """Score again, as `AsyncRewardClient.wake`."""
+        return self._run(lambda client: client.wake(timeout_s=timeout_s))
+
     def close(self) -> None:
         """End calls that are under way with an error, and the connections."""
         with self._lock:

@@ -26,7 +26,7 @@ from torch import Tensor
 from reward_actor.engine import paged
 from reward_actor.engine.attention_plan import Kernel
 from reward_actor.engine.decoder import Decoder
-from reward_actor.engine.memory import LEAST_BUDGET, default_budget, is_out_of_memory
+from reward_actor.engine.memory import LEAST_BUDGET, default_budget, is_out_of_memory, move
 from reward_actor.engine.packing import Batch, ForestPacking, Packing, PaddedPacking, Sequences
 from reward_actor.engine.probe import Probe
 from reward_actor.model.rope import LengthClasses
@@ -84,6 +84,7 @@ class Engine:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1")
         self.model = model
+        self.device = model.device
         self.max_batch_tokens = max_batch_tokens or default_budget(model, memory_share)
         self._classes = LengthClasses(model.network.config)
         self._lock = _LOCKS.setdefault(model, threading.Lock())
@@ -109,6 +110,16 @@ class Engine:
         that it multiplies with faster."""
         if isinstance(self._path, ForestPacking) and self._path.decoder is not None:
             self._path.decoder.pack()
+
+    def offload(self) -> None:
+        """Move the weights from a GPU to host memory until `restore`; it scores nothing then."""
+        with self._lock:
+            move(self.model, torch.device("cpu"))
+
+    def restore(self) -> None:
+        """Move them back. Raises RuntimeError if the device has no room for them."""
+        with self._lock:
+            move(self.model, self.device)
 
     def plan(self, sequences: Sequences) -> Plan:
         """How these sequences go through the network; needs neither the device nor a turn.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -104,6 +107,25 @@ def _proc_available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 4 * 2**30
+
+
+def move(module: torch.nn.Module, device: torch.device) -> None:
+    """Put a module's tensors on this device; whoever refers to them finds them there. In host
+    memory they are pinned where a GPU is, so that they return at the bus's full speed."""
+    is_pinned = device.type == "cpu" and torch.cuda.is_available()
+    for tensor in chain(module.parameters(), module.buffers()):
+        target = torch.empty_like(tensor, device=device, pin_memory=is_pinned)
+        tensor.data = target.copy_(tensor.data)
+
+
+def give_back() -> None:
+    """Return to the device, and to the system, memory that nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: it keeps what was freed
+    if trim is not None:
+        trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -124,6 +124,25 @@ class VllmEngine:
             raise RuntimeError(f"vLLM could not score: {error.__cause__ or error}") from error
         return pooled
 
+    def offload(self) -> bool:
+        """Move the weights to host memory and drop the cache (vLLM's sleep mode, level 1), until
+        `restore`; False on a platform without that mode."""
+        if not self._engine.vllm_config.model_config.enable_sleep_mode:
+            return False
+        self._wait(self._engine.sleep(level=1))
+        return True
+
+    def restore(self) -> None:
+        """Move them back. Raises RuntimeError if the device has no room for them."""
+        from vllm.exceptions import VLLMServerError
+
+        self.check()
+        try:
+            self._wait(self._engine.wake_up())
+        except VLLMServerError as error:
+            self.check()
+            raise RuntimeError(f"vLLM could not wake up: {error.__cause__ or error}") from error
+
     def check(self) -> None:
         """Raise EngineDied if the engine's processes are not there any more."""
         if self._is_closed or self._engine.errored:
@@ -196,6 +215,7 @@ async def _start(arguments: dict[str, Any], gpu_memory_utilization: float) -> An
             arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     else:
         arguments["gpu_memory_utilization"] = gpu_memory_utilization
+        arguments["enable_sleep_mode"] = current_platform.is_sleep_mode_available()
     # As the contract says, whatever the directory does.
     arguments["pooler_config"] = PoolerConfig(seq_pooling_type="LAST", tok_pooling_type="ALL")
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))

@@ -81,7 +81,7 @@ class VllmScorer:
         )
         try:
             scorer = cls(opened, engine)
-            replay(scorer.renderer, scorer.dtype, scorer.raw_scores, "the vllm engine")
+            scorer._replay()
         except BaseException:
             engine.close()
             raise
@@ -119,6 +119,19 @@ class VllmScorer:
     def check(self) -> None:
         """Raises EngineDied if the engine's processes are not there any more."""
         self._engine.check()
+
+    def offload(self) -> bool:
+        """Move the weights to host memory until `restore`; False where vLLM cannot, on a CPU."""
+        return self._engine.offload()
+
+    def restore(self) -> None:
+        """Score again. Raises RuntimeError if the device has no room, and ContractError unless the
+        golden samples are reproduced."""
+        self._engine.restore()
+        self._replay()
+
+    def _replay(self) -> None:
+        replay(self.renderer, self.dtype, self.raw_scores, "the vllm engine")
 
     def close(self) -> None:
         """End the engine's processes."""

@@ -49,9 +49,10 @@ async def ready(request: Request) -> JSONResponse:
     """A model is loaded and its golden samples passed."""
     try:
         model = await service_of(request).model()
-    except RewardServiceError:
-        reason = "no replica has its model loaded"
-        status = schema.Status(status="not_ready", reason=reason)
+    except RewardServiceError as error:
+        status = schema.Status(status="not_ready", reason="no replica has its model loaded")
+        if error.type == "asleep":
+            status = schema.Status(status="asleep", reason=error.message)
         return JSONResponse(status.model_dump(), status_code=503)
     return JSONResponse(schema.Status(status="ok", model_version=model.version).model_dump())
 
@@ -79,3 +80,15 @@ async def swap(request: Request) -> schema.SwapReply:
         raise
     observer.swapped("done")
     return reply
+
+
+@admin.post("/v1/admin/sleep", responses=schema.ERROR_RESPONSES)
+async def sleep(request: Request) -> schema.SleepReply:
+    """Let every replica give its weights' memory back until the service is woken."""
+    return await swapper_of(request).sleep()
+
+
+@admin.post("/v1/admin/wake", responses=schema.ERROR_RESPONSES)
+async def wake(request: Request) -> schema.SleepReply:
+    """Score again, once every replica has its weights and reproduces its golden samples."""
+    return await swapper_of(request).wake()

@@ -43,6 +43,8 @@ _FOLLOW_S = 5.0
 _MESSAGES_AHEAD = 4
 # Below this, a share of a request for every replica costs more than it spares.
 _MIN_PART = 1024
+# When callers of a service that sleeps should ask again.
+_ASLEEP_S = 1.0
 
 
 class ReplicaLost(Exception):
@@ -51,6 +53,16 @@ class ReplicaLost(Exception):
 
 class OtherVersion(Exception):
     """The replicas have gone on to another model than the sequences were rendered for."""
+
+
+def asleep() -> RewardServiceError:
+    return RewardServiceError(
+        "asleep",
+        "the service sleeps and scores nothing until it is woken: POST /v1/admin/wake, or wake() "
+        "of a client or a handle",
+        retryable=True,
+        retry_after_s=_ASLEEP_S,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class _Part:
 class Dispatcher:
     """The queue of one ingress. Use from one event loop.
 
-    num_replicas, max_batch_tokens: what is known of the replicas; set from outside.
+    num_replicas, max_batch_tokens, is_asleep: what is known of the replicas; set from outside.
     """
 
     def __init__(
@@ -101,6 +113,7 @@ class Dispatcher:
         self._num_ingress = num_ingress
         self.num_replicas = 1
         self.max_batch_tokens = 2**31
+        self.is_asleep = False
         self.queued_tokens = 0  # on their way, too
         self._waiting: Waiting[_Part] = Waiting(lambda part: part.cut.num_tokens, self._forget)
         self._replica_rate = Rate()
@@ -130,8 +143,8 @@ class Dispatcher:
 
         is_admitted: it was let in once already, for another version.
 
-        Raises RewardServiceError ("overloaded", "internal") and OtherVersion. When one part fails
-        or the caller is cancelled, the others are dropped.
+        Raises RewardServiceError ("overloaded", "asleep", "internal") and OtherVersion. When one
+        part fails or the caller is cancelled, the others are dropped.
         """
         whole = [Cut.of(group) for group in groups if group]
         total = sum(group.num_tokens for group in whole)
@@ -245,5 +258,7 @@ class Dispatcher:
             is_late = time.monotonic() > started + _FOLLOW_S
             if reply.status == "other_version" and (reply.generation >= like.generation or is_late):
                 raise OtherVersion
+            if reply.status == "asleep" and (self.is_asleep or is_late):
+                raise asleep()
             # It has not followed a swap yet, others fill its queue, or it is about to go.
             await asyncio.sleep(max(_PAUSE_S, reply.retry_after_s))

@@ -21,9 +21,9 @@ from reward_actor.groups import Rendered, SampleError
 from reward_actor.model.tokenizer import load_like
 from reward_actor.ray_internals import broadcast, route_in_this_loop
 from reward_actor.render import Renderer
-from serve.ingress.dispatch import ReplicaLost
+from serve.ingress.dispatch import ReplicaLost, asleep
 from serve.ingress.tasks import detached
-from serve.wire import Description, FlatSequences, ReplicaReply
+from serve.wire import Asleep, Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -99,12 +99,18 @@ class Replicas:
         self._lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.descriptions: list[Description] = []
+        self.num_asleep = 0
 
     @property
     def _handle(self) -> DeploymentHandle[Any]:
         """Routes in this loop, which is there only when the first request is."""
         route_in_this_loop(self._uninitialised)
         return self._uninitialised
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether replicas sleep, and none scores."""
+        return self.num_asleep > 0 and not self.descriptions
 
     async def send(self, message: FlatSequences, token_scores: bool) -> ReplicaReply:
         """The reply of some replica. Raises ReplicaLost."""
@@ -122,7 +128,7 @@ class Replicas:
         return reply
 
     async def model(self, other_than: Model | None = None) -> Model:
-        """The current model. Waits for it.
+        """The current model. Waits for it. Raises RewardServiceError ("asleep").
 
         other_than: what replicas have refused, so that another one must be there; the same comes
         back if it is all that they hold for a while, as what had refused it may be gone.
@@ -131,6 +137,8 @@ class Replicas:
         model = self._model
         while model is None or _is_same(model, other_than):
             model = await self.refresh(other_than)
+            if self.is_asleep:
+                raise asleep()
             if model is not None and time.monotonic() >= give_up:
                 return model
             if model is None or _is_same(model, other_than):
@@ -158,7 +166,8 @@ class Replicas:
     async def refresh(self, other_than: Model | None = None) -> Model | None:
         """Ask the replicas what they hold; None while none answers. The model of the highest
         generation counts: the others are about to follow. Of several of one generation, as while
-        a deployment replaces another, what was current stays so; other_than is the last choice."""
+        a deployment replaces another, what was current stays so; other_than is the last choice.
+        While all sleep, it is what was known last."""
         asked = time.monotonic()
         async with self._lock:
             if asked >= self._asked:  # else somebody has asked meanwhile
@@ -169,7 +178,7 @@ class Replicas:
 
     async def _choose(self, other_than: Model | None) -> Model | None:
         if not self.descriptions:
-            return None
+            return self._model if self.is_asleep else None
         newest = max(description.generation for description in self.descriptions)
         loaded = [each for each in self.descriptions if each.generation == newest]
         others = [each for each in loaded if other_than is None or not other_than.is_of(each)]
@@ -199,14 +208,18 @@ class Replicas:
 
     async def _describe(self) -> list[Description]:
         answers = await self.ask_all("describe", timeout_s=_ANSWER_S)
-        found = [answer for answer in answers if isinstance(answer, Description)]
-        if not found and self._model is None:
+        if not any(isinstance(a, Description | Asleep) for a in answers) and self._model is None:
             # None is there yet; unlike a broadcast, a request makes a service at zero scale up.
-            found = await self._first()
+            answers = [*answers, *await self._first()]
+        found = [answer for answer in answers if isinstance(answer, Description)]
+        sleeping = [answer.replica for answer in answers if isinstance(answer, Asleep)]
+        for name in sleeping:
+            self._seen.pop(name, None)
+        self.num_asleep = len(sleeping)
         num_silent = sum(isinstance(answer, TimeoutError) for answer in answers)
         return [*found, *self._silent(found, num_silent)]
 
-    async def _first(self) -> list[Description]:
+    async def _first(self) -> list[Description | Asleep]:
         response = self._handle.describe.remote()
         try:
             async with asyncio.timeout(_FIRST_S):

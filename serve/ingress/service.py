@@ -25,7 +25,7 @@ from reward_actor.groups import (
 )
 from reward_actor.turn_ends import TurnEnds
 from serve.config import ServeConfig
-from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion
+from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion, asleep
 from serve.ingress.replicas import Model, Replicas
 from serve.monitoring.observer import Observer
 from serve.wire import Description
@@ -114,9 +114,11 @@ class RewardService:
         return await asyncio.to_thread(_explained, group, scored)
 
     async def model(self) -> Model:
-        """What is served now. Raises RewardServiceError while no replica answers."""
-        self._watch()
-        return await self.within_deadline(self._fresh_model(), _STATUS_TIMEOUT_S)
+        """What is served now. Raises RewardServiceError while no replica answers, or all sleep."""
+        model = await self._described()
+        if self.replicas.is_asleep:
+            raise asleep()
+        return model
 
     async def known_model(self) -> Model:
         """What was served when the replicas were last asked. Raises RewardServiceError while none
@@ -126,13 +128,15 @@ class RewardService:
 
     async def info(self) -> schema.Info:
         """What is served, and every limit. Raises RewardServiceError while nothing is."""
-        model = await self.model()
+        model = await self._described()
+        is_asleep = self.replicas.is_asleep
         return schema.Info(
             **dict(model.description.info),
             model=model.name,
             generation=model.generation,
-            num_replicas=self.dispatcher.num_replicas,
+            num_replicas=(self.replicas.num_asleep if is_asleep else self.dispatcher.num_replicas),
             engine=self.config.engine,
+            asleep=is_asleep,
             limits={
                 **self.config.limits(),
                 "max_batch_tokens": model.description.max_batch_tokens,
@@ -157,17 +161,26 @@ class RewardService:
                 retryable=True,
             ) from None
 
+    async def _described(self) -> Model:
+        """What is served now, even if it sleeps. Raises RewardServiceError."""
+        self._watch()
+        return await self.within_deadline(self._fresh_model(), _STATUS_TIMEOUT_S)
+
     async def _fresh_model(self) -> Model:
         while True:
             model = await self.replicas.refresh()
             if model is not None:
                 return model
+            if self.replicas.is_asleep:  # since before this ingress was there
+                raise asleep()
             await asyncio.sleep(0.1)
 
     async def _score(
         self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
     ) -> Scored:
         self._watch()
+        if self.replicas.is_asleep:
+            await self.model()  # it may be awake by now
         num_samples = sum(len(group) for group in groups)
         if num_samples > self.config.max_request_samples:
             raise RewardServiceError(
@@ -221,6 +234,7 @@ class RewardService:
     def _replicas_are(self, descriptions: list[Description]) -> None:
         self.observer.replicas_are(descriptions)
         self.dispatcher.num_replicas = len(descriptions)
+        self.dispatcher.is_asleep = self.replicas.is_asleep
         if descriptions:
             self.dispatcher.max_batch_tokens = min(d.max_batch_tokens for d in descriptions)
 

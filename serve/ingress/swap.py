@@ -1,21 +1,32 @@
-"""Hot swaps: every replica loads the candidate beside its model, and only then all go over to it.
+"""Hot swaps and sleep.
 
-A candidate that one replica refuses is refused: nothing has changed then, anywhere.
+A swap: every replica loads the candidate beside its model, and only then all go over to it.
+
+A candidate that one replica refuses is refused: nothing has changed then, anywhere. Sleep: it is
+remembered by the cluster first, so that what starts meanwhile does the same; where one replica
+cannot wake, all sleep on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError
 
 from reward_actor import schema
-from reward_actor.errors import RewardServiceError
+from reward_actor.errors import ErrorType, RewardServiceError
 from serve.config import ServeConfig
-from serve.current_model import CurrentModel
+from serve.current_model import CurrentModel, asleep_as, fall_asleep, wake_up
 from serve.ingress.replicas import Replicas
 from serve.ingress.tasks import detached
 from serve.registry import Registry
 from serve.wire import Description
+
+Reply = TypeVar("Reply", bound=schema.Wire)
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,7 +36,7 @@ _FOLLOW_S = 10.0
 
 
 class Swapper:
-    """The swaps of one ingress; they take turns."""
+    """The swaps of one ingress, and its sleep; they take turns."""
 
     def __init__(
         self,
@@ -38,7 +49,7 @@ class Swapper:
         self._app_name = app_name
         self._config = config
         self._registry = None if config.registry is None else Registry(config.registry)
-        self._task: asyncio.Task[schema.SwapReply] | None = None
+        self._task: asyncio.Task[Any] | None = None
 
     @property
     def registry(self) -> Registry:
@@ -66,12 +77,83 @@ class Swapper:
         "model_refused" for a model that a replica does not accept, "unavailable" while another
         swap is under way or when no replica went over in time (they will follow).
         """
+        return await self._in_turn(self._swap(name))
+
+    async def sleep(self) -> schema.SleepReply:
+        """Let every replica give its weights' memory back, once it has scored what it had.
+
+        Raises RewardServiceError: "unavailable" while a swap is under way or when a replica did not
+        answer (it will follow), "internal" when one could not.
+        """
+        return await self._in_turn(self._sleep())
+
+    async def wake(self) -> schema.SleepReply:
+        """Score again, on every replica.
+
+        Raises RewardServiceError, and all sleep on: "model_refused" when a replica cannot,
+        "unavailable" as `sleep` does.
+        """
+        return await self._in_turn(self._wake())
+
+    async def _in_turn(self, work: Coroutine[Any, Any, Reply]) -> Reply:
         if self._task is not None and not self._task.done():
+            work.close()
             raise RewardServiceError(
-                "unavailable", "another swap is under way", retryable=True, retry_after_s=1.0
+                "unavailable",
+                "another swap is under way, or the service falls asleep or wakes",
+                retryable=True,
+                retry_after_s=1.0,
             )
-        self._task = detached(self._swap(name))
-        return await asyncio.shield(self._task)
+        task = self._task = detached(work)
+        return await asyncio.shield(task)
+
+    async def _sleep(self) -> schema.SleepReply:
+        started = time.monotonic()
+        model = await self._replicas.refresh()
+        if await asyncio.to_thread(asleep_as, self._app_name) is None:
+            version = "" if model is None else model.version
+            await asyncio.to_thread(fall_asleep, self._app_name, version)
+        states = await self._change("sleep", "internal")
+        return await self._changed(states, started, asleep=True)
+
+    async def _wake(self) -> schema.SleepReply:
+        started = time.monotonic()
+        version = await asyncio.to_thread(asleep_as, self._app_name)
+        await asyncio.to_thread(wake_up, self._app_name)
+        try:
+            states = await self._change("wake", "model_refused")
+        except RewardServiceError:
+            if version is not None:
+                await asyncio.to_thread(fall_asleep, self._app_name, version)
+                await self._replicas.ask_all("sleep", timeout_s=self._config.swap_timeout_s)
+            raise
+        return await self._changed(states, started, asleep=False)
+
+    async def _change(self, method: str, error: ErrorType) -> list[schema.ReplicaState]:
+        """What the replicas say. Raises RewardServiceError, `error` if one could not.
+
+        One that has died since is replaced by one that knows already.
+        """
+        answers = await self._replicas.ask_all(method, timeout_s=self._config.swap_timeout_s)
+        states = [answer for answer in answers if isinstance(answer, schema.ReplicaState)]
+        failed = [f"replica {each.replica}: {each.error}" for each in states if each.error]
+        if failed:
+            message = f"{len(failed)} of {len(states)} replicas could not {method}: "
+            raise RewardServiceError(error, message + "; ".join(failed))
+        if any(not isinstance(a, schema.ReplicaState | RayActorError) for a in answers):
+            raise RewardServiceError(
+                "unavailable", f"a replica was told to {method} and did not answer", retryable=True
+            )
+        return states
+
+    async def _changed(
+        self, states: list[schema.ReplicaState], started: float, *, asleep: bool
+    ) -> schema.SleepReply:
+        await self._replicas.refresh()
+        seconds = time.monotonic() - started
+        what = "asleep" if asleep else "awake"
+        logger.warning("%s after %.1f s (%d replicas)", what, seconds, len(states))
+        return schema.SleepReply(asleep=asleep, seconds=seconds, replicas=states)
 
     async def _swap(self, name: str) -> schema.SwapReply:
         try:

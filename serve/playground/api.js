@@ -65,6 +65,7 @@ export function advice(error) {
   const retry = {
     network: "The service cannot be reached. See whether it is running, then score again.",
     unavailable: "The service is not ready: no replica has its model loaded yet. Try again soon.",
+    asleep: "The service sleeps: its memory is in use by others. Wake it (POST /v1/admin/wake).",
     overloaded: "The service has more work than it takes. Try again in a moment.",
     deadline_exceeded: "The service did not score this in time. Try again, or score less at once.",
     unauthenticated: "This service asks for a token. Score again to enter one.",

@@ -36,7 +36,7 @@ async function score() {
     if (!(error instanceof ServiceError)) throw error;
     say(advice(error), true);
     if (error.kind === "network") setState("gone");
-    if (error.kind === "network" || error.kind === "unavailable") refresh(onInfo, { ask: false });
+    if (["network", "unavailable", "asleep"].includes(error.kind)) refresh(onInfo, { ask: false });
   } finally {
     setBusy(false);
   }

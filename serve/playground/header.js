@@ -4,11 +4,17 @@ import { call } from "./api.js";
 import { byId, milliseconds, shortVersion } from "./dom.js";
 
 const RETRY_MS = 2000;
-const STATES = { ready: "ready", waiting: "not ready", gone: "unreachable", locked: "locked" };
+const STATES = {
+  ready: "ready",
+  asleep: "asleep",
+  waiting: "not ready",
+  gone: "unreachable",
+  locked: "locked",
+};
 
 let asking = false;
 
-/** Ask /info now, and again until the service is ready. `onInfo` gets what it says. */
+/** Ask /info now, and again until the service is ready and awake. `onInfo` gets what it says. */
 export async function refresh(onInfo, { ask = true } = {}) {
   if (asking) return;
   asking = true;
@@ -16,9 +22,11 @@ export async function refresh(onInfo, { ask = true } = {}) {
     const info = await call("info", undefined, { ask });
     show(info);
     onInfo(info);
+    if (info.asleep) setTimeout(() => refresh(onInfo, { ask: false }), RETRY_MS);
   } catch (error) {
     const locked = error.status === 401 || error.status === 403;
-    setState(locked ? "locked" : error.kind === "network" ? "gone" : "waiting");
+    const known = { network: "gone", asleep: "asleep" };
+    setState(locked ? "locked" : (known[error.kind] ?? "waiting"));
     if (!locked) setTimeout(() => refresh(onInfo, { ask: false }), RETRY_MS);
   } finally {
     asking = false;
@@ -43,7 +51,7 @@ export function setState(name) {
 }
 
 function show(info) {
-  setState("ready");
+  setState(info.asleep ? "asleep" : "ready");
   byId("fact-model").textContent = info.model;
   byId("fact-model").title = info.model;
   byId("fact-dtype").textContent = info.dtype;

@@ -107,6 +107,8 @@ class Batcher:
         self._jobs: Waiting[_Job] = Waiting(lambda job: job.num_tokens, lambda _: self._mark_full())
         self.rate = Rate()
         self._arrived = asyncio.Event()  # something waits
+        self._idle = asyncio.Event()  # nothing waits and nothing runs
+        self._idle.set()
         self._full = asyncio.Event()  # as much waits as one batch may hold
         self._device = ThreadPoolExecutor(1, "scorer", initializer=on_device)
         self._preparer = ThreadPoolExecutor(1, "preparer")
@@ -131,13 +133,20 @@ class Batcher:
         job = _Job(sequences, num_tokens, work, loop.create_future())
         self._jobs.add(job)
         self._mark_full()
+        self._idle.clear()
         self._arrived.set()
         return await job.done
+
+    async def idle(self) -> None:
+        """Returns when nothing waits and nothing runs any more."""
+        await self._idle.wait()
 
     async def _run(self) -> None:
         batch: _Batch | None = None
         while True:
             if batch is None:
+                if not self._jobs:
+                    self._idle.set()
                 await self._arrived.wait()
                 batch = self._take()
             else:

@@ -3,6 +3,8 @@
 A hot swap has two steps, so that no request meets a replica without its model: every replica
 `prepare`s the candidate beside what it serves, and only when all have done so they `activate` it.
 What was current before stays for requests that were rendered for it, until it is retired.
+
+Asleep, a replica holds the current model alone, and that in host memory, or in its directory only.
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ class Scorer(Described, Protocol):
     def token_scores(self, sequences: Sequences, plan: Any = None) -> list[Scores]: ...
     def check(self) -> None:
         """Raises EngineDied if it can score no more."""
+
+    def offload(self) -> bool:
+        """Move the weights to host memory until `restore`; False where that would free nothing."""
+
+    def restore(self) -> None:
+        """Move them back and replay the golden samples. Raises ValueError and RuntimeError."""
 
     def close(self) -> None:
         """Give back what it holds; it scores no more."""
@@ -116,7 +124,7 @@ class LoadedModels:
     """The current model with its generation and name, a candidate, and what is not retired yet.
 
     What is let go is closed. All but `find` and `activate` take turns, and as long as a model takes
-    to load or to close.
+    to load or to close. While `is_asleep`, neither of the two is to be called, nor is `current`.
     """
 
     def __init__(
@@ -126,9 +134,14 @@ class LoadedModels:
         name: str,
         load: Callable[[str], Scorer],
         retire_after_s: float,
+        asleep_as: str | None = None,
     ) -> None:
-        """Raises ValueError as `load` does."""
-        self.current = Loaded.load(directory, load)
+        """asleep_as: the version that `wake` has to find in the directory ("" for any); None: load
+        it now. Raises ValueError as `load` does."""
+        self.is_asleep = asleep_as is not None
+        self.directory = directory
+        self._version = asleep_as or ""
+        self._current = None if self.is_asleep else Loaded.load(directory, load)
         self.generation = generation
         self.name = name
         self._load = load
@@ -137,6 +150,11 @@ class LoadedModels:
         self._previous: Loaded | None = None
         self._previous_until = 0.0
         self._turn = threading.Lock()
+
+    @property
+    def current(self) -> Loaded:
+        assert self._current is not None, "its weights were given back"
+        return self._current
 
     def find(self, version: str) -> Loaded | None:
         """The model of this version, if it is loaded."""
@@ -152,6 +170,8 @@ class LoadedModels:
         ValueError.
         """
         with self._turn:
+            if self.is_asleep:
+                raise ValueError("the service sleeps; wake it first")
             self._drop_candidate()
             stamp = _stamp(directory)
             for loaded in (self.current, self._previous):
@@ -164,12 +184,15 @@ class LoadedModels:
 
     def activate(self, version: str, generation: int, name: str) -> bool:
         """Make the candidate current; False if it is another than this one."""
+        if self.is_asleep:
+            return False
         if self.generation >= generation:
             return self.current.version == version
         if self._candidate is None or self._candidate.version != version:
             return False
         if self._candidate is not self.current:
-            self._previous, self.current = self.current, self._candidate
+            self._previous, self._current = self.current, self._candidate
+            self.directory = self._current.directory
             self._previous_until = time.monotonic() + self._retire_after_s
         self.generation, self.name, self._candidate = generation, name, None
         return True
@@ -184,9 +207,64 @@ class LoadedModels:
             if time.monotonic() > self._previous_until and self._previous is not self._candidate:
                 self._drop_previous()
 
+    def sleep(self) -> None:
+        """Give all memory back that the models take on their device. Nothing may be scored then."""
+        from reward_actor.engine.memory import give_back
+
+        with self._turn:
+            if self.is_asleep:
+                return
+            self._drop_candidate()
+            self._drop_previous()
+            scorer = self.current.scorer
+            try:
+                is_offloaded = scorer.offload()
+            except BaseException:
+                scorer.restore()
+                raise
+            self.is_asleep = True
+            if not is_offloaded:
+                self._version, self._current = self.current.version, None
+                scorer.close()
+            del scorer
+            give_back()
+
+    def wake(self) -> None:
+        """Hold the current model again, its golden samples replayed.
+
+        Raises ValueError where they are not reproduced, where the directory is another model's by
+        now and as `load` does, RuntimeError and MemoryError; it sleeps on then.
+        """
+        from reward_actor.engine.memory import give_back
+
+        with self._turn:
+            if not self.is_asleep:
+                return
+            try:
+                if self._current is None:
+                    self._current = self._read_again()
+                else:
+                    self._current.scorer.restore()
+            except BaseException:
+                if self._current is not None:
+                    self._current.scorer.offload()
+                give_back()
+                raise
+            self.is_asleep = False
+
+    def _read_again(self) -> Loaded:
+        loaded = Loaded.load(self.directory, self._load)
+        if self._version in ("", loaded.version):
+            return loaded
+        loaded.scorer.close()
+        raise ValueError(
+            f"{self.directory} has changed since the service fell asleep: it was {self._version} "
+            f"and is {loaded.version}. Put its files back, or start the service again"
+        )
+
     def _drop_candidate(self) -> None:
         candidate, self._candidate = self._candidate, None
-        if candidate is not None and candidate not in (self.current, self._previous):
+        if candidate is not None and candidate not in (self._current, self._previous):
             candidate.scorer.close()
 
     def _drop_previous(self) -> None:

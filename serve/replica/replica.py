@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reward_actor import schema
 from reward_actor.errors import EngineDied
 from serve.config import ServeConfig
 from serve.monitoring import metrics
 from serve.replica.batcher import Batcher, QueueFull
 from serve.replica.models import Loaded, LoadedModels, Scorer, Scoring
-from serve.wire import Description, FlatSequences, ReplicaReply
+from serve.wire import Asleep, Description, FlatSequences, ReplicaReply
 
 if TYPE_CHECKING:
     from serve.current_model import CurrentModel
@@ -27,6 +28,10 @@ logger = logging.getLogger("ray.serve")
 _RECONCILE_S = 5.0
 # What a message waits before it goes out again, once the model's processes have died here.
 _LOST_PAUSE_S = 0.5
+# The same, while this replica sleeps and another may be awake already.
+_ASLEEP_PAUSE_S = 0.2
+# Of a replica that has not loaded its model yet.
+_UNKNOWN_BUDGET = 2**31
 # An ingress that has not written for so long has nothing waiting.
 _WAITING_S = 5.0
 
@@ -72,18 +77,25 @@ class Replica:
         models: LoadedModels,
         recorder: metrics.Recorder,
         current_model: Callable[[], CurrentModel | None],
+        sleeps: Callable[[], bool],
         num_threads: int,
     ) -> None:
-        """name: of this replica. current_model: what the service remembers of its model; may take a
-        while. num_threads: for the network, on whichever thread it runs."""
+        """name: of this replica. current_model, sleeps: what the service remembers of its model,
+        and whether it sleeps; they may take a while. num_threads: for the network, on whichever
+        thread it runs."""
         import torch
 
         self._name = name
         self._config = config
         self._models = models
         self._current_model = current_model
+        self._sleeps = sleeps
+        self._is_falling_asleep = False
+        self._sleeping = asyncio.Lock()  # one change at a time
         self._batcher = Batcher(
-            max_batch_tokens=models.current.scorer.max_batch_tokens,
+            max_batch_tokens=(
+                _UNKNOWN_BUDGET if models.is_asleep else models.current.scorer.max_batch_tokens
+            ),
             max_queued_tokens=config.max_queued_tokens,
             target_batch_s=config.target_batch_s,
             on_batch=self._scored_batch,
@@ -107,6 +119,8 @@ class Replica:
         self._start_reconciling()
         self._waiting[sender] = time.monotonic(), sequences.waiting_tokens
         generation = self._models.generation
+        if self._is_asleep:
+            return ReplicaReply("asleep", generation, retry_after_s=_ASLEEP_PAUSE_S)
         lost = ReplicaReply("lost", generation, retry_after_s=_LOST_PAUSE_S)
         if self._has_lost_device:
             return lost
@@ -147,9 +161,58 @@ class Replica:
             tokens_per_s=self._batcher.rate.tokens_per_s,
         )
 
-    async def describe(self) -> Description:
+    async def describe(self) -> Description | Asleep:
         self._start_reconciling()
-        return self._describe(self._models.current)
+        return Asleep(self._name) if self._is_asleep else self._describe(self._models.current)
+
+    @property
+    def _is_asleep(self) -> bool:
+        return self._is_falling_asleep or self._models.is_asleep
+
+    async def sleep(self) -> schema.ReplicaState:
+        """Finish what came before, then give the weights' memory back; until `wake`, nothing is
+        scored."""
+        started = time.monotonic()
+        async with self._sleeping:
+            self._is_falling_asleep = True
+            try:
+                await self._batcher.idle()
+                error = await self._changed(self._models.sleep)
+            finally:
+                self._is_falling_asleep = False
+        return self._state(started, error)
+
+    async def wake(self) -> schema.ReplicaState:
+        """Hold the model again. It sleeps on where that fails, and says why."""
+        started = time.monotonic()
+        async with self._sleeping:
+            error = await self._changed(self._models.wake)
+            if not self._models.is_asleep:
+                self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
+        return self._state(started, error)
+
+    async def _changed(self, change: Callable[[], None]) -> str | None:
+        """Why it could not be changed, if it could not."""
+        from reward_actor.engine.memory import is_out_of_memory
+
+        try:
+            await asyncio.to_thread(change)
+        except (ValueError, OSError) as error:
+            return str(error).replace(self._models.directory, "the model")
+        except (MemoryError, RuntimeError) as error:
+            logger.error("sleeping or waking failed: %s", error)
+            if is_out_of_memory(error):
+                return "its memory is taken by others, who must give it back first"
+            return f"the device or the engine failed ({type(error).__name__}); its log says why"
+        return None
+
+    def _state(self, started: float, error: str | None) -> schema.ReplicaState:
+        return schema.ReplicaState(
+            replica=self._name,
+            asleep=self._is_asleep,
+            seconds=time.monotonic() - started,
+            error=error,
+        )
 
     async def prepare(self, directory: str) -> Description | str:
         """Load a candidate beside the current model; why it cannot be served, if it cannot."""
@@ -165,7 +228,8 @@ class Replica:
     async def activate(self, model_version: str, generation: int, name: str) -> bool:
         """Make the candidate the current model."""
         done = self._models.activate(model_version, generation, name)
-        self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
+        if not self._is_asleep:
+            self._batcher.max_batch_tokens = self._models.current.scorer.max_batch_tokens
         return done
 
     async def discard_candidate(self) -> None:
@@ -188,7 +252,8 @@ class Replica:
         """Ray Serve replaces a replica that raises here."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
-        self._models.current.scorer.check()
+        if not self._is_asleep:
+            self._models.current.scorer.check()
 
     def _describe(self, loaded: Loaded) -> Description:
         scorer = loaded.scorer
@@ -214,7 +279,9 @@ class Replica:
             try:
                 self._tell()
                 await asyncio.to_thread(self._models.retire)
-                await self._follow()
+                await self._follow_sleep()
+                if not self._is_asleep:
+                    await self._follow()
             except Exception as error:  # whatever it is must not end it for good
                 logger.warning("no look for swaps this time: %s", type(error).__name__)
 
@@ -222,6 +289,17 @@ class Replica:
         queued, rate = self._batcher.queued_tokens, self._batcher.rate.tokens_per_s
         self._recorder.gauge(metrics.REPLICA_QUEUE, queued, self._name)
         self._recorder.gauge(metrics.TOKENS_PER_S, rate, self._name)
+
+    async def _follow_sleep(self) -> None:
+        """Sleep or wake as the service does, where this replica was not asked."""
+        sleeps = await asyncio.to_thread(self._sleeps)
+        if sleeps == self._models.is_asleep or self._sleeping.locked():
+            return
+        state = await (self.sleep() if sleeps else self.wake())
+        if state.error is not None:
+            logger.error(
+                "this replica could not %s: %s", "sleep" if sleeps else "wake", state.error
+            )
 
     async def _follow(self) -> None:
         """Follow a swap that this replica was not asked about, because it was starting then."""

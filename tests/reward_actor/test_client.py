@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import threading
 import time
@@ -266,3 +267,38 @@ def test_models_are_listed_and_swapped() -> None:
     client = RewardClient([server.url, "http://127.0.0.1:1"])
     with pytest.raises(ValueError, match="2 addresses"):
         client.swap("b")
+
+
+def test_a_service_is_put_to_sleep_and_woken() -> None:
+    def admin(received: Received) -> Answer:
+        asleep = received.path == "/v1/admin/sleep"
+        state = {"replica": "r", "asleep": asleep, "seconds": 0.5, "error": None}
+        reply = {"asleep": asleep, "seconds": 1.0, "replicas": [state]}
+        return Answer(200, json.dumps(reply).encode())
+
+    with stub(admin) as server, RewardClient(server.url) as client:
+        assert client.sleep().replicas[0].asleep
+        assert not client.wake().asleep
+    assert [(each.method, each.path) for each in server.received] == [
+        ("POST", "/v1/admin/sleep"),
+        ("POST", "/v1/admin/wake"),
+    ]
+    client = RewardClient([server.url, "http://127.0.0.1:1"])
+    with pytest.raises(ValueError, match="2 addresses"):
+        client.wake()
+
+
+def test_a_call_waits_for_a_service_that_sleeps_and_says_so_in_the_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reward_actor.client.connection._TELL_AFTER_S", 0.0)
+    asleep = error("asleep", **{"Retry-After": "1"})
+    with (
+        stub(lambda _: asleep) as server,
+        RewardClient(server.url, timeout_s=1.5) as client,
+        pytest.raises(RewardServiceError) as failed,
+    ):
+        client.score("Hi.", ["Yes?"])
+    assert failed.value.type == "asleep"
+    assert len(server.received) == 2
+    assert "trying again until" in caplog.text

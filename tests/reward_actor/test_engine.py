@@ -223,3 +223,21 @@ def test_one_lack_of_memory_does_not_starve_the_engine(monkeypatch: pytest.Monke
         calls.clear()
         found.raw_scores([[5], [6]])
     assert found.max_batch_tokens == 256  # never so few that every sequence goes alone
+
+
+def test_weights_leave_the_device_and_return_as_they_were() -> None:
+    """Between a CPU and itself: that its tensors are new ones shows that all were moved."""
+    from reward_actor.engine.memory import give_back
+
+    ours = Engine(RewardModel(make_network("qwen2")), "forest", max_batch_tokens=100)
+    sequences = groups(seed=4)
+    before = ours.raw_scores(sequences)
+    tensors = dict(ours.model.state_dict(keep_vars=True))
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    ours.offload()
+    for name, tensor in ours.model.state_dict(keep_vars=True).items():
+        assert tensor is tensors[name], "whoever refers to it finds it"
+        assert tensor.data_ptr() != places[name]
+    give_back()
+    ours.restore()
+    np.testing.assert_array_equal(ours.raw_scores(sequences), before)

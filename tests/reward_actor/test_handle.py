@@ -279,6 +279,33 @@ def test_a_call_tells_which_replica_it_waits_for(
     assert not [text for text in caplog.messages if "waiting" in text]
 
 
+def test_a_service_sleeps_and_wakes_by_its_handles(service: str) -> None:
+    handle = RewardHandle()
+    before = flat(handle.score_groups(GROUPS))
+    state = handle.sleep()
+    assert [each.asleep for each in state.replicas] == [True, True]
+    try:
+        with pytest.raises(
+            RewardServiceError, match=r"wake\(\) of a client or a handle"
+        ) as refused:
+            RewardHandle(timeout_s=0.5).score("Hi.", ["Yes?"])
+        assert refused.value.type == "asleep"
+        assert handle.info().asleep
+
+        async def again() -> None:
+            patient = AsyncRewardHandle()
+            assert (await patient.sleep()).asleep
+            waiting = asyncio.create_task(patient.score_groups(GROUPS))
+            await asyncio.sleep(0.1)
+            assert not (await patient.wake()).asleep
+            assert flat(await waiting) == before
+
+        asyncio.run(again())
+    finally:
+        handle.wake()
+    assert flat(handle.score_groups(GROUPS)) == before
+
+
 def is_ready(service: str) -> bool:
     try:
         return httpx.get(service + "/ready", timeout=5).status_code == 200

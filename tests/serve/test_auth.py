@@ -76,7 +76,7 @@ def test_these_are_the_rules() -> None:
             "/predict",
             "/reward/slime",
         },
-        "admin": {"/v1/admin/models"},
+        "admin": {"/v1/admin/models", "/v1/admin/sleep", "/v1/admin/wake"},
     }
 
 

@@ -279,3 +279,22 @@ def test_what_a_cache_knows_teaches_nothing_about_the_device() -> None:
         assert batcher.rate.tokens_per_s != before
 
     asyncio.run(run())
+
+
+def test_it_is_idle_when_nothing_waits_and_nothing_runs() -> None:
+    async def run() -> None:
+        batcher = Batcher(max_batch_tokens=3, max_queued_tokens=10**9)
+        await batcher.idle()
+        gate = Gate()
+        jobs = [asyncio.create_task(submit(batcher, [[1, 2, 3]], gate)) for _ in range(3)]
+        await until(lambda: gate.batches)
+        jobs[2].cancel()
+        idle = asyncio.create_task(batcher.idle())
+        await asyncio.sleep(0.05)
+        assert not idle.done()
+        gate.open.set()
+        await asyncio.wait_for(idle, 10)
+        assert all(job.done() for job in jobs)
+        assert len(gate.batches) == 2
+
+    asyncio.run(run())

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from serve import current_model
-from serve.current_model import CurrentModel, forget
+from serve.current_model import CurrentModel, asleep_as, fall_asleep, forget, wake_up
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +101,15 @@ def test_a_new_start_forgets_everything_of_its_name() -> None:
     forget("app")
     assert CurrentModel.get("app") is None
     assert CurrentModel(1, "C", base="A").set("app")
+
+
+def test_a_service_that_is_started_is_awake() -> None:
+    assert asleep_as("app") is None
+    fall_asleep("app", "v")
+    assert asleep_as("app") == "v"
+    wake_up("app")
+    assert asleep_as("app") is None
+    fall_asleep("app", "")
+    assert asleep_as("app") == "", "it sleeps, and nothing is known of its model"
+    forget("app")
+    assert asleep_as("app") is None

@@ -373,3 +373,22 @@ def test_a_full_queue_refuses_by_tokens_and_by_time() -> None:
     assert asyncio.run(run(max_queue_s=0.1)) == pytest.approx(0.1)
     # Two ingresses share the replicas, and each may fill its half of their time.
     assert asyncio.run(run(max_queue_s=0.2, num_ingress=2)) == pytest.approx(0.1)
+
+
+def test_what_reaches_a_replica_that_sleeps_goes_to_another_until_all_do() -> None:
+    def asleep(message: FlatSequences) -> ReplicaReply:
+        return reply(message, status="asleep", raw_scores=None)
+
+    async def run() -> None:
+        replicas = Replicas(asleep, asleep)
+        replicas.open.set()
+        queue = dispatcher(replicas)
+        assert await rewards(queue, [[[1, 2]]]) == [3.0]
+        replicas = Replicas(asleep)
+        queue = dispatcher(replicas)
+        queue.is_asleep = True
+        with pytest.raises(RewardServiceError, match="POST /v1/admin/wake") as refused:
+            await rewards(queue, [[[1, 2]]])
+        assert (refused.value.type, refused.value.retry_after_s) == ("asleep", 1.0)
+
+    asyncio.run(run())

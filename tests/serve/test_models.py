@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,85 @@ def test_a_candidate_that_is_held_anyway_stays_open(directories: list[str]) -> N
     assert (one.num_closed, two.num_closed) == (0, 0)
     activated(models, third)  # there are never more than two
     assert (one.num_closed, two.num_closed) == (0, 1)
+
+
+def test_asleep_only_the_directory_is_kept(export_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(export_dir, tmp_path / "model"))
+    models = LoadedModels(str(directory), 0, "model", load, retire_after_s=0.0)
+    scorer = weakref.ref(models.current.scorer)
+    before = models.current.scorer.raw_scores([[5, 6, 7]])
+    for _ in range(2):
+        models.sleep()
+        assert models.is_asleep
+    assert scorer() is None
+    with pytest.raises(ValueError, match="wake it first"):
+        models.prepare(str(directory))
+    assert not models.activate("v", 1, "next")
+    for _ in range(2):
+        models.wake()
+        assert not models.is_asleep
+    assert (models.current.scorer.raw_scores([[5, 6, 7]]) == before).all()
+
+
+def test_another_model_in_the_directory_is_not_woken(
+    directories: list[str], tmp_path: Path
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(directories[0], place)
+    models = LoadedModels(str(place), 0, "model", load, retire_after_s=0.0)
+    version = models.current.version
+    models.sleep()
+    shutil.rmtree(place)
+    with pytest.raises(ValueError, match="model"):
+        models.wake()
+    shutil.copytree(directories[1], place)
+    with pytest.raises(
+        ValueError, match="has changed since the service fell asleep: it was sha256"
+    ):
+        models.wake()
+    assert models.is_asleep
+    other = LoadedModels(str(place), 0, "model", load, retire_after_s=0.0, asleep_as=version)
+    with pytest.raises(ValueError, match="has changed"):
+        other.wake()
+    shutil.rmtree(place)
+    shutil.copytree(directories[0], place)
+    for each in (models, other):
+        each.wake()
+        assert each.current.version == version
+
+
+class OnDevice(Scorer):
+    """Takes itself for one whose weights can leave their device."""
+
+    is_there = True
+    has_room = True
+
+    def offload(self) -> bool:
+        self.is_there = False
+        return True
+
+    def restore(self) -> None:
+        if not self.has_room:
+            raise RuntimeError("out of memory")
+        self.is_there = True
+        self.replay()
+
+
+def test_weights_that_can_leave_the_device_are_kept_in_memory(export_dir: Path) -> None:
+    def load(directory: str) -> Scorer:
+        return OnDevice.from_pretrained(directory, "cpu", attention="padded")
+
+    models = LoadedModels(str(export_dir), 0, "model", load, retire_after_s=0.0)
+    scorer = models.current.scorer
+    assert isinstance(scorer, OnDevice)
+    models.sleep()
+    assert not scorer.is_there
+    scorer.has_room = False
+    with pytest.raises(RuntimeError, match="out of memory"):
+        models.wake()
+    assert models.is_asleep
+    scorer.has_room = True
+    models.wake()
+    assert models.current.scorer is scorer
+    assert scorer.is_there
+    assert scorer.num_closed == 0

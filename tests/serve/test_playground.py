@@ -375,6 +375,18 @@ def test_a_service_that_is_not_ready_is_waited_for(visit: Callable[..., Visit]) 
     one.ignore_load_errors()
 
 
+def test_a_service_that_sleeps_is_asked_until_it_is_awake(visit: Callable[..., Visit]) -> None:
+    asked: list[int] = []
+
+    def sleepy(route: Route) -> None:
+        asked.append(1)
+        route.fulfill(json={**route.fetch().json(), "asleep": len(asked) == 1})
+
+    one = visit(routes={"**/info": sleepy}, ready=False)
+    one.page.wait_for_selector("#state[data-state=asleep]")
+    one.page.wait_for_selector("#state[data-state=ready]")
+
+
 def test_members_of_an_ensemble_are_named(visit: Callable[..., Visit]) -> None:
     """The real replies, with the members that an ensemble would add."""
 

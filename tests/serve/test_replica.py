@@ -11,13 +11,14 @@ import pytest
 from serve.config import ServeConfig
 from serve.monitoring.metrics import Recorder
 from serve.replica.replica import Replica
-from serve.wire import FlatSequences, ReplicaReply
+from serve.wire import Asleep, FlatSequences, ReplicaReply
 
 
 class Models:
     """Of one model."""
 
     generation = 3
+    is_asleep = False
     scorer = SimpleNamespace(max_batch_tokens=100)
     current = SimpleNamespace(scorer=scorer)
 
@@ -40,7 +41,7 @@ class Broken:
 def replica_with(batcher: Broken) -> Any:
     models: Any = Models()
     config = ServeConfig(model="nowhere")
-    replica: Any = Replica(config, "replica", models, Recorder(), lambda: None, 1)
+    replica: Any = Replica(config, "replica", models, Recorder(), lambda: None, bool, 1)
     replica._batcher = batcher
     return replica
 
@@ -67,3 +68,68 @@ def test_another_fault_is_told_and_the_replica_goes_on() -> None:
     assert [ask(replica).status for _ in range(2)] == ["failed"] * 2
     assert batcher.num_jobs == 2
     assert replica._fault is None
+
+
+class Sleepy(Models):
+    """Those that know whether they sleep."""
+
+    directory = "/models/one"
+    fault: str | None = None
+
+    def sleep(self) -> None:
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        if self.fault is not None:
+            raise ValueError(f"{self.directory}: {self.fault}")
+        self.is_asleep = False
+
+
+def test_a_replica_finishes_what_it_has_and_refuses_what_comes_while_it_sleeps() -> None:
+    class Slow:
+        """A batcher that is busy until it is let go."""
+
+        def __init__(self) -> None:
+            self.done = asyncio.Event()
+
+        async def idle(self) -> None:
+            await self.done.wait()
+
+    async def run() -> None:
+        models: Any = Sleepy()
+        config = ServeConfig(model="nowhere")
+        replica: Any = Replica(config, "replica", models, Recorder(), lambda: None, bool, 1)
+        replica._batcher = batcher = Slow()
+        message = FlatSequences.of([[5, 6]], "v", 2)
+        sleeping = asyncio.create_task(replica.sleep())
+        await asyncio.sleep(0)
+        assert (await replica.score(message)).status == "asleep", "it would not end otherwise"
+        assert not models.is_asleep
+        batcher.done.set()
+        assert (await sleeping).asleep
+        assert await replica.describe() == Asleep("replica")
+        replica.check_health()
+        models.fault = "golden sample 0 scores nan"
+        state = await replica.wake()
+        assert (state.asleep, state.error) == (True, "the model: golden sample 0 scores nan")
+        models.fault = None
+        assert not (await replica.wake()).asleep
+        assert not (await replica.wake()).asleep
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_was_not_asked_follows_the_service() -> None:
+    async def run() -> None:
+        models: Any = Sleepy()
+        config, sleeps = ServeConfig(model="nowhere"), [True]
+        replica: Any = Replica(
+            config, "replica", models, Recorder(), lambda: None, lambda: sleeps[0], 1
+        )
+        await replica._follow_sleep()
+        assert models.is_asleep
+        sleeps[0] = False
+        await replica._follow_sleep()
+        assert not models.is_asleep
+
+    asyncio.run(run())

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from reward_actor.errors import RewardServiceError
 from reward_actor.readout import Readout
 from reward_actor.schema import ModelInfo
 from serve.ingress import replicas as replicas_module
 from serve.ingress.dispatch import ReplicaLost
 from serve.ingress.replicas import Model, Replicas
-from serve.wire import Description, ReplicaReply
+from serve.wire import Asleep, Description, ReplicaReply
 
 
 def description(replica: str, version: str, generation: int = 0) -> Description:
@@ -43,10 +44,10 @@ def description(replica: str, version: str, generation: int = 0) -> Description:
 class Result:
     """Of one replica, when it is waited for."""
 
-    def __init__(self, answer: Description | None) -> None:
+    def __init__(self, answer: Description | Asleep | None) -> None:
         self._answer = answer
 
-    async def get_async(self) -> Description:
+    async def get_async(self) -> Description | Asleep:
         if self._answer is None:
             await asyncio.sleep(60)
         assert self._answer is not None
@@ -58,7 +59,7 @@ class Handle:
 
     is_initialized = True
 
-    def __init__(self, *replicas: Description | None) -> None:
+    def __init__(self, *replicas: Description | Asleep | None) -> None:
         self.replicas = list(replicas)
         self.describe = self
 
@@ -188,5 +189,29 @@ def test_one_silent_replica_does_not_make_the_others_look_gone(
         assert seen[2] == 2, "it has been silent for too long"
         answers = await replicas.ask_all("activate", timeout_s=0.1)
         assert [isinstance(each, Exception) for each in answers] == [False, True, False]
+
+    run(work)
+
+
+def test_a_service_is_asleep_when_no_replica_is_awake() -> None:
+    async def work() -> None:
+        handle = Handle(description("a", "A"), description("b", "A"))
+        replicas = made(handle)
+        model = await replicas.model()
+        handle.replicas[0] = Asleep("a")
+        await replicas.refresh()
+        assert not replicas.is_asleep, "the other one scores"
+        handle.replicas[1] = Asleep("b")
+        assert await replicas.refresh() is model, "it is known what sleeps"
+        assert (replicas.is_asleep, replicas.num_asleep) == (True, 2)
+        with pytest.raises(RewardServiceError, match="POST /v1/admin/wake"):
+            await replicas.model(other_than=model)
+        newcomer = made(handle)
+        assert await newcomer.refresh() is None
+        with pytest.raises(RewardServiceError, match="asleep"):
+            await newcomer.model()
+        handle.replicas = [description("a", "A"), description("b", "A")]
+        assert await replicas.refresh() is model
+        assert not replicas.is_asleep
 
     run(work)

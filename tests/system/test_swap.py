@@ -1,4 +1,5 @@
-"""Hot swaps on a real service: no error, no mixture, and nothing that does not deserve it."""
+"""Hot swaps and sleep on a real service: no error, no mixture, and nothing that does not deserve
+it."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 import torch
-from exports import make_export
+from exports import CORPUS, make_export
 from service_process import Service
 from transformers import AutoModelForSequenceClassification
 
-from reward_actor import RewardScorer
+from reward_actor import Group, RewardClient, RewardScorer
 from reward_actor.model.manifest import write_manifest
 from reward_actor.model.tokenizer import load_tokenizer
+from trainer.init_model import init_model
 
 if TYPE_CHECKING:
     from nursery import Nursery
@@ -283,6 +286,95 @@ def test_a_model_that_changed_under_its_name_is_loaded_anew(
         assert score(http)[0] == second
         assert swap(http, "a").status_code == 200
     shutil.rmtree(registry / "changing")
+
+
+@pytest.fixture
+def large(registry: Path, tmp_path: Path) -> Iterator[Path]:
+    """A model of the registry with 100 MB of weights."""
+    base = init_model(
+        tmp_path / "base", CORPUS, vocab_size=400, hidden_size=1024, num_layers=2, num_heads=8,
+        num_kv_heads=8, head_dim=128, intermediate_size=2816, max_position_embeddings=256,
+    )  # fmt: skip
+    yield make_export(base, registry / "large", head_std=0.05)
+    shutil.rmtree(registry / "large")
+
+
+def private_bytes(service: Service) -> list[int]:
+    return [psutil.Process(pid).memory_full_info().uss for pid in service.replica_pids()]
+
+
+def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    return error
+
+
+def test_asleep_the_replicas_give_their_memory_back_until_they_are_woken(
+    swapping: Service, large: Path
+) -> None:
+    num_bytes = (large / "model.safetensors").stat().st_size
+    assert num_bytes > 100e6
+    body = {"groups": BODY["groups"][:1]}
+    sleep, wake = "/v1/admin/sleep", "/v1/admin/wake"
+    with (
+        httpx.Client(base_url=swapping.url, timeout=120) as http,
+        RewardClient(swapping.url) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert swap(http, "large").status_code == 200
+        before = http.post("/v1/score", json=body).json()
+        awake_bytes = private_bytes(swapping)
+        for _ in range(2):
+            reply = http.post(sleep).json()
+            assert [state["asleep"] for state in reply["replicas"]] == [True, True]
+            assert reply["asleep"]
+        for awake, asleep in zip(awake_bytes, private_bytes(swapping), strict=True):
+            assert awake - asleep > num_bytes
+        refused = http.post("/v1/score", json=body)
+        error = error_of(refused, 503)
+        assert (error["type"], error["retryable"]) == ("asleep", True)
+        assert "POST /v1/admin/wake" in error["message"]
+        assert refused.headers["Retry-After"] == "1"
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "asleep")
+        assert http.get("/health").status_code == 200
+        info = http.get("/info").json()
+        assert (info["asleep"], info["num_replicas"], info["model"]) == (True, 2, "large")
+        assert info["model_version"] == before["model_version"]
+        error = error_of(swap(http, "a"), 409)
+        assert (error["type"], "wake it first" in error["message"]) == ("model_refused", True)
+
+        for pid in swapping.replica_pids():
+            swapping.kill(pid)
+        swapping.wait_for_replicas(2)
+        assert http.get("/info").json()["asleep"]
+        assert max(private_bytes(swapping)) < min(awake_bytes) - num_bytes
+
+        contract = large / "scoring_contract.json"
+        good = contract.read_bytes()
+        _golden_samples_fail(large)
+        error = error_of(http.post(wake), 409)
+        assert error["type"] == "model_refused"
+        assert error["message"].count("golden sample 0 scores") == 2
+        assert str(large) not in error["message"]
+        assert http.get("/ready").json()["status"] == "asleep"
+        contract.write_bytes(good)
+        write_manifest(large)
+
+        waiting = pool.submit(client.score_groups, [Group(**group) for group in body["groups"]])
+        time.sleep(0.5)
+        assert not waiting.done(), "it is tried again until the service is awake"
+        for _ in range(2):
+            reply = http.post(wake).json()
+            assert [state["asleep"] for state in reply["replicas"]] == [False, False]
+            assert not reply["asleep"]
+        after = http.post("/v1/score", json=body).json()
+        assert after["results"] == before["results"], "bit for bit"
+        assert after["model_version"] == before["model_version"]
+        assert waiting.result()[0].rewards == pytest.approx(before["results"][0]["rewards"])
+        assert not http.get("/info").json()["asleep"]
+        assert http.get("/ready").status_code == 200
+        assert swap(http, "a").status_code == 200
 
 
 @pytest.mark.long

@@ -160,6 +160,20 @@ def test_an_engine_ends_with_a_killed_replica(url: str, export_dir: Path) -> Non
 
 
 @pytest.mark.long
+def test_asleep_it_has_no_engine_and_awake_another(url: str, export_dir: Path) -> None:
+    """On a CPU, where vLLM has no sleep mode of its own."""
+    expected = RewardScorer.from_pretrained(export_dir, "cpu").score(IDS)
+    before = engine_processes()
+    with RewardClient(url, timeout_s=115) as client:
+        assert client.sleep().asleep
+        wait_for_end(before)
+        assert engine_processes() == set()
+        assert not client.wake().asleep
+        assert len(engine_processes()) == 2
+        assert_equal_scores(client.score_groups(IDS), expected)
+
+
+@pytest.mark.long
 def test_a_hot_swap_ends_the_engine_before(url: str, registry: Path) -> None:
     expected = RewardScorer.from_pretrained(registry / "second", "cpu").score(IDS)
     before = engine_processes()
