@@ -71,6 +71,14 @@ def may_grow_to() -> dict[str, float]:
     return dict(state.get_max_resources_from_cluster_config() or {})
 
 
+def ended_processes() -> list[str]:
+    """Which of Ray's own processes that this one has started (gcs_server, raylet, ...) have ended
+    since, though nobody asked them to."""
+    from ray._private.worker import _global_node as node
+
+    return [] if node is None else [name for name, _ in node.dead_processes()]
+
+
 def session_dir() -> Path | None:
     """The folder of this node's session; None in a process that joined from outside."""
     from ray._private.worker import _global_node as node

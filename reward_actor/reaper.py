@@ -1,8 +1,9 @@
 """Ends the processes that a process has started when it ends itself, however that happens.
 
-Whoever is killed cannot end its children, and a vLLM engine core that lost its parent waits for
-ever, with its share of a GPU's memory. So a small process beside it reads a pipe whose other end
-nobody else holds; when that closes, it kills what has inherited a variable of the environment.
+Whoever is killed cannot end its children: a vLLM engine core that lost its parent waits for ever,
+with its share of a GPU's memory, and HAProxy listens for ever in front of nothing. So a small
+process beside it reads a pipe whose other end nobody else holds; when that closes, it kills what
+has inherited a variable of the environment.
 Reads /proc, so on Linux only. Standard library only: it runs as a script, too.
 """
 
@@ -32,6 +33,8 @@ class Reaper:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, mark],
             stdin=subprocess.PIPE,
+            # Not by another's reaper before it has done its work.
+            env={name: value for name, value in os.environ.items() if name != VARIABLE},
             start_new_session=True,  # a signal to our group must not end it before us
         )
 

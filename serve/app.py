@@ -27,6 +27,7 @@ from serve.deployments import Ingress, RewardModel
 from serve.haproxy import settings as haproxy
 from serve.http.auth import require_guard
 from serve.http.tokens import Tokens
+from serve.listeners import listeners
 from serve.monitoring.metrics import publish_targets
 from serve.registry import Registry
 
@@ -266,7 +267,8 @@ def _require_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            holders = "".join(f", by {holder}" for holder in listeners(port))
             raise ValueError(
-                f"port {port} on {host} cannot be used ({error.strerror}); stop what holds it or "
-                "choose another with --port"
+                f"port {port} on {host} cannot be used ({error.strerror}{holders}); stop what "
+                "holds it or choose another with --port"
             ) from error

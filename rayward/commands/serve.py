@@ -8,7 +8,8 @@ import signal
 import threading
 
 from rayward.loading import chosen
-from reward_actor.command_line import add_setting, option
+from reward_actor.command_line import add_setting, complain, option
+from reward_actor.reaper import Reaper
 from reward_actor.terminal import put
 
 NAME = "serve"
@@ -63,8 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
     if not joins:
         haproxy.enable()
+        reaper = Reaper()  # of the cluster, HAProxy included: however this process ends
+        os.environ.update(reaper.environment)
     import ray
 
+    from reward_actor.ray_internals import ended_processes
     from serve.app import start
     from serve.monitoring.metrics import targets
 
@@ -82,7 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets its own at start
         signal.signal(signal_number, lambda *_: stop.set())
     while not stop.wait(1.0):
-        pass
+        if not joins and (ended := {"gcs_server", "raylet"}.intersection(ended_processes())):
+            reaper.close()
+            what = " and ".join(sorted(ended))
+            os._exit(
+                complain(f"Ray's {what} has ended, and the service with it; start it again", 1)
+            )
     if joins:  # a private cluster ends with us
         from ray import serve as ray_serve
 
@@ -90,4 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         ray_serve.delete(APP_NAME)
     ray.shutdown()
+    if not joins:
+        reaper.close()
     return 0

@@ -9,19 +9,28 @@ those of its own node. On a cluster that others have started, Ray's own proxies 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
+from http import HTTPStatus
 from pathlib import Path
+
+from reward_actor.schema import error_reply
 
 _PORTS = 100
 """Ports of a service's ingresses on one machine."""
 
 # The path of a socket has 97 characters at most for HAProxy; Ray adds a node's id (56) and a name.
 _MAX_FOLDER_LENGTH = 97 - len("/admin.sock") - 57
+
+_GONE = (
+    "no process of the service answers: it is starting or has lost its ingress, and answers in a "
+    "moment, or its Ray cluster has ended and it must be started again"
+)
 
 _WRAPPER = Path(__file__).with_name("loopback.sh")
 
@@ -48,6 +57,7 @@ def settings(folder: Path) -> dict[str, str] | None:
         # all that it starts: the whole cluster.
         "KMP_AFFINITY": "none",
         "RAYWARD_HAPROXY": binary,
+        "RAYWARD_GONE": str(folder / "gone.http"),
         "RAYWARD_SERVICE": secrets.token_hex(16),
         # Ray's own range is the same for every service of a machine.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
@@ -82,7 +92,20 @@ def enable() -> bool:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     found = settings(folder)
     os.environ.update(found or {})
+    if found is not None:
+        Path(found["RAYWARD_GONE"]).write_bytes(_gone())
     return found is not None
+
+
+def _gone() -> bytes:
+    """What HAProxy answers while no ingress does, in the shape of the service's own errors."""
+    status, body = error_reply("unavailable", _GONE)
+    content = json.dumps(body).encode()
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\nRetry-After: 1\r\nCache-Control: no-store\r\n\r\n"
+    )
+    return head.encode() + content
 
 
 def front(host: str, port: int, tls_cert: str | None, tls_key: str | None) -> bool:

@@ -55,6 +55,8 @@ class Service:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.process.poll() is not None:  # the test has ended it
+            return
         children = list(descendants(psutil.Process(self.process.pid)))
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

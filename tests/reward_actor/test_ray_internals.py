@@ -58,6 +58,17 @@ def test_a_node_knows_its_folders(ray_cluster: None) -> None:
     assert internals.may_grow_to() == {}, "this cluster does not scale by itself"
 
 
+def test_a_cluster_that_runs_has_lost_none_of_its_processes(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private.worker import _global_node as node
+
+    assert {"gcs_server", "raylet"} <= node.all_processes.keys()
+    assert internals.ended_processes() == []
+    monkeypatch.setattr(node, "dead_processes", lambda: [("raylet", None)])
+    assert internals.ended_processes() == ["raylet"]
+
+
 def test_serve_says_where_it_listens(service: str) -> None:
     options = internals.serve_http_options()
     assert service == f"http://{options.host}:{options.port}"

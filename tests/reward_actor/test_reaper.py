@@ -77,3 +77,19 @@ def test_children_end_with_a_killed_process_and_with_close(tmp_path: Path) -> No
     reaper.close()
     assert called(title) == []
     assert ours.wait(5) == -signal.SIGKILL
+
+
+def test_a_reaper_outlives_whoever_another_one_kills(tmp_path: Path) -> None:
+    """As an engine's outlives the replica that the service's reaper kills."""
+    child, title = tmp_path / "child.py", f"nested-{os.getpid()}-"
+    child.write_text(CHILD)
+    reaper = Reaper()
+    command = [sys.executable, "-c", STARTER, str(child), title]
+    environment = {**os.environ, **reaper.environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == b"started\n"
+        wait_for(2, title)
+        reaper.close()
+        assert starter.wait(5) == -signal.SIGKILL
+        wait_for(0, title)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,8 +13,10 @@ import httpx
 import pytest
 from isolation import free_port
 
-import serve.haproxy
+from reward_actor.schema import ErrorReply
+from serve.haproxy import settings
 
+# The lines of Ray's configuration that loopback.sh changes, and what HAProxy needs besides.
 CONFIG = """
 global
     log stdout format raw local0
@@ -24,45 +25,53 @@ defaults
     timeout connect 1s
     timeout client 5s
     timeout server 5s
+    errorfile 502 /nowhere/500.http
+    errorfile 503 /nowhere/500.http
+    errorfile 504 /nowhere/500.http
 frontend http_frontend
     bind *:{port}
-    default_backend nobody
-backend nobody
+    default_backend ingresses
+backend ingresses
+    server ended 127.0.0.1:1
 """
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     """Of one whose service has no ingress."""
-    script = Path(serve.haproxy.__file__).with_name("loopback.sh")
-    config = tmp_path / "haproxy.cfg"
-    port = free_port()
+    assert settings.enable()  # for this process; it was, when the tests began
+    port, config = free_port(), tmp_path / "haproxy.cfg"
     config.write_text(CONFIG.format(port=port))
+    command = [os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]
     # With what the tests' own services are started with, but for an address that is theirs.
-    environment = {k: v for k, v in os.environ.items() if k != "RAYWARD_LISTEN"}
-    shell = shutil.which("sh")
-    assert shell is not None
-    with subprocess.Popen([shell, script, "-db", "-f", config], env=environment) as running:
+    environment = {**os.environ, "RAYWARD_LISTEN": ""}
+    with subprocess.Popen(command, env=environment) as running:
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            running.terminate()
+            running.kill()
+
+
+def ask(url: str, **headers: str) -> httpx.Response:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.mark.process
-def test_what_haproxy_answers_itself_has_the_id_of_its_request(url: str) -> None:
-    def ask(**headers: str) -> httpx.Response:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                return httpx.get(url, headers=headers)
-            except httpx.ConnectError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
+def test_what_haproxy_answers_itself_says_what_it_is_and_of_which_request(url: str) -> None:
     for given in ({}, {"X-Request-Id": "no id"}):
-        reply = ask(**given)
+        reply = ask(url, **given)
         assert reply.status_code == 503
+        assert reply.headers["Retry-After"] == "1"
+        error = ErrorReply.model_validate(reply.json()).error
+        assert (error.type, error.retryable) == ("unavailable", True)
+        assert "its Ray cluster has ended" in error.message
         [made] = reply.headers.get_list("x-request-id")
         assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", made)
-    assert ask(**{"X-Request-Id": "step-7"}).headers.get_list("x-request-id") == ["step-7"]
+    named = ask(url, **{"X-Request-Id": "step-7"})
+    assert named.headers.get_list("x-request-id") == ["step-7"]

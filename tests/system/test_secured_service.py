@@ -216,7 +216,8 @@ def test_prompts_and_tokens_are_in_no_log_and_no_metric(
     pids = secured.replica_pids()
     with secured.client(f"rw_{CANARY}") as stranger, secured.client() as nobody:
         clients = (trainer, operator, stranger, nobody)
-        for path in {route.path for route in application().routes}:
+        paths = {route.path for route in application().routes}
+        for path in paths - {"/v1/admin/sleep"}:  # it reads no body, and nothing would be scored
             for client in clients:
                 for body in canaries():
                     reply = client.post(path, content=body, headers={"X-Test": CANARY})

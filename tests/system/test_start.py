@@ -80,7 +80,7 @@ def front_door(python: str, *arguments: str) -> subprocess.CompletedProcess[str]
 REFUSED = {
     "{base}": "no trained reward head",
     "/nowhere": "is not a directory",
-    "{export} --port {port}": "cannot be used",
+    "{export} --port {port}": "Address already in use, by process ",
     "{export} --num-replicas 0": "error: --num-replicas is '0'",
     "{export} --num-replica 2": "did you mean --num-replicas?",
     "{export} --ray-address 127.0.0.1:1": "no Ray cluster answers",

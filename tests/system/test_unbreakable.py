@@ -1,4 +1,5 @@
-"""What the service survives: killed replicas and ingresses, overload, callers that hang up."""
+"""What the service survives: killed replicas and ingresses, overload, callers that hang up. What it
+does not, its head's and its command's end, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
+from processes import descendants
 from service_process import Service
 
 from reward_actor import Group, RewardClient, RewardScorer
@@ -368,3 +371,43 @@ def test_a_soak_at_half_load_for_twenty_minutes(slow_service: Service) -> None:
     print(f"file descriptors {[n for _, _, n in measured]}")
     assert memory[-1] < memory[4] * 1.05
     assert measured[-1][2] <= measured[4][2] + 10
+
+
+# The last ones: they end the services of this file.
+
+
+def all_processes(service: Service) -> list[psutil.Process]:
+    return list(descendants(psutil.Process(service.process.pid)))
+
+
+def assert_nothing_is_left(service: Service, processes: list[psutil.Process]) -> None:
+    """Within seconds, and until then nobody is answered that the fault is his own, or ours."""
+    deadline = time.monotonic() + 30
+    with httpx.Client(base_url=service.url, timeout=2) as http:
+        while True:
+            assert time.monotonic() < deadline, "something listens at its port yet"
+            try:
+                assert http.get("/ready").status_code in (200, 503)
+            except httpx.ConnectError:
+                break
+            except httpx.TransportError:
+                continue  # it was cut off
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_nothing_is_left_of_a_service_whose_head_is_killed(running: Service) -> None:
+    processes = all_processes(running)
+    assert "haproxy" in {process.name() for process in processes}
+    [head] = [process for process in processes if process.name() == "gcs_server"]
+    head.kill()
+    assert_nothing_is_left(running, processes)
+    assert running.process.wait(20) == 1
+    assert running.process.stdout is not None
+    assert "error: Ray's gcs_server has ended" in running.process.stdout.read()
+
+
+def test_nothing_is_left_of_a_service_whose_command_is_killed(slow_service: Service) -> None:
+    processes = all_processes(slow_service)
+    slow_service.process.kill()
+    assert_nothing_is_left(slow_service, processes)
