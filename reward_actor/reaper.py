@@ -49,9 +49,7 @@ def _kill(mark: str) -> bool:
     """Kill every process that carries the mark, and wait for its end; whether there was one."""
     entry = f"{VARIABLE}={mark}".encode()
     was_one = False
-    for place in Path("/proc").iterdir():
-        if not place.name.isdigit():
-            continue
+    for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             process = os.pidfd_open(int(place.name))  # before it is read, so that it is the same
             try:

@@ -123,9 +123,12 @@ class OnDevice(Scorer):
 
     is_there = True
     has_room = True
+    has_host_room = True
 
     def offload(self) -> bool:
         self.is_there = False
+        if not self.has_host_room:
+            raise MemoryError
         return True
 
     def restore(self) -> None:
@@ -142,6 +145,12 @@ def test_weights_that_can_leave_the_device_are_kept_in_memory(export_dir: Path) 
     models = LoadedModels(str(export_dir), 0, "model", load, retire_after_s=0.0)
     scorer = models.current.scorer
     assert isinstance(scorer, OnDevice)
+    scorer.has_host_room = False
+    with pytest.raises(MemoryError):
+        models.sleep()
+    assert scorer.is_there
+    assert not models.is_asleep
+    scorer.has_host_room = True
     models.sleep()
     assert not scorer.is_there
     scorer.has_room = False
