@@ -140,7 +140,7 @@ def test_many_options_have_headings(name: str) -> None:
         "compare nowhere nowhere {rows} --device",
         "convert nowhere copy --device",
         "train --data.train {rows} --model.path nowhere --distributed.device",
-        "serve nowhere --device",
+        pytest.param("serve nowhere --device", marks=pytest.mark.process),
     ],
 )
 def test_a_gpu_that_is_not_there_is_said_before_a_model_is_looked_for(

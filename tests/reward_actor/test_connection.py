@@ -157,7 +157,7 @@ def test_what_a_proxy_refuses_is_not_said_of_the_service(
     with proxy(status=status) as refusing:
         at = refusing.url.removeprefix("http://")
         environment.setenv(variable, f"http://me:{SECRET}@{at}")
-        with RewardClient(url, timeout_s=0.5) as client:
+        with RewardClient(url, timeout_s=2.0) as client:
             for call in (client.check_reachable, client.info):
                 with pytest.raises(RewardServiceError) as refused:
                     call()

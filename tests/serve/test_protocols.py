@@ -250,6 +250,9 @@ def test_every_route_is_described_with_examples_that_work(http: httpx.Client) ->
     for path, methods in document["paths"].items():
         if "post" not in methods:
             continue
+        if path in ("/v1/admin/sleep", "/v1/admin/wake"):  # nothing to send
+            assert "requestBody" not in methods["post"]
+            continue
         content = methods["post"]["requestBody"]["content"]
         examples = content["application/json"]["examples"]
         assert examples, path
