@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -81,6 +81,8 @@ class RolloutPool:
     that is too small, and RewardServiceError for a scorer that does not answer. Use it as a context
     manager or call `close()`.
     """
+
+    _actor_class: ClassVar[type[RolloutActor]] = RolloutActor  # of benchmarks: a simulated one
 
     def __init__(
         self,
@@ -250,7 +252,7 @@ class RolloutPool:
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "OMP_NUM_THREADS": str(threads),
             }
-        remote: Any = ray.remote(RolloutActor).options(
+        remote: Any = ray.remote(self._actor_class).options(
             num_cpus=1,
             num_gpus=settings.num_gpus,
             runtime_env={"env_vars": environment},
