@@ -69,7 +69,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(("tiny",), 16, 24, 8, 0.01, 24, 24, 0.02, 64),
-    "5m": Scale(("5m", "20m", "80m"), 128, 64, 16, 0.04, 200, 200, 0.02, 256),
+    "5m": Scale(("5m", "20m", "80m"), 128, 64, 16, 0.01, 200, 200, 0.02, 256),
 }
 
 
@@ -292,8 +292,10 @@ def _rounds(name: str, variants: Variants, num_rounds: int) -> dict[str, list[Ru
     for number in range(num_rounds):
         shift = number % len(order)
         for variant in order[shift:] + order[:shift]:
-            runs[variant].append(variants[variant]())
-        print(f"{name}: round {number + 1}", flush=True)
+            run = variants[variant]()
+            runs[variant].append(run)
+            figures = ", ".join(f"{what} {value:.3f}" for what, value in run.items())
+            print(f"{name}, {variant}: {figures}", flush=True)
     return runs
 
 
