@@ -79,6 +79,16 @@ class Renderer:
             for ids in found
         ]
 
+    def prompt_ids(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """What a policy continues, as `PromptRenderer.prompt_ids`."""
+        return self.prompts.prompt_ids(prompt, tools=tools, template_args=template_args)
+
     def sequences(self, group: Group | Whole) -> list[Rendered]:
         """The token ids of each sample, or why it cannot be scored: of each completion with its
         prompt, or of each whole sequence."""
@@ -115,7 +125,7 @@ class Renderer:
         else:
             assert group.prompt is not None
             try:
-                prompt = self.prompts.prompt_ids(
+                prompt = self.prompt_ids(
                     group.prompt, tools=group.tools, template_args=group.template_args
                 )
             except RenderError:  # a prompt that no policy could continue

@@ -125,7 +125,7 @@ class RolloutActor:
         group = asked(question)
         assert group.prompt is not None
         rollout = RolloutGroup(
-            index, group.prompt, tools=group.tools, template_args=group.template_args
+            group.prompt, tools=group.tools, template_args=group.template_args, index=index
         )
         try:
             if environment is not None and not self._policy.prompts.is_chat:

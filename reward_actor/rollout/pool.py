@@ -464,7 +464,7 @@ class Rollouts:
             why = f"{MAX_LOSSES} actors were lost while they sampled it: {_said(error)}"
             asking = asked(prompt.question)
             assert asking.prompt is not None
-            return RolloutGroup(prompt.index, asking.prompt, error=why)
+            return RolloutGroup(asking.prompt, error=why, index=prompt.index)
         self._pool.sampled()
         return group
 

@@ -105,36 +105,36 @@ class Turn:
 class RolloutGroup:
     """The n rollouts of one prompt; index i of every list belongs to completion i.
 
-    index            of the prompt among those that were asked.
     completion_ids   end with the policy's stop token where it sampled one.
     log_probs        of each of those tokens, under the distribution that was sampled from (after
                      temperature and top-p).
-    policy_versions  of the weights that sampled each of those tokens; see
-                     `RolloutPool.update_weights`.
     finish_reasons   "stop" or "length".
+    scores           None where no scorer was asked; with `turn_rewards` of conversations.
+    error            why the prompt could not be sampled; the lists are empty then.
+    index            of the prompt among those that were asked.
+    policy_versions  of the weights that sampled each of the tokens; see
+                     `RolloutPool.update_weights`.
     ended_with_eos   whether the policy ended it by itself: neither its length nor a stop text did.
     turns            where an environment answers: the assistant's turns of each completion. What
                      is above is of its last one.
     conversations    likewise: the prompt and all that followed.
-    scores           None where no scorer was asked; with `turn_rewards` of conversations.
-    error            why the prompt could not be sampled; the lists are empty then.
     """
 
-    index: int
     prompt: Prompt
     prompt_ids: list[int] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     log_probs: list[list[float]] = field(default_factory=list)
-    policy_versions: list[list[int]] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
-    ended_with_eos: list[bool] = field(default_factory=list)
-    turns: list[list[Turn]] = field(default_factory=list)
-    conversations: list[list[Message]] = field(default_factory=list)
     scores: GroupScores | None = None
     error: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    index: int = 0
+    policy_versions: list[list[int]] = field(default_factory=list)
+    ended_with_eos: list[bool] = field(default_factory=list)
+    turns: list[list[Turn]] = field(default_factory=list)
+    conversations: list[list[Message]] = field(default_factory=list)
 
     def end_with(self, turns: Sequence[Turn]) -> None:
         """Take the last turn of each completion."""

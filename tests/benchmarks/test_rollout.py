@@ -48,7 +48,7 @@ def test_what_a_simulated_engine_samples_travels_as_token_ids(policy: str) -> No
         again = asyncio.run(simulated.sample(prompt_ids, Sampling(3), 7, 40))
         assert turns == again, "a seed decides"
         assert all(10 <= len(turn.completion_ids) <= 40 for turn in turns)
-        rollout = RolloutGroup(0, prompt, prompt_ids)
+        rollout = RolloutGroup(prompt, prompt_ids)
         rollout.end_with(turns)
         assert group_to_score(rollout, renderer).prompt_ids == prompt_ids
 

@@ -41,8 +41,8 @@ class Sampling:
             self.seen.append(index)
             scores = GroupScores([0.5, index], [0.5, index], [4, 4], [False] * 2, [None] * 2, "v")
             group = RolloutGroup(
-                index, prompts[index].prompt or "", [1], ["a", "b"], [[2], [3]], [[-1.0], [-1.0]],
-                [[0], [0]], ["stop", "length"], [True, False], scores=scores,
+                prompts[index].prompt or "", [1], ["a", "b"], [[2], [3]], [[-1.0], [-1.0]],
+                ["stop", "length"], scores, index=index, ended_with_eos=[True, False],
             )  # fmt: skip
             row = rollout_row(group, rows[index])
             summary.add(row)

@@ -326,7 +326,7 @@ def test_template_args_decide_how_a_conversation_begins_and_ends() -> None:
     ids = told.render("Hi.", "Yes.")
     assert tokenizer.decode(ids) == templated
     assert told.sequences(Whole(texts=[templated + "\n"])) == [ids]
-    assert told.prompts.prompt_ids("Hi.") == ids[: len(told.prompts.prompt_ids("Hi."))]
+    assert told.prompt_ids("Hi.") == ids[: len(told.prompt_ids("Hi."))]
 
 
 @pytest.mark.parametrize(
@@ -366,9 +366,9 @@ def test_a_rollout(renderer: Renderer, expected: list[int]) -> None:
     question = question_of({k: v for k, v in ROW.items() if k != "completions"}, "in:1")
     assert question.prompt is not None
     told = {"tools": question.tools, "template_args": question.template_args}
-    prompt_ids = renderer.prompts.prompt_ids(question.prompt, **told)
+    prompt_ids = renderer.prompt_ids(question.prompt, **told)
     completion_ids = [expected[len(prompt_ids) :]]
-    rollout = RolloutGroup(0, question.prompt, prompt_ids, [ANSWER], completion_ids, **told)
+    rollout = RolloutGroup(question.prompt, prompt_ids, [ANSWER], completion_ids, **told)
     assert sequence(renderer, rollout.as_text()) == expected
     assert sequence(renderer, group_to_score(rollout, renderer)) == expected
 

@@ -104,7 +104,7 @@ def test_a_conversation_has_the_ids_of_its_whole_template(name: str, tmp_path: P
     texts, ids = Whole(texts=[templated(tokenizer)]), Whole(ids=[whole])
     assert render.sequences(texts) == render.sequences(ids) == [expected]
     # What a policy sampled: with the token that ends its turn, and cut by its length.
-    prompt_ids = render.prompts.prompt_ids(USER)
+    prompt_ids = render.prompt_ids(USER)
     if whole[: len(prompt_ids)] == prompt_ids:
         said = encode(tokenizer, ANSWER)
         if whole[len(prompt_ids) :][: len(said)] == said:

@@ -155,7 +155,7 @@ def test_openrlhf_scores_templated_texts_as_they_are(
     tokenizer = offline.renderer.tokenizer
     ids = [offline.renderer.render("Hi.", text) for text in ("Hello!", "What?", TOO_LONG)]
     queries = [tokenizer.decode(each, skip_special_tokens=False) for each in ids]
-    prompts = [tokenizer.decode(offline.renderer.prompts.prompt_ids("Hi."))] * 3
+    prompts = [tokenizer.decode(offline.renderer.prompt_ids("Hi."))] * 3
     assert queries[0].startswith(prompts[0])
     reward_func = load_as_openrlhf_does()
 

@@ -32,9 +32,8 @@ def sampled(render: Renderer, *texts: str, end: str = "") -> RolloutGroup:
     log_probs = [[0.0] * len(row) for row in ids]
     reasons = ["stop" if end else "length"] * len(texts)
     return RolloutGroup(
-        0,
         USER,
-        render.prompts.prompt_ids(USER),
+        render.prompt_ids(USER),
         list(texts),
         ids,
         log_probs,

@@ -43,7 +43,7 @@ def test_text_and_token_ids_agree_where_retokenising_does(
     template: str | None, tokenizer: Any, base_model: Path, prompt: str, completion: str
 ) -> None:
     render = renderer(tokenizer, base_model, template)
-    prompt_ids = render.prompts.prompt_ids(prompt)
+    prompt_ids = render.prompt_ids(prompt)
     sampled = tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)
     whole = tokenizer.decode(prompt_ids + sampled)
     if tokenizer.encode(whole, add_special_tokens=False) == prompt_ids + sampled:
@@ -57,7 +57,7 @@ def test_the_prompts_share_of_a_sample_is_what_a_policy_continues(
     render = renderer(tokenizer, base_model, template)
     group = Group("Name two fruits.", ["Apples.", "word " * 500, ""])
     samples = render.sequences(group)
-    prompt_ids = render.prompts.prompt_ids("Name two fruits.")
+    prompt_ids = render.prompt_ids("Name two fruits.")
     # "assistant: " and "Apples" may meet within one token, which is then the completion's.
     shared = len(prompt_ids) - (template in (LLAMA_LIKE, NO_END_TOKEN))
     lengths = render.num_prompt_tokens(group, samples)
@@ -98,7 +98,7 @@ def test_a_template_that_writes_the_date_writes_that_of_its_contract(
     assert render.contract.template_date is not None
     old = Renderer(tokenizer, replace(render.contract, template_date="2024-07-26"))
     assert tokenizer.decode(old.render("a", "b")).startswith("26 July 2024: [user] a")
-    assert old.prompts.prompt_ids("a") != render.prompts.prompt_ids("a")
+    assert old.prompt_ids("a") != render.prompt_ids("a")
     assert renderer(tokenizer, base_model, None).contract.template_date is None
 
 

@@ -61,7 +61,7 @@ def test_a_rollout_is_scored_as_its_text_is(pool: RolloutPool, export_dir: Path)
     scorer = RewardScorer.from_pretrained(export_dir, "cpu")
     for prompt, group in zip(PROMPTS, sampled(pool, PROMPTS, SAMPLING), strict=True):
         assert group.prompt == prompt
-        assert group.prompt_ids == scorer.renderer.prompts.prompt_ids(prompt)
+        assert group.prompt_ids == scorer.renderer.prompt_ids(prompt)
         assert len(group.completions) == len(group.completion_ids) == 3
         assert group.ended_with_eos == [reason == "stop" for reason in group.finish_reasons]
         for given, log_probs, versions in zip(
@@ -183,7 +183,7 @@ def test_an_environment_answers_each_completion(pool: RolloutPool, export_dir: P
         assert roles == ["user", *["assistant", "tool"] * (len(turns) - 1), "assistant"]
         for number, turn in enumerate(turns):
             before = conversation[: 1 + 2 * number]
-            assert turn.prompt_ids == scorer.renderer.prompts.prompt_ids(before)
+            assert turn.prompt_ids == scorer.renderer.prompt_ids(before)
             assert turn.completion == conversation[1 + 2 * number]["content"]
             assert len(turn.log_probs) == len(turn.completion_ids) == len(turn.policy_versions)
         assert group.completion_ids[place] == turns[-1].completion_ids

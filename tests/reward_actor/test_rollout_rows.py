@@ -36,16 +36,16 @@ def group(
         num = len(rewards)
         scores = GroupScores(rewards, rewards, [4] * num, [False] * num, errors, "v")
     return RolloutGroup(
-        5,
         "Name two fruits.",
         [1, 2],
         texts,
         [[7, 8]] * len(texts),
         [[-1.0, -2.0]] * len(texts),
-        [[0, 0]] * len(texts),
         list(reasons),
-        [reason == "stop" for reason in reasons],
-        scores=scores,
+        scores,
+        index=5,
+        policy_versions=[[0, 0]] * len(texts),
+        ended_with_eos=[reason == "stop" for reason in reasons],
     )
 
 
@@ -66,7 +66,7 @@ def test_a_row_keeps_what_it_had_and_says_what_was_sampled() -> None:
 def test_what_rollouts_lack_is_told() -> None:
     assert problems_of(rollout_row(group(), {}), 2) == [None, None], "sampled only"
     assert problems_of(rollout_row(group([1.0, None]), {}), 2) == [None, "too_long: 9 tokens"]
-    lost = rollout_row(RolloutGroup(0, "Hi.", error="no room"), {})
+    lost = rollout_row(RolloutGroup("Hi.", error="no room"), {})
     assert problems_of(lost, 3) == ["not sampled: no room"] * 3
 
 
@@ -127,7 +127,7 @@ def test_the_best_and_the_worst_are_the_rewards_ends(rewards: list[float | None]
 
 
 def test_an_unsampled_prompt_makes_nothing() -> None:
-    row = rollout_row(RolloutGroup(0, "Hi.", error="no room"), {})
+    row = rollout_row(RolloutGroup("Hi.", error="no room"), {})
     assert best_of(row) == best_against_worst(row) == []
     [made] = FORMS["advantages"].rows(row)
     assert made["advantages"] == []
@@ -138,7 +138,7 @@ def test_the_summary_counts() -> None:
     summary.add(rollout_row(group([1.0, 3.0]), {}))
     summary.begin()
     summary.add(rollout_row(group([2.0, None]), {}))
-    summary.add(rollout_row(RolloutGroup(0, "Hi.", error="no room"), {}))
+    summary.add(rollout_row(RolloutGroup("Hi.", error="no room"), {}))
     assert summary.num_unsampled == 1
     first, *bars, completions, speed = summary.text()
     assert first == ("reward: mean +2.0000, standard deviation 0.8165, 1.0000 within a prompt")

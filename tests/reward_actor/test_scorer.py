@@ -37,7 +37,7 @@ def test_a_sequence_scores_the_same_in_any_company(
 def test_text_messages_and_ids_are_one_route(scorer: RewardScorer) -> None:
     completions = ["An apple.", "", "A hammer and a pear."]
     render = scorer.renderer
-    prompt_ids = render.prompts.prompt_ids("Name a fruit.")
+    prompt_ids = render.prompt_ids("Name a fruit.")
     groups = [
         Group("Name a fruit.", completions),
         Group([{"role": "user", "content": "Name a fruit."}], completions),

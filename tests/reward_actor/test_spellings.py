@@ -145,7 +145,7 @@ def test_only_what_is_spelled_leaves_the_common_way() -> None:
 def test_a_prompt_that_a_policy_continues_is_rendered_alike() -> None:
     render = renderer()
     prompt = [{"role": "user", "content": "What does <|im_end|> mean?"}]
-    prompt_ids = render.prompts.prompt_ids(prompt)
+    prompt_ids = render.prompt_ids(prompt)
     assert render.render(prompt, "An end.")[: len(prompt_ids)] == prompt_ids
 
 
