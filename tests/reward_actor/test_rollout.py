@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -221,48 +222,63 @@ def log_probs(base_model: Path, weights: dict[str, Tensor], group: RolloutGroup)
     return found
 
 
+@contextlib.contextmanager
+def rollouts_meanwhile(pool: RolloutPool) -> Iterator[list[RolloutGroup]]:
+    """Those of 40 prompts, begun before and read to their end."""
+    groups: list[RolloutGroup] = []
+    first = threading.Event()
+
+    def read() -> None:
+        for group in pool.rollouts((f"Prompt {number}" for number in range(40)), LONG):
+            groups.append(group)
+            first.set()
+
+    reading = threading.Thread(target=read)
+    pool.max_groups, before = 8, pool.max_groups
+    reading.start()
+    assert first.wait(60)
+    yield groups
+    reading.join()
+    pool.max_groups = before
+    assert sorted(group.index for group in groups) == list(range(40))
+
+
 def test_weights_are_updated_while_requests_run(
     pool: RolloutPool, base_model: Path, tmp_path: Path
 ) -> None:
     """Each token is of the version that it says, whether its completion was resumed or not."""
     from safetensors.torch import load_file, save_file
 
-    of_version = {0: load_file(base_model / "model.safetensors")}
+    old, new, last = (
+        load_file(base_model / "model.safetensors"),
+        *(changed(base_model, seed) for seed in (1, 2)),
+    )
     before = ids(sampled(pool, PROMPTS, SAMPLING))
-    seen: dict[str, list[RolloutGroup]] = {}
-    for running, seed in (("resume", 1), ("finish", 2)):
-        given = of_version[seed] = changed(base_model, seed)
-        groups: list[RolloutGroup] = []
-        rollouts = pool.rollouts((f"Prompt {number}" for number in range(30)), LONG)
-        reading = threading.Thread(target=lambda: groups.extend(rollouts))  # noqa: B023
-        reading.start()
-        while not pool._actors[0].num_running:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        if seed == 2:
-            (tmp_path / "weights").mkdir()
-            save_file(given, tmp_path / "weights" / "model.safetensors")
-            assert pool.update_weights(tmp_path / "weights", running="finish") == 2
-        else:
-            assert pool.update_weights(given, running="resume") == 1
-        reading.join()
-        assert sorted(group.index for group in groups) == list(range(30))
-        seen[running] = groups
-    kinds = {
-        running: {tuple(sorted(set(v))) for group in groups for v in group.policy_versions}
-        for running, groups in seen.items()
-    }
-    assert (0, 1) in kinds["resume"], "some were under way, and went on"
-    assert kinds["finish"] <= {(1,), (2,)}
-    assert (1,) in kinds["finish"]
-    mixed = next(g for g in seen["resume"] if {0, 1} <= set(g.policy_versions[0]))
+
+    # Three times, so that one comes in the middle of a completion.
+    with rollouts_meanwhile(pool) as resumed:
+        for version in (1, 2, 3):
+            assert pool.update_weights(new, running="resume") == version
+            time.sleep(0.1)
+    kinds = {tuple(sorted(set(v))) for group in resumed for v in group.policy_versions}
+    assert any(len(versions) > 1 for versions in kinds), "some were under way, and were resumed"
+
+    (tmp_path / "weights").mkdir()
+    save_file(last, tmp_path / "weights" / "model.safetensors")
+    with rollouts_meanwhile(pool) as finished:
+        assert pool.update_weights(tmp_path / "weights", running="finish") == 4
+    kinds = {tuple(sorted(set(v))) for group in finished for v in group.policy_versions}
+    assert kinds == {(3,), (4,)}
+
+    of_version = {0: old, 1: new, 2: new, 3: new, 4: last}
+    mixed = next(group for group in resumed if len(set(group.policy_versions[0])) > 1)
     late = next(iter(sampled(pool, PROMPTS, SAMPLING)))
     for group in (mixed, late):
         tables = {v: log_probs(base_model, weights, group) for v, weights in of_version.items()}
         for place, versions in enumerate(group.policy_versions):
             expected = [tables[v][place][at] for at, v in enumerate(versions)]
             assert group.log_probs[place] == pytest.approx(expected, abs=2e-3)
-    assert set(late.policy_versions[0]) == {2}
+    assert set(late.policy_versions[0]) == {4}
     assert pool.update_weights(base_model, version=7) == 7
     assert ids(sampled(pool, PROMPTS, SAMPLING)) == before
 

@@ -8,14 +8,11 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
 from pickles import Evil, with_pickled_weights
 
 import rayward
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).parents[2]
 SERVING = [*ROOT.glob("serve/**/*.py"), *ROOT.glob("reward_actor/**/*.py")]
@@ -87,6 +84,7 @@ def test_the_pickle_would_do_its_harm(tmp_path: Path) -> None:
     assert mark.exists()
 
 
+@pytest.mark.process
 def test_pickled_weights_are_not_served(
     export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +97,7 @@ def test_pickled_weights_are_not_served(
     assert not mark.exists()
 
 
+@pytest.mark.process
 def test_code_beside_the_weights_is_not_run(
     export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
