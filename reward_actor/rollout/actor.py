@@ -72,6 +72,7 @@ class RolloutActor:
         self._version = 0
         self._has_started = asyncio.Event()
         self._is_awake = asyncio.Event()
+        self._waking = asyncio.Lock()
         self._num_sampling = 0
 
     async def start(
@@ -256,20 +257,22 @@ class RolloutActor:
 
     async def wake(self, weights: Weights | None, version: int, adapters: Adapters) -> None:
         """Sample (again), with these weights where they are others than before."""
-        if self._is_awake.is_set():
-            return
-        if self._engine is None:
-            self._engine = PolicyEngine(self._settings, self._max_length)
-            await self._engine.set_version(0)
-            self._version = 0
-            for name, (directory, of_adapter) in adapters.items():
-                await self._engine.load_adapter(name, directory, of_adapter)
-        else:
-            await self._engine.wake()
-        if weights is not None and version != self._version:
-            await self._engine.update_weights(weights, version, "finish")
-            self._version = version
-        self._is_awake.set()
+        async with self._waking:  # one that starts may be told as well
+            if self._is_awake.is_set():
+                return
+            is_new = self._engine is None
+            if self._engine is None:
+                self._engine = PolicyEngine(self._settings, self._max_length)
+                await self._engine.set_version(0)
+                self._version = 0
+                for name, (directory, of_adapter) in adapters.items():
+                    await self._engine.load_adapter(name, directory, of_adapter)
+            else:
+                await self._engine.wake()
+            if weights is not None and (is_new or version != self._version):
+                await self._engine.update_weights(weights, version, "finish")
+                self._version = version
+            self._is_awake.set()
 
 
 def _said(turn: Turn) -> Message:

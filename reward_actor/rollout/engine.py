@@ -165,10 +165,6 @@ class PolicyEngine:
     async def wake(self) -> None:
         await self._engine.wake_up()
 
-    async def drain(self) -> None:
-        """Return once what runs has finished. What is asked from now on would wait for ever."""
-        await self._engine.pause_generation(mode="wait")
-
     def close(self) -> None:
         self._engine.shutdown(timeout=_SHUTDOWN_S)
         self._reaper.close()

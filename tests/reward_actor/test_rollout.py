@@ -111,7 +111,7 @@ def test_what_is_left_of_a_loop_is_given_up(pool: RolloutPool) -> None:
     for group in pool.rollouts((f"Prompt {number}" for number in range(10_000)), LONG):
         assert group.error is None
         break
-    [actor] = pool._actors
+    [actor] = pool._supervisor.actors()
     assert actor.num_running == actor.running_tokens == 0
     started = time.monotonic()
     sampled(pool, PROMPTS, SAMPLING)
@@ -361,7 +361,10 @@ def processes_of(pool: RolloutPool) -> tuple[psutil.Process, psutil.Process]:
     """The first actor's process, and its engine core's."""
     import ray
 
-    [pid] = [ray.get(a.handle.__ray_call__.remote(lambda _: os.getpid())) for a in pool._actors]
+    [pid] = [
+        ray.get(a.handle.__ray_call__.remote(lambda _: os.getpid()))
+        for a in pool._supervisor.actors()
+    ]
     actor = psutil.Process(pid)
     [core] = titled("VLLM::EngineCore", descendants(actor))
     return actor, core
@@ -393,7 +396,7 @@ def test_what_a_lost_actor_sampled_is_sampled_again(
     left, cores, harmed = list(faults), [], list[Any]()
     for group in pool.rollouts(prompts, LONG):
         groups.append(group)
-        [current] = pool._actors
+        [current] = pool._supervisor.actors()
         if left and current.is_ready and current not in harmed:
             actor, core = processes_of(pool)
             cores.append(core)

@@ -1,0 +1,252 @@
+"""Keeps a pool's actors: starts them in one placement group, and replaces those that are lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from reward_actor.cluster import require_resources
+from reward_actor.errors import EngineDied
+from reward_actor.rollout.actor import RolloutActor
+from reward_actor.rollout.records import VllmSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_LOSSES = 5
+"""As often an actor may be lost under a prompt until the prompt is to blame."""
+
+_TICK_S = 0.5
+_ASK_AGAIN_S = 5.0
+
+
+@dataclass
+class ActorState:
+    """What an actor that starts is brought to. weights: other ones than the directory's, as a path
+    or as a reference to tensors in Ray. adapters: name -> directory and version."""
+
+    weights: Any = None
+    version: int = 0
+    adapters: dict[str, tuple[str, int]] = field(default_factory=dict)
+    is_asleep: bool = False
+
+
+@dataclass(eq=False)
+class SupervisedActor:
+    """One life of an actor. running_tokens: an estimate of what its prompts will take."""
+
+    handle: Any
+    started: Any
+    running_tokens: int = 0
+    num_running: int = 0
+    is_ready: bool = False
+    asked_at: float = field(default_factory=time.monotonic)
+    answer: Any = None
+
+    def take(self, num_tokens: int) -> None:
+        """A prompt."""
+        self.running_tokens += num_tokens
+        self.num_running += 1
+
+    def give_back(self, num_tokens: int) -> None:
+        self.running_tokens -= num_tokens
+        self.num_running -= 1
+
+
+class Supervisor:
+    """`num_actors` actors, one for each bundle of a placement group.
+
+    hang_timeout_s    an actor that does not answer for so long counts as lost, and
+    call_timeout_s    one that does not return for so long from what `tell` calls.
+    updating          held while actors are told something: they may then take long to answer.
+    """
+
+    def __init__(
+        self,
+        actor_class: type[RolloutActor],
+        settings: VllmSettings,
+        num_actors: int,
+        hang_timeout_s: float,
+        call_timeout_s: float,
+    ) -> None:
+        """Raises ValueError for a cluster that is too small."""
+        self._actor_class = actor_class
+        self._settings = settings
+        self._num_actors = num_actors
+        self._scorer: Any = None
+        self._hang_timeout_s = hang_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self.state = ActorState()
+        self.updating = threading.Lock()
+        self.lock = threading.RLock()
+        self._num_lost_in_a_row = 0
+        self._actors: list[SupervisedActor] = []
+        bundle = {"CPU": 1.0}
+        if settings.num_gpus:
+            bundle["GPU"] = float(settings.num_gpus)
+        require_resources([bundle] * num_actors)
+        self._place = placement_group([bundle] * num_actors, strategy="PACK")
+
+    def start(self, scorer: Any) -> str:
+        """Start them all, and return what `RolloutActor.start` does. Raises what that raises."""
+        self._scorer = scorer
+        ray.get(self._place.ready())
+        with self.lock:
+            self._actors = [self._start(bundle) for bundle in range(self._num_actors)]
+        try:
+            return str(ray.get([actor.started for actor in self._actors])[0])
+        except RayTaskError as error:
+            raise error.cause from None
+
+    def close(self) -> None:
+        with self.lock:
+            for actor in self._actors:
+                ray.kill(actor.handle)
+            self._actors = []
+            remove_placement_group(self._place)
+
+    def actors(self) -> list[SupervisedActor]:
+        """Those of this moment."""
+        with self.lock:
+            return list(self._actors)
+
+    def tell(
+        self,
+        method: str,
+        *arguments: Any,
+        actors: list[SupervisedActor] | None = None,
+        is_final: bool = False,
+    ) -> None:
+        """Call a method of each (default: of all) and wait; a lost one is replaced. Raises what one
+        raised, but for a call that is final: one that raises is then in no known state, and is
+        replaced as well."""
+        actors = self.actors() if actors is None else actors
+        calls = [getattr(actor.handle, method).remote(*arguments) for actor in actors]
+        failures = []
+        deadline = time.monotonic() + self._call_timeout_s
+        for actor, call in zip(actors, calls, strict=True):
+            try:
+                ray.get(call, timeout=max(0.0, deadline - time.monotonic()))
+            except RayError as error:
+                cause = raised_by(error)
+                if cause is None or is_final:
+                    self.replace_lost(actor, error)
+                else:
+                    failures.append(cause)
+        if failures:
+            raise failures[0]
+
+    def _start(self, bundle: int) -> SupervisedActor:
+        settings = self._settings
+        threads = settings.cpu_threads or max(1, (os.cpu_count() or 1) // self._num_actors)
+        environment = {
+            "HF_HUB_OFFLINE": "1",  # a policy is a directory
+            "TRANSFORMERS_VERBOSITY": "error",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }
+        if not settings.num_gpus:
+            environment |= {
+                "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(threads),
+            }
+        remote: Any = ray.remote(self._actor_class).options(
+            num_cpus=1,
+            num_gpus=settings.num_gpus,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, bundle),
+        )
+        handle = remote.remote(settings, self._scorer)
+        state = self.state
+        started = handle.start.remote(state.weights, state.version, state.adapters, state.is_asleep)
+        return SupervisedActor(handle, started)
+
+    def free_actor(self, max_prompts: int) -> SupervisedActor | None:
+        """That with the fewest running tokens of those that have fewer prompts, if any has.
+
+        Raises EngineDied if actors end as fast as they start.
+        """
+        with self.lock:
+            if not self._actors:
+                raise EngineDied("the pool is closed")
+            for actor in list(self._actors):
+                self._look_at(actor)
+            free = [a for a in self._actors if a.is_ready and a.num_running < max_prompts]
+            return min(free, key=lambda actor: actor.running_tokens, default=None)
+
+    def wait(self, calls: list[Any]) -> list[Any]:
+        """Those of the calls that are done; returns early if an actor is."""
+        with self.lock:
+            starting = [actor.started for actor in self._actors if not actor.is_ready]
+        if not calls and not starting:  # others have all the room
+            time.sleep(_TICK_S)
+            return []
+        done, _ = ray.wait([*calls, *starting], num_returns=1, timeout=_TICK_S)
+        return [call for call in done if call in calls]
+
+    def _look_at(self, actor: SupervisedActor) -> None:
+        """Whether it has started, and whether it still answers."""
+        try:
+            if not actor.is_ready:
+                if not ray.wait([actor.started], timeout=0)[0]:
+                    return
+                ray.get(actor.started)
+                actor.is_ready = True
+            now = time.monotonic()
+            if self.updating.locked():  # its engine may take long to answer
+                actor.asked_at = now
+            elif actor.answer is None:
+                actor.answer, actor.asked_at = actor.handle.answer.remote(), now
+            elif ray.wait([actor.answer], timeout=0)[0]:
+                ray.get(actor.answer)
+                if now > actor.asked_at + _ASK_AGAIN_S:
+                    actor.answer = None
+            elif now > actor.asked_at + self._hang_timeout_s:
+                raise EngineDied(f"it has not answered for {self._hang_timeout_s:g} s")
+        except (RayError, EngineDied) as error:
+            self.replace_lost(actor, error)
+
+    def replace_lost(self, actor: SupervisedActor, why: Exception) -> None:
+        """Start another in place of an actor that is lost, unless somebody has already."""
+        with self.lock:
+            if actor not in self._actors:
+                return
+            self._num_lost_in_a_row += 1
+            if self._num_lost_in_a_row > MAX_LOSSES * self._num_actors:
+                raise EngineDied(f"rollout actors end before they have sampled: {said(why)}")
+            logger.warning(
+                "lost a rollout actor (%s); starting another, which samples its %d prompts again",
+                said(why),
+                actor.num_running,
+            )
+            ray.kill(actor.handle)
+            place = self._actors.index(actor)
+            self._actors[place] = self._start(place)
+
+    def sampled(self) -> None:
+        """An actor has finished a prompt."""
+        self._num_lost_in_a_row = 0
+
+
+def raised_by(error: RayError) -> Exception | None:
+    """What a call raised; None if its actor is lost."""
+    if not isinstance(error, RayTaskError) or isinstance(error, RayActorError):
+        return None
+    cause: Exception = error.cause
+    return None if isinstance(cause, EngineDied) else cause
+
+
+def said(error: Exception) -> str:
+    """Its first line."""
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
