@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID
 
 from reward_actor import conversation, dialogues
 from reward_actor.atomic import replacing
@@ -22,9 +25,10 @@ Row = dict[str, Any]
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
     """(place, row) of a data set as `reward_actor.sources` has them, any other file being JSON
-    lines; place is "FILE:LINE" or "NAME: row N", for messages.
+    lines; place is "FILE:LINE" or "NAME: row N", for messages. Dates, times and decimals are text.
 
-    Raises ValueError for a missing, empty or damaged file, or a line that is not a JSON object.
+    Raises ValueError for a missing, empty or damaged file, a line that is not a JSON object, or a
+    column that JSON cannot hold.
     """
     name = str(source)
     files = files_of(name) or ([Path(name)] if is_file_name(name) else [])
@@ -44,7 +48,27 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _numbered(source: str) -> Iterator[tuple[str, Any]]:
-    return ((f"{source}: row {number}", row) for number, row in raw_rows(source))
+    for number, row in raw_rows(source):
+        place = f"{source}: row {number}"
+        yield place, _as_json(row, place) if isinstance(row, dict) else row
+
+
+def _as_json(row: Row, place: str) -> Row:
+    found: Row = {}
+    for name, value in row.items():
+        try:
+            found[name] = json.loads(json.dumps(value, default=_text_of))
+        except TypeError as error:
+            raise ValueError(f"{place}: {name!r} has {error}; convert or remove it") from error
+    return found
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, Decimal | timedelta | UUID):
+        return str(value)
+    raise TypeError(f"values of type {type(value).__name__}, which JSON cannot hold")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -166,7 +190,7 @@ def _answer(
 
 
 def scored_row(row: Row, scores: GroupScores) -> Row:
-    """The row with its scores beside what was in it."""
+    """The row and its scores."""
     return {**row, **score_columns(scores)}
 
 

@@ -97,7 +97,7 @@ def splits(source: str, split_bytes: int = SPLIT_BYTES) -> list[Split]:
 def read_split(split: Split) -> Iterator[Any]:
     """Its rows in order: lines of JSON, blank ones too, or rows that are parsed already.
 
-    A line that is not UTF-8 comes as its bytes: whoever counts the lines can name it. Raises
+    A line that is not UTF-8 comes as its bytes: what counts the lines can name it. Raises
     ValueError for a file that is damaged.
     """
     path = Path(split.path)

@@ -158,11 +158,15 @@ def run(arguments: argparse.Namespace) -> int:
     if sampling.other and find_spec("vllm"):
         from reward_actor.rollout.engine import parameters_of
 
-        parameters_of(sampling, 0, 1)
-    from reward_actor.rollout.rollout_file import RolloutFile
+        parameters_of(sampling, 0, sampling.max_tokens)
+    from reward_actor.rollout.rollout_file import RolloutFile, parquet_schema
     from reward_actor.rollout.rows import FORMS, problems_of
     from reward_actor.rollout.summary import Summary
 
+    if arguments.output.endswith(".parquet"):
+        # A run must not end with rows that the output cannot hold.
+        pairs = zip(prompts, rows, strict=True)
+        parquet_schema({"prompt": asked.prompt, **row} for asked, row in pairs)
     settings = _settings(arguments, prompts, sampling)
     run = _identity(arguments, rows, sampling, settings)
     with RolloutFile(arguments.output, run, overwrite=arguments.overwrite) as file:
@@ -214,12 +218,19 @@ def _sampled(
         pool = RolloutPool(settings, num_actors, arguments.scorer)
     put(f"engines ready; completions travel as: {pool.travels_as}")
     summary.begin()
+    num_as_text = 0
     with pool, ScoringProgress(len(prompts), len(done)).shown() as progress:
         for group in pool.rollouts([prompts[index] for index in left], sampling, left):
             row = rollout_row(group, rows[group.index])
             summary.add(row)
             progress.advance(summary.line())
+            num_as_text += group.travels_as == "text"
             yield row
+    if num_as_text and pool.travels_as == "token ids":
+        put(
+            f"{num_as_text} of {len(left)} prompts' completions travelled as text: their token ids "
+            "are not those of their text under the chat template, which a reward is computed from"
+        )
 
 
 def _form(arguments: argparse.Namespace) -> Form | None:
@@ -260,7 +271,8 @@ def _read_prompts(
     from reward_actor.files import read_rows
     from reward_actor.rollout.rows import columns_of, question_in
 
-    column, taken = arguments.prompt_column, columns_of(form)
+    column = arguments.prompt_column
+    taken = columns_of(form, column)
     rows, prompts = [], []
     for place, row in read_rows(arguments.prompts):
         prompts.append(question_in(row, place, column, taken))
@@ -297,20 +309,28 @@ def _identity(
     sampling: Sampling,
     settings: VllmSettings,
 ) -> Mapping[str, Any]:
-    """What rollouts depend on, besides the machine."""
+    """What rollouts depend on, besides the machine and a service's model, which each row names."""
+    from reward_actor.actor import is_model_directory
     from reward_actor.files import line_of
 
     digest = hashlib.sha256()
     for row in rows:
         digest.update(line_of(row))
-    weights = sorted(Path(settings.model).glob("*.safetensors"))
+    scorer = arguments.scorer or ""
     return {
         "policy": settings.model,
-        "its weights": [[file.name, file.stat().st_mtime_ns] for file in weights],
+        "its files": _stamps(settings.model),
         "prompts": digest.hexdigest(),
         "prompt_column": arguments.prompt_column,
         "scorer": arguments.scorer,
+        "the scorer's files": _stamps(scorer) if is_model_directory(scorer) else [],
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         **asdict(sampling),
     }
+
+
+def _stamps(directory: str) -> list[tuple[str, int, int]]:
+    """They differ when its files do: names, sizes and times."""
+    files = sorted(file for file in Path(directory).iterdir() if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

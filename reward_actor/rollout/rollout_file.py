@@ -1,8 +1,8 @@
 """Rollouts on disk as they come, and what an interrupted run resumes from.
 
-Beside the output is a file of JSON lines, `OUTPUT.unfinished`: a header that says what run it
-belongs to, then a line for each prompt that is done. A line is whole or the last one. When all are
-done they become the output, in the order of the prompts, and the file is removed.
+They are first JSON lines in `OUTPUT.unfinished`: a header that says what run it belongs to, then a
+line for each prompt that is done. A line is whole or the last one. When all are done they become
+the output, in the order of the prompts, and the file is removed.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from reward_actor.atomic import replacing, room_for
 from reward_actor.files import Row, line_of, write_rows
 from reward_actor.rollout.rows import INDEX
 
-_FORMAT = 1
+if TYPE_CHECKING:
+    import pyarrow
+
+_HEADER = b'{"run": '
+_ROWS_IN_A_GROUP = 1000
 
 
 class RolloutFile:
@@ -42,7 +47,7 @@ class RolloutFile:
         end = self._read(overwrite)
         self._file.truncate(end)
         if not end:
-            self._write({"format": _FORMAT, "run": self._run})
+            self._write({"run": self._run})
 
     @property
     def done(self) -> frozenset[int]:
@@ -69,18 +74,34 @@ class RolloutFile:
 
         def made() -> Iterator[Row]:
             nonlocal num_rows
+            num_rows = 0
             for row in self.rows():
                 some = make(row)
                 num_rows += len(some)
                 yield from some
 
         if self.output.suffix == ".parquet":
-            num_rows = _write_parquet(self.output, list(made()))
+            self._write_parquet(made)
         else:
             write_rows(self.output, made())
+        self.unfinished.unlink()  # while it is locked
         self._file.close()
-        self.unfinished.unlink()
         return num_rows
+
+    def _write_parquet(self, made: Callable[[], Iterator[Row]]) -> None:
+        from pyarrow import parquet
+
+        try:
+            schema = parquet_schema(made())
+        except ValueError as error:
+            jsonl = self.output.with_suffix(".jsonl")
+            raise ValueError(
+                f"{error}; rename {self.unfinished} to {jsonl}.unfinished and run the same command "
+                f"with {jsonl}"
+            ) from error
+        with replacing(self.output) as file, parquet.ParquetWriter(file, schema) as writer:
+            for table in _tables(made(), schema):
+                writer.write_table(table)
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +116,7 @@ class RolloutFile:
         end = 0
         with self.unfinished.open("rb") as file:
             for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and (number or line.startswith(_HEADER[: len(line)])):
                     break  # it was killed while it wrote this
                 try:
                     value = json.loads(line)
@@ -142,16 +163,27 @@ class RolloutFile:
         return begin
 
 
-def _write_parquet(path: Path, rows: list[Row]) -> int:
+def parquet_schema(rows: Iterable[Row]) -> pyarrow.Schema:
+    """Of all their columns; a row may be without some. Raises ValueError for rows that no schema is
+    of."""
     import pyarrow
-    from pyarrow import parquet
 
+    schema = pyarrow.schema([])
     try:
-        table = pyarrow.Table.from_pylist(rows)
+        for table in _tables(rows):
+            schema = pyarrow.unify_schemas([schema, table.schema], promote_options="permissive")
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise ValueError(
-            f"{path}: Parquet cannot hold these rows ({error}); name the output .jsonl"
-        ) from error
-    with replacing(path) as file:
-        parquet.write_table(table, file)
-    return len(rows)
+        raise ValueError(f"Parquet cannot hold these rows ({error})") from error
+    return schema
+
+
+def _tables(rows: Iterable[Row], schema: pyarrow.Schema | None = None) -> Iterator[pyarrow.Table]:
+    """Of some rows each. schema: of them all."""
+    import pyarrow
+
+    rows = iter(rows)
+    while some := list(islice(rows, _ROWS_IN_A_GROUP)):
+        names = dict.fromkeys(name for row in some for name in row)
+        yield pyarrow.Table.from_pylist(
+            [{name: row.get(name) for name in names} for row in some], schema
+        )

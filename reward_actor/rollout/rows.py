@@ -24,20 +24,21 @@ _SCORED = (
 _OURS = frozenset({*_SAMPLED, *_SCORED, "num_completion_tokens", "error"})
 
 
-def columns_of(form: Form | None) -> frozenset[str]:
+def columns_of(form: Form | None, prompt_column: str) -> frozenset[str]:
     """What rollouts are written as, which prompts must not have."""
-    return _OURS | {INDEX} | frozenset(FORMS[form].columns if form else ())
+    columns = _OURS | {INDEX, "prompt"} | frozenset(FORMS[form].columns if form else ())
+    return columns - {prompt_column}
 
 
 def question_in(row: Row, place: str, column: str, taken: frozenset[str]) -> Group:
     """What a row asks in this column. Raises ValueError, naming the place, for a row without it and
     for one with a column that is taken."""
+    if column not in row:
+        raise ValueError(f"{place}: has no {column!r}, only {', '.join(sorted(row))}")
     if both := sorted(taken & row.keys()):
         raise ValueError(
             f"{place}: has {', '.join(both)}, which rollouts are written as; rename or remove that"
         )
-    if column not in row:
-        raise ValueError(f"{place}: has no {column!r}, only {', '.join(sorted(row))}")
     return question_of({**row, "prompt": row[column]}, place)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from statistics import fmean, pstdev
+from statistics import pstdev
 
 from reward_actor.files import Row
 
@@ -21,7 +21,9 @@ class Summary:
         self._num_cut = 0
         self._rewards: list[float] = []
         self._total_reward = 0.0
-        self._spreads: list[float] = []
+        self._total_spread = 0.0  # of the rewards within a prompt, which
+        self._num_spreads = 0  # so many have
+        self._model_versions: dict[str, None] = {}
         self._is_scored = False
         self._num_sampled_tokens = 0
         self._num_scored_tokens = 0
@@ -42,7 +44,10 @@ class Summary:
         self._rewards += rewards
         self._total_reward += sum(rewards)
         if len(rewards) > 1:
-            self._spreads.append(pstdev(rewards))
+            self._total_spread += pstdev(rewards)
+            self._num_spreads += 1
+        if version := row.get("model_version"):  # "" where no model was asked
+            self._model_versions[version] = None
         if self._began:
             self._last = time.perf_counter()
             self._num_sampled_tokens += sum(lengths)
@@ -50,28 +55,38 @@ class Summary:
 
     def line(self) -> str:
         """For a line that changes while it runs."""
-        mean = self._total_reward / max(1, len(self._rewards))
-        shown = f"mean reward {mean:+.3f}, " if self._rewards else ""
-        return f"{shown}{self._share(self._num_cut)} cut by length, {self._speed()}"
+        return f"{self._reward('')}{self._shares()}, {self._speed()}"
 
     def text(self) -> list[str]:
         """Lines for the end."""
-        num_unrewarded = self._num_completions - len(self._rewards)
         lines = []
         if self._rewards:
-            within = f", {fmean(self._spreads):.4f} within a prompt" if self._spreads else ""
-            lines.append(
-                f"reward: mean {fmean(self._rewards):+.4f}, standard deviation "
-                f"{pstdev(self._rewards):.4f}{within}"
-            )
+            lines = [self._reward(f", standard deviation {pstdev(self._rewards):.4f}").rstrip(", ")]
             lines += [f"  {line}" for line in histogram(self._rewards)]
-        shares = [f"{self._share(self._num_cut)} cut by length"]
-        if self._is_scored:
-            shares.append(f"{self._share(num_unrewarded)} without a reward")
+        shares = f"completions: {self._shares()}"
         if self.num_unsampled:
-            shares.append(f"{self.num_unsampled} of {self._num_prompts} prompts not sampled")
-        speed = [self._speed()] if self._began else []  # else there was nothing left to sample
-        return [*lines, "completions: " + ", ".join(shares), *speed]
+            shares += f", {self.num_unsampled} of {self._num_prompts} prompts not sampled"
+        lines.append(shares)
+        if len(self._model_versions) > 1:
+            lines.append(f"rewards are of different models: {', '.join(self._model_versions)}")
+        if self._began:  # else there was nothing left to sample
+            lines.append(self._speed())
+        return lines
+
+    def _reward(self, spread: str) -> str:
+        if not self._rewards:
+            return ""
+        mean = self._total_reward / len(self._rewards)
+        within = ""
+        if self._num_spreads:
+            within = f", {self._total_spread / self._num_spreads:.4f} within a prompt"
+        return f"reward: mean {mean:+.4f}{spread}{within}, "
+
+    def _shares(self) -> str:
+        cut = f"{self._share(self._num_cut)} cut by length"
+        if not self._is_scored:
+            return cut
+        return f"{cut}, {self._share(self._num_completions - len(self._rewards))} without a reward"
 
     def _share(self, count: int) -> str:
         return f"{count / max(1, self._num_completions):.1%}"

@@ -7,11 +7,14 @@ import json
 import re
 import shutil
 import time
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from data_files import with_damage
 from isolation import free_port
+from pyarrow import Table, parquet
 from score_files import ROWS, write
 
 import rayward
@@ -133,6 +136,19 @@ def test_a_mark_before_the_first_row_is_no_part_of_it(tmp_path: Path) -> None:
     source.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "completions": ["b"]}\r\n')
     [(place, row)] = read_rows(source)
     assert (place, row["prompt"]) == (f"{source}:1", "a")
+
+
+def test_what_parquet_has_and_json_has_not_is_text_or_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    when, price = datetime(2026, 11, 30, 12, tzinfo=UTC), Decimal("1.50")
+    known = {"prompt": "a", "seen": [{"at": when, "on": when.date()}], "price": price}
+    parquet.write_table(Table.from_pylist([known]), source)
+    [(_, row)] = read_rows(source)
+    seen = [{"at": "2026-11-30T12:00:00+00:00", "on": "2026-11-30"}]
+    assert row == {"prompt": "a", "seen": seen, "price": "1.50"}
+    parquet.write_table(Table.from_pylist([{**known, "image": b"\x89PNG"}]), source)
+    with pytest.raises(ValueError, match=r"in\.parquet: row 1: 'image' has values of type bytes, "):
+        list(read_rows(source))
 
 
 def test_a_row_is_explained(

@@ -151,6 +151,27 @@ def test_nonsense_is_told_before_an_engine_is_loaded(
     assert list(files[1].parent.glob("out*")) == []
 
 
+@pytest.mark.process
+def test_least_lengths_are_taken(
+    monkeypatch: pytest.MonkeyPatch, base_model: Path, files: tuple[Path, Path]
+) -> None:
+    given = ["--sampling", "min_tokens=5", "--max-tokens", "8"]
+    assert run(monkeypatch, base_model, files, Sampling(6), *given) == 0
+
+
+def test_prompts_that_parquet_cannot_hold_are_refused_first(
+    monkeypatch: pytest.MonkeyPatch, base_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Hi."}, {"prompt": [{"role": "user", "content": "Hi."}]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = Sampling(2)
+    assert run(monkeypatch, base_model, (prompts, tmp_path / "out.parquet"), sampling) == 2
+    assert "Parquet cannot hold these rows" in capsys.readouterr().err
+    assert sampling.seen == []
+
+
 def test_forms_need_rewards(
     base_model: Path, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,10 @@ import pytest
 from disks import fill
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from reward_actor.files import Row
+from reward_actor.rollout import rollout_file
 from reward_actor.rollout.rollout_file import RolloutFile
 
 RUN = {"policy": "p", "seed": 0, "stop": ("a", "b")}
@@ -89,12 +91,13 @@ def test_the_rollouts_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
         assert file.done == set()
 
 
-def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"index": 3'])
+def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
     notes = tmp_path / "out.jsonl.unfinished"
-    notes.write_text("my notes\n")
+    notes.write_text(content)
     with pytest.raises(ValueError, match=r"unfinished:1: not rollouts; remove the file"):
         RolloutFile(tmp_path / "out.jsonl", RUN, overwrite=True)
-    assert notes.read_text() == "my notes\n"
+    assert notes.read_text() == content
 
 
 def test_two_runs_do_not_write_the_same_output(tmp_path: Path) -> None:
@@ -116,8 +119,6 @@ def test_other_formats(tmp_path: Path, name: str) -> None:
         with gzip.open(tmp_path / name, "rt") as lines:
             read = [json.loads(line) for line in lines]
     else:
-        from pyarrow import parquet
-
         read = parquet.read_table(tmp_path / name).to_pylist()
     assert read == [{**row(0), "rewards": [0.5]}, {**row(1), "rewards": [None]}]
 
@@ -126,9 +127,31 @@ def test_what_parquet_cannot_hold_is_told_and_kept(tmp_path: Path) -> None:
     with RolloutFile(tmp_path / "out.parquet", RUN, overwrite=False) as file:
         file.add({"prompt_index": 0, "prompt": "text"})
         file.add({"prompt_index": 1, "prompt": [{"role": "user", "content": "messages"}]})
-        with pytest.raises(ValueError, match=r"Parquet cannot hold these rows .*name the output"):
+        with pytest.raises(ValueError, match=r"Parquet cannot hold these rows .*; rename .* to "):
             file.finish(same)
-    assert len(file.unfinished.read_text().splitlines()) == 3
+    file.unfinished.rename(tmp_path / "out.jsonl.unfinished")
+    with RolloutFile(tmp_path / "out.jsonl", RUN, overwrite=False) as file:
+        assert file.done == {0, 1}
+        assert file.finish(same) == 2
+
+
+def test_a_parquet_output_has_the_columns_of_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first prompt could not be sampled; one of the others has an error."""
+    monkeypatch.setattr(rollout_file, "_ROWS_IN_A_GROUP", 2)
+    rows: list[Row] = [
+        {**row(0), "error": "too long", "completion_ids": []},
+        {**row(1), "rewards": [None, 2.0], "completion_ids": [[1], [2, 3]], "id": "q1"},
+        {**row(2), "rewards": [1, 2], "completion_ids": [[4], []]},
+    ]
+    with RolloutFile(tmp_path / "out.parquet", RUN, overwrite=False) as file:
+        for one in rows:
+            file.add(one)
+        assert file.finish(same) == 3
+    names = {name for one in rows for name in one}
+    read = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert read == [{name: one.get(name) for name in names} for one in rows]
 
 
 def add_many(file: RolloutFile) -> None:

@@ -71,18 +71,23 @@ def test_what_rollouts_lack_is_told() -> None:
 
 
 def test_a_row_asks_in_the_column_that_is_named() -> None:
-    assert question_in(ASKING, "f:1", "question", columns_of(None)) == Group("Name two fruits.")
+    assert question_in(ASKING, "f:1", "question", columns_of(None, "question")) == Group(
+        "Name two fruits."
+    )
     with pytest.raises(ValueError, match=r"f:1: has no 'prompt', only id, label, question"):
-        question_in(ASKING, "f:1", "prompt", columns_of(None))
+        question_in(ASKING, "f:1", "prompt", columns_of(None, "prompt"))
 
 
 def test_columns_of_ours_are_refused() -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert question_in(pair, "f:1", "prompt", columns_of("advantages")) == Group("a")
+    assert question_in(pair, "f:1", "prompt", columns_of("advantages", "prompt")) == Group("a")
     with pytest.raises(ValueError, match=r"f:1: has chosen, rejected, which rollouts are written"):
-        question_in(pair, "f:1", "prompt", columns_of("pairs"))
+        question_in(pair, "f:1", "prompt", columns_of("pairs", "prompt"))
     with pytest.raises(ValueError, match=r"f:2: has rewards, which"):
-        question_in({"prompt": "a", "rewards": []}, "f:2", "prompt", columns_of(None))
+        question_in({"prompt": "a", "rewards": []}, "f:2", "prompt", columns_of(None, "prompt"))
+    both = {"prompt": "a", "question": "b"}
+    with pytest.raises(ValueError, match="f:3: has prompt, which rollouts are written as"):
+        question_in(both, "f:3", "question", columns_of(None, "question"))
 
 
 Rewards = st.lists(st.none() | st.floats(-5, 5), min_size=1, max_size=6)
@@ -147,7 +152,12 @@ def test_the_summary_counts() -> None:
         "completions: 50.0% cut by length, 25.0% without a reward, 1 of 3 prompts not sampled"
     )
     assert "tokens/s sampled, " in speed
-    assert summary.line().startswith("mean reward +2.000, 50.0% cut by length, ")
+    assert summary.line().startswith(
+        "reward: mean +2.0000, 1.0000 within a prompt, 50.0% cut by length, 25.0% without a rew"
+    )
+    assert not any("different models" in line for line in summary.text())
+    summary.add({**rollout_row(group([2.0, 1.0]), {}), "model_version": "w"})
+    assert "rewards are of different models: v, w" in summary.text()
 
 
 def test_a_summary_without_a_scorer_says_nothing_of_rewards() -> None:
@@ -174,6 +184,7 @@ def test_a_histogram_counts_every_value_once(values: list[int]) -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 0.0}, "temperature 0 always gives one completion, not 4"),
         ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"seed": -1}, "seed is -1"),
         ({"stop": "x"}, "give a list"),
         ({"other": {"seed": 1, "top_k": 3}}, "other has seed, which Sampling sets by itself"),
     ],
