@@ -34,7 +34,7 @@ _TEXTS_PER_CALL = 1000
 
 @dataclass(frozen=True)
 class Sample:
-    """What is rendered: a prompt, a completion, and what else the chat template is told."""
+    """What is rendered: a prompt, a completion, and what else the chat template is given."""
 
     prompt: Prompt
     completion: Completion

@@ -117,7 +117,7 @@ class Renderer:
         self, group: Group | Whole, rendered: Sequence[Rendered]
     ) -> list[int] | None:
         """How many tokens of each rendered sample of `group` are its prompt's: what it shares with
-        the prompt that a policy continues. None for whole sequences, whose prompt nobody told."""
+        the prompt that a policy continues. None for whole sequences, whose prompt is unknown."""
         if isinstance(group, Whole):
             return None
         if group.prompt_ids is not None:
@@ -196,7 +196,7 @@ class Renderer:
         return self._framed(self.prompts.read(sample))
 
     def _framed(self, sample: Sample) -> str:
-        """The text of a sample that was read, but for its completion."""
+        """The text of a sample that was read, except its completion."""
         try:
             completion = conversation.completion(sample.completion, "completion")
         except ValueError as error:

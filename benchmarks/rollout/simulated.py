@@ -63,7 +63,7 @@ class SimulatedEngine(PolicyEngine):
 
 
 class SimulatedActor(RolloutActor):
-    async def wake(self, weights: object, version: object, adapters: object) -> None:  # noqa: ARG002
+    async def wake(self, *_: object) -> None:
         assert isinstance(self._settings, SimulatedSettings)
         self._engine = SimulatedEngine(self._settings, self._policy.prompts.tokenizer)
         self._is_awake.set()

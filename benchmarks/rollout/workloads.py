@@ -171,12 +171,12 @@ def transport(scale: Scale, scratch: Path, num_rounds: int) -> Runs:
             groups = list(pool.rollouts(asked, sampling))
             many = time.perf_counter() - begin
             _compare(groups, [group.rewards for group in groups], reference)
-            pool.max_groups, before = 1, pool.max_groups
+            pool.supervisor.max_groups, before = 1, pool.supervisor.max_groups
             few = asked[: max(1, len(asked) // 8)]
             begin = time.perf_counter()
             list(pool.rollouts(few, sampling))
             alone = time.perf_counter() - begin
-            pool.max_groups = before
+            pool.supervisor.max_groups = before
             return {"prompts_per_s": len(asked) / many, "ms_alone": 1e3 * alone / len(few)}
 
         variants = {}
@@ -243,25 +243,25 @@ def _updates(
     settings = VllmSettings(policies[0], max_model_len=_LONGEST, dtype="float32", cpu_threads=1)
     pool = stack.enter_context(RolloutPool(settings, max_groups=4))
     # Every update loads other weights than the one before.
-    directories = itertools.cycle(reversed(policies))
-    tensors = itertools.cycle([load_file(Path(policy, "model.safetensors")) for policy in policies])
+    places = itertools.cycle((1, 0))
+    tensors = [load_file(Path(policy, "model.safetensors")) for policy in policies]
 
-    def update(given: Iterator[str] | Iterator[Mapping[str, object]]) -> Run:
-        weights = next(given)
+    def update(given: Sequence[str | Mapping[str, object]]) -> Run:
+        weights = given[next(places)]
         begin = time.perf_counter()
         pool.update_weights(weights, running="resume")  # type: ignore[arg-type]
         return {"seconds": time.perf_counter() - begin}
 
-    def update_under_load(given: Iterator[str] | Iterator[Mapping[str, object]]) -> Run:
+    def update_under_load(given: Sequence[str | Mapping[str, object]]) -> Run:
         with _load(pool, scale):
             return update(given)
 
     return {
-        "directory, idle": partial(update, directories),
+        "directory, idle": partial(update, policies),
         "tensors, idle": partial(update, tensors),
-        "directory, under load": partial(update_under_load, directories),
+        "directory, under load": partial(update_under_load, policies),
         "tensors, under load": partial(update_under_load, tensors),
-        "vLLM's reload_weights, idle": lambda: plain.ask({"directory": next(directories)}),
+        "vLLM's reload_weights, idle": lambda: plain.ask({"directory": policies[next(places)]}),
     }
 
 
@@ -273,7 +273,10 @@ def _load(pool: RolloutPool, scale: Scale) -> Iterator[None]:
     asked = itertools.takewhile(lambda _: not is_over.is_set(), itertools.cycle(prompts(8)))
 
     def sample() -> None:
-        for _ in pool.rollouts(asked, sampling):
+        try:
+            for _ in pool.rollouts(asked, sampling):
+                has_begun.set()
+        finally:  # one that raises must not be waited for
             has_begun.set()
 
     reading = threading.Thread(target=sample)
@@ -301,7 +304,7 @@ def _rounds(name: str, variants: Variants, num_rounds: int) -> dict[str, list[Ru
 
 @contextlib.contextmanager
 def _service(model: str) -> Iterator[str]:
-    """The URL of a service with one replica of one thread, in a Ray cluster of its own."""
+    """The URL of a service with one replica of one thread, in its own Ray cluster."""
     config = ServeConfig.model_validate(
         {"model": model, "device": "cpu", "dtype": "float32", "threads_per_replica": 1}
     )
@@ -338,7 +341,7 @@ def _compare(
 
 @contextlib.contextmanager
 def _cluster(num_actors: int) -> Iterator[None]:
-    """A Ray cluster of its own with room for so many actors."""
+    """Its own Ray cluster with room for so many actors."""
     try:
         connect(float(num_actors), log_to_driver=False)
         yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +34,6 @@ from reward_actor.rollout.records import (
     VllmSettings,
     asked,
 )
-
-logger = logging.getLogger(__name__)
 
 # What the service refuses of one group, and would of it again.
 _OF_A_GROUP = ("invalid_request", "body_too_large", "too_many_tokens")
@@ -67,9 +64,8 @@ class RolloutActor:
         self._target = scorer
         self._scorer: Scorer | None = None
         self._scored: Renderer | None = None  # as the scorer renders; None: it gets text
-        self._told_of_text = False
         self._engine: PolicyEngine | None = None
-        self._version = 0
+        self._num_updates = 0
         self._has_started = asyncio.Event()
         self._is_awake = asyncio.Event()
         self._waking = asyncio.Lock()
@@ -79,11 +75,13 @@ class RolloutActor:
         self,
         weights: Weights | None = None,
         version: int = 0,
+        num_updates: int = 0,
         adapters: Adapters | None = None,
         is_asleep: bool = False,
     ) -> str:
-        """Load the policy, and return how rollouts travel to the scorer: "token ids", "text", or
-        "no scorer". weights: other ones than those of its directory.
+        """Load the policy, and return how rollouts travel to the scorer: "token ids" (those of
+        which the ids are not those of their text excepted), "text", or "no scorer". weights: other
+        ones than those of its directory, after so many updates.
 
         Raises ValueError for a policy that cannot be sampled from, and RewardServiceError.
         """
@@ -91,7 +89,7 @@ class RolloutActor:
         self._max_length = self._settings.max_model_len or self._policy.max_length
         travels_as = await self._learn_rendering()
         if not is_asleep:
-            await self.wake(weights, version, adapters or {})
+            await self.wake(weights, version, num_updates, adapters or {})
         self._has_started.set()
         return travels_as
 
@@ -132,11 +130,7 @@ class RolloutActor:
             if environment is not None and not self._policy.prompts.is_chat:
                 raise RenderError("an environment needs a policy with a chat template")
             rollout.prompt_ids = self._policy.prompt_ids(group)
-            if not self._room(rollout.prompt_ids):
-                raise RenderError(
-                    f"the prompt has {len(rollout.prompt_ids)} tokens; the policy takes "
-                    f"{self._max_length}"
-                )
+            self._require_room(rollout.prompt_ids, sampling)
         except RenderError as error:
             rollout.error = str(error)
             return rollout
@@ -154,6 +148,15 @@ class RolloutActor:
         if self._scorer is not None:
             await self._score(rollout, self._scorer)
         return rollout
+
+    def _require_room(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        least = sampling.other.get("min_tokens", 1)
+        if self._room(prompt_ids) < max(1, least):
+            completion = f", and a completion has at least {least}" if least > 1 else ""
+            raise RenderError(
+                f"the prompt has {len(prompt_ids)} tokens; the policy takes "
+                f"{self._max_length}{completion}"
+            )
 
     def _room(self, prompt_ids: list[int]) -> int:
         return max(0, self._max_length - len(prompt_ids))
@@ -200,6 +203,7 @@ class RolloutActor:
                     )
                     for said, text in zip(rollout.conversations, rollout.completions, strict=True)
                 ]
+                rollout.travels_as = "text"
                 rollout.scores = joined(await scorer.score_groups(groups, turn_rewards=True))
             else:
                 [rollout.scores] = await scorer.score_groups([self._group(rollout)])
@@ -209,15 +213,10 @@ class RolloutActor:
             rollout.scores = _unscored(len(rollout.completions), error)
 
     def _group(self, rollout: RolloutGroup) -> Group:
-        if self._scored is None:
-            return rollout.as_text()
-        group = group_to_score(rollout, self._scored)
-        if group.prompt_ids is None and not self._told_of_text:
-            self._told_of_text = True
-            logger.warning(
-                "some rollouts travel as text: their token ids are not those of their text under "
-                "the chat template, which a reward is computed from"
-            )
+        group = rollout.as_text()
+        if self._scored is not None:
+            group = group_to_score(rollout, self._scored)
+        rollout.travels_as = "text" if group.prompt_ids is None else "token ids"
         return group
 
     async def answer(self) -> None:
@@ -229,11 +228,13 @@ class RolloutActor:
         """Raise ValueError unless they have the names and shapes of this policy's."""
         check_weights(self._settings.model, weights)
 
-    async def update_weights(self, weights: Weights, version: int, running: Running) -> None:
+    async def update_weights(
+        self, weights: Weights, version: int, num_updates: int, running: Running
+    ) -> None:
         await self._is_awake.wait()
         assert self._engine is not None
         await self._engine.update_weights(weights, version, running)
-        self._version = version
+        self._num_updates = num_updates
 
     async def load_adapter(self, name: str, directory: str, version: int) -> None:
         await self._is_awake.wait()
@@ -255,23 +256,24 @@ class RolloutActor:
             self._engine.close()
             self._engine = None
 
-    async def wake(self, weights: Weights | None, version: int, adapters: Adapters) -> None:
-        """Sample (again), with these weights where they are others than before."""
-        async with self._waking:  # one that starts may be told as well
+    async def wake(
+        self, weights: Weights | None, version: int, num_updates: int, adapters: Adapters
+    ) -> None:
+        """Sample (again), with these weights where they have been updated since."""
+        async with self._waking:  # one that starts may be asked to as well
             if self._is_awake.is_set():
                 return
-            is_new = self._engine is None
             if self._engine is None:
                 self._engine = PolicyEngine(self._settings, self._max_length)
                 await self._engine.set_version(0)
-                self._version = 0
+                self._num_updates = 0
                 for name, (directory, of_adapter) in adapters.items():
                     await self._engine.load_adapter(name, directory, of_adapter)
             else:
                 await self._engine.wake()
-            if weights is not None and (is_new or version != self._version):
+            if weights is not None and num_updates != self._num_updates:
                 await self._engine.update_weights(weights, version, "finish")
-                self._version = version
+                self._num_updates = num_updates
             self._is_awake.set()
 
 

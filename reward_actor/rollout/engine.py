@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -39,7 +41,6 @@ class PolicyEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._settings = settings
         self._num_requests = 0
         self._num_adapters = 0
         self._adapters: dict[str, tuple[LoRARequest, int]] = {}
@@ -65,7 +66,7 @@ class PolicyEngine:
                 "tensor_parallel_size": settings.num_gpus,
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
                 "enable_sleep_mode": settings.sleeps,
-                # In a Ray actor vLLM would otherwise look for a placement group of its own.
+                # In a Ray actor vLLM would otherwise look for its own placement group.
                 "distributed_executor_backend": "mp" if settings.num_gpus > 1 else None,
             }
         else:
@@ -81,6 +82,8 @@ class PolicyEngine:
         except (RuntimeError, ValueError, TimeoutError) as error:
             self._reaper.close()
             raise ValueError(_why(settings.model, error)) from error
+        generation = self._engine.model_config.try_get_generation_config()
+        self._eos_ids = _as_set(generation.get("eos_token_id"))
 
     async def sample(
         self, prompt_ids: list[int], sampling: Sampling, seed: int, max_tokens: int
@@ -114,7 +117,7 @@ class PolicyEngine:
                 _log_probs(output),
                 _versions(output) if version is None else [version] * len(output.token_ids),
                 output.finish_reason,
-                output.finish_reason == "stop" and output.stop_reason is None,
+                ended_with_eos(output, self._eos_ids),
             )
             for output in outputs
         ]
@@ -130,15 +133,18 @@ class PolicyEngine:
 
     async def update_weights(self, weights: Weights, version: int, running: Running) -> None:
         """Continue with other weights of the same shapes, and an empty prefix cache."""
-        directory = weights if isinstance(weights, str) else _written(weights)
-        await self._engine.pause_generation(mode="wait" if running == "finish" else "keep")
-        try:
-            await self._engine.collective_rpc("reload_policy", args=(directory,))
-            await self._engine.update_weight_version(str(version))
-        finally:
-            await self._engine.resume_generation()
-            if not isinstance(weights, str):
-                shutil.rmtree(directory)
+        with contextlib.ExitStack() as stack:
+            if isinstance(weights, str):
+                directory = weights
+            else:  # written in a thread: what is being sampled goes on
+                directory = stack.enter_context(_directory_for(weights))
+                await asyncio.to_thread(_write, weights, directory)
+            await self._engine.pause_generation(mode="wait" if running == "finish" else "keep")
+            try:
+                await self._engine.collective_rpc("reload_policy", args=(directory,))
+                await self._engine.update_weight_version(str(version))
+            finally:
+                await self._engine.resume_generation()
 
     async def load_adapter(self, name: str, directory: str, version: int) -> None:
         """Sample with this LoRA adapter where one is asked for by this name; what runs finishes on
@@ -204,17 +210,36 @@ def _versions(output: Any) -> list[int]:
     ]
 
 
-def _written(weights: Mapping[str, Tensor]) -> str:
-    """A directory with them, in memory where there is a file system for it."""
+def ended_with_eos(output: Any, eos_ids: frozenset[int]) -> bool:
+    """Of vLLM's CompletionOutput: whether the policy ended it by itself.
+
+    vLLM gives no reason for the tokenizer's end-of-sequence token, but the token for any other that
+    the generation config has (Gemma's end of turn), as for one of `stop_token_ids`.
+    """
+    reason = output.stop_reason
+    return output.finish_reason == "stop" and (reason is None or reason in eos_ids)
+
+
+def _as_set(ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _directory_for(weights: Mapping[str, Tensor]) -> tempfile.TemporaryDirectory[str]:
+    """In memory, where there is a file system for it that has room."""
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
+    return tempfile.TemporaryDirectory(
+        prefix="rayward-weights-", dir=_SHARED_MEMORY if has_room else None
+    )
+
+
+def _write(weights: Mapping[str, Tensor], directory: str) -> None:
     from safetensors.torch import save_file
 
-    shared = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    directory = tempfile.mkdtemp(prefix="rayward-weights-", dir=shared)
     save_file(
         {name: tensor.contiguous() for name, tensor in weights.items()},
         Path(directory, "model.safetensors"),
     )
-    return directory
 
 
 def _why(model: str, error: Exception) -> str:

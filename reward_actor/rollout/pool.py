@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import ray
 
 from reward_actor.actor import is_model_directory, start_scorer_actor
-from reward_actor.cluster import connect
+from reward_actor.cluster import connect, require_resources
 from reward_actor.rollout.actor import RolloutActor, travelling
 from reward_actor.rollout.engine import Running
 from reward_actor.rollout.policy import Policy, longest_needed
@@ -23,7 +23,7 @@ from reward_actor.rollout.records import (
     VllmSettings,
 )
 from reward_actor.rollout.rollouts import Rollouts
-from reward_actor.rollout.supervisor import Supervisor
+from reward_actor.rollout.supervisor import Supervisor, bundle_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,13 +41,13 @@ class RolloutPool:
     hang_timeout_s    an actor that does not answer for so long is killed. One that is lost, for
                       whatever reason, is replaced, and its unfinished prompts are sampled again
                       with their seeds.
-    update_timeout_s  likewise for an actor that does not take weights, sleep or wake.
+    update_timeout_s  likewise for an actor that does not start, take weights, sleep or wake.
 
     A process that is in no Ray cluster starts one.
 
     Raises ValueError for a policy that is not there or cannot be sampled from and for a cluster
-    that is too small, and RewardServiceError for a scorer that does not answer. Use it as a context
-    manager or call `close()`.
+    that is too small, RewardServiceError for a scorer that does not answer, and EngineDied for
+    actors that do not start. Use it as a context manager or call `close()`.
     """
 
     _actor_class: ClassVar[type[RolloutActor]] = RolloutActor  # of benchmarks: a simulated one
@@ -66,17 +66,23 @@ class RolloutPool:
         connect(2.0 * num_actors + 2, log_to_driver=False)
         # Actors run in another directory.
         self.settings = replace(settings, model=str(Path(settings.model).absolute()))
-        self.max_groups = max_groups
         self.policy_version = 0
-        self._own_scorer: Any = None
-        self._supervisor = Supervisor(
-            self._actor_class, self.settings, num_actors, hang_timeout_s, update_timeout_s
+        own = isinstance(scorer, str) and is_model_directory(scorer)
+        scorer_gpus = min(settings.num_gpus, 1)
+        bundles = [bundle_of(settings.num_gpus)] * num_actors
+        require_resources([*bundles, bundle_of(scorer_gpus)] if own else bundles)
+        self._own_scorer: Any = start_scorer_actor(scorer, scorer_gpus) if own else None
+        self.supervisor = Supervisor(
+            self._actor_class,
+            self.settings,
+            num_actors,
+            max_groups,
+            hang_timeout_s,
+            update_timeout_s,
         )
-        self._state = self._supervisor.state
+        self._state = self.supervisor.state
         try:
-            if isinstance(scorer, str) and is_model_directory(scorer):
-                scorer = self._own_scorer = start_scorer_actor(scorer, min(settings.num_gpus, 1))
-            self.travels_as = self._supervisor.start(travelling(scorer))
+            self.travels_as = self.supervisor.start(travelling(self._own_scorer or scorer))
         except BaseException:
             self.close()
             raise
@@ -92,7 +98,7 @@ class RolloutPool:
         """The rollouts of every prompt, as they come. indices: of the prompts, where they are not
         all; seeds go by them. environment: answers the policy, for several turns."""
         numbered = enumerate(prompts) if indices is None else zip(indices, prompts, strict=True)
-        return Rollouts(self._supervisor, self.max_groups, numbered, sampling, environment)
+        return Rollouts(self.supervisor, numbered, sampling, environment)
 
     def update_weights(
         self,
@@ -104,7 +110,8 @@ class RolloutPool:
         """Sample with other weights from now on, and return their version: the one given, or the
         last one's plus 1. Requests may run meanwhile; see `Running` for what becomes of them.
 
-        weights: a directory that every actor sees, or tensors, by the names that the policy's
+        weights: a directory that every actor sees and that stays as it is until the next update (an
+        actor that takes a lost one's place reads it), or tensors, by the names that the policy's
         safetensors have. adapter: what they are a LoRA adapter of this name for, in a directory; it
         is sampled where `Sampling.adapter` names it, and what runs finishes on the one before.
         Raises ValueError for other names or shapes; the old weights stay.
@@ -114,19 +121,21 @@ class RolloutPool:
         given: Any = (
             str(Path(weights).absolute())
             if isinstance(weights, str | Path)
-            else ray.put(dict(weights))
+            else ray.put({name: tensor.detach().cpu() for name, tensor in weights.items()})
         )
-        with self._supervisor.updating:
-            self._supervisor.tell("check_weights", given)
-            with self._supervisor.lock:
+        with self.supervisor.updating:
+            self.supervisor.tell("check_weights", given)
+            with self.supervisor.lock:
                 self._state.weights = given
+                self._state.num_updates += 1
                 self._state.version = self.policy_version = self._next(version)
-                actors = self._supervisor.actors()  # what starts from now on has the new weights
+                actors = self.supervisor.actors()  # what starts from now on has the new weights
             if not self._state.is_asleep:
-                self._supervisor.tell(
+                self.supervisor.tell(
                     "update_weights",
                     given,
                     self.policy_version,
+                    self._state.num_updates,
                     running,
                     actors=actors,
                     is_final=True,
@@ -142,15 +151,15 @@ class RolloutPool:
                 f"VllmSettings.max_adapters is {self.settings.max_adapters}; {name!r} is one more"
             )
         directory = str(Path(weights).absolute())
-        with self._supervisor.updating:
+        with self.supervisor.updating:
             if self._state.is_asleep:
                 raise ValueError("the pool is asleep; wake it first")
             version = self._next(version)
-            with self._supervisor.lock:
+            with self.supervisor.lock:
                 self._state.adapters = {**adapters, name: (directory, version)}
-                actors = self._supervisor.actors()  # what starts from now on has the adapter
+                actors = self.supervisor.actors()  # what starts from now on has the adapter
             try:
-                self._supervisor.tell("load_adapter", name, directory, version, actors=actors)
+                self.supervisor.tell("load_adapter", name, directory, version, actors=actors)
             except BaseException:
                 self._state.adapters = adapters
                 raise
@@ -162,23 +171,28 @@ class RolloutPool:
 
     def sleep(self) -> None:
         """Give the engines' memory back, once what runs has finished; prompts wait until `wake`. On
-        a GPU weights stay in the host's memory (`VllmSettings.sleeps`); on a CPU they are dropped.
+        a GPU weights stay in the host's memory; on a CPU they are dropped. A reward model that was
+        given as a directory stays awake.
+
+        Raises ValueError on a GPU without `VllmSettings.sleeps`.
         """
-        with self._supervisor.updating:
+        if self.settings.num_gpus and not self.settings.sleeps:
+            raise ValueError("these engines cannot sleep; start them with VllmSettings.sleeps")
+        with self.supervisor.updating:
             self._state.is_asleep = True
-            self._supervisor.tell("sleep")
+            self.supervisor.tell("sleep")
 
     def wake(self) -> None:
         """Sample again, with the last weights."""
         state = self._state
-        with self._supervisor.updating:
+        with self.supervisor.updating:
             state.is_asleep = False
-            newest = (state.weights, state.version, state.adapters)
-            self._supervisor.tell("wake", *newest, is_final=True)
+            newest = (state.weights, state.version, state.num_updates, state.adapters)
+            self.supervisor.tell("wake", *newest, is_final=True)
 
     def close(self) -> None:
-        """End the actors, and whoever iterates over rollouts with an error."""
-        self._supervisor.close()
+        """End the actors, and what iterates over rollouts with an error."""
+        self.supervisor.close()
         if self._own_scorer is not None:
             ray.kill(self._own_scorer)
             self._own_scorer = None
@@ -215,7 +229,9 @@ def rollout(
         import torch
 
         num_gpus = int(torch.cuda.is_available())
-        longest = longest_needed(Policy.load(policy), prompts, sampling)
+        longest = None  # several turns may take all that there is
+        if environment is None:
+            longest = longest_needed(Policy.load(policy), prompts, sampling)
         policy = VllmSettings(policy, num_gpus, max_model_len=longest)
     with RolloutPool(policy, num_actors, scorer) as pool:
         groups = pool.rollouts(prompts, sampling, environment=environment)

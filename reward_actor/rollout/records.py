@@ -53,6 +53,8 @@ class Sampling:
         for name in ("num_completions", "max_tokens", "max_turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
         if not 0 < self.top_p <= 1:
@@ -115,6 +117,7 @@ class RolloutGroup:
     policy_versions  of the weights that sampled each of the tokens; see
                      `RolloutPool.update_weights`.
     ended_with_eos   whether the policy ended it by itself: neither its length nor a stop text did.
+    travels_as       what the scorer was sent: "token ids" or "text".
     turns            where an environment answers: the assistant's turns of each completion. What
                      is above is of its last one.
     conversations    likewise: the prompt and all that followed.
@@ -133,6 +136,7 @@ class RolloutGroup:
     index: int = 0
     policy_versions: list[list[int]] = field(default_factory=list)
     ended_with_eos: list[bool] = field(default_factory=list)
+    travels_as: str | None = None
     turns: list[list[Turn]] = field(default_factory=list)
     conversations: list[list[Message]] = field(default_factory=list)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,9 @@ from reward_actor.rollout.supervisor import (
 )
 
 _CHARACTERS_PER_TOKEN = 4
+# As often a prompt may be with others on an actor that is lost; then it is sampled alone, and a
+# prompt that kills its engine ends no other.
+_LOSSES_IN_COMPANY = 2
 
 
 @dataclass
@@ -37,28 +42,29 @@ class Rollouts:
     def __init__(
         self,
         supervisor: Supervisor,
-        max_groups: int,
         prompts: Iterable[tuple[int, Question]],
         sampling: Sampling,
         environment: Environment | None,
     ) -> None:
-        """prompts: with their indices. max_groups: prompts that an actor has at a time."""
+        """prompts: with their indices."""
         self._supervisor = supervisor
-        self._max_groups = max_groups
         self._prompts = iter(prompts)
         self._sampling = sampling
-        self._environment = environment
+        self._environment = None if environment is None else ray.put(environment)
         self._is_exhausted = False
+        self._shares_room = False
         self._again: deque[_Prompt] = deque()
         self._calls: dict[Any, tuple[_Prompt, SupervisedActor, int]] = {}
-        self._coming: asyncio.Future[RolloutGroup | None] | None = None
+        self._coming: Future[RolloutGroup | None] | None = None
 
     def __iter__(self) -> Iterator[RolloutGroup]:
         return self
 
     def __next__(self) -> RolloutGroup:
         try:
+            self._share_room()
             while not self._is_exhausted or self._again or self._calls:
+                self._supervisor.look()
                 self._fill()
                 for call in self._supervisor.wait(list(self._calls)):
                     if (group := self._finished(call)) is not None:
@@ -66,6 +72,7 @@ class Rollouts:
         except BaseException:
             self.close()
             raise
+        self.close()
         raise StopIteration
 
     def __aiter__(self) -> AsyncIterator[RolloutGroup]:
@@ -73,35 +80,58 @@ class Rollouts:
 
     async def __anext__(self) -> RolloutGroup:
         if self._coming is None:  # else that of a call that was cancelled
-            loop = asyncio.get_running_loop()
-            self._coming = loop.run_in_executor(None, next, self, None)
-        group = await asyncio.shield(self._coming)
+            self._coming = Future()
+            # Not in the loop's executor, which the end of a cancelled loop would wait for.
+            threading.Thread(target=self._come, args=(self._coming,), daemon=True).start()
+        [done], _ = await asyncio.wait([asyncio.wrap_future(self._coming)])
         self._coming = None
+        group: RolloutGroup | None = done.result()
         if group is None:
             raise StopAsyncIteration
         return group
 
+    def _come(self, coming: Future[RolloutGroup | None]) -> None:
+        coming.set_running_or_notify_cancel()
+        try:
+            coming.set_result(next(self, None))
+        except BaseException as error:  # raised where it is awaited
+            coming.set_exception(error)
+
     def close(self) -> None:
-        """Give up the prompts that are being sampled."""
+        """Give up the prompts that are left."""
+        self._is_exhausted = True
+        self._again.clear()
         while self._calls:
             call, (_, actor, num_tokens) = self._calls.popitem()
             actor.give_back(num_tokens)
             with contextlib.suppress(RayError):
                 ray.cancel(call)
+        if self._shares_room:
+            self._shares_room = False
+            with self._supervisor.lock:
+                self._supervisor.num_iterators -= 1
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the end of a process Ray may be gone
             self.close()
 
+    def _share_room(self) -> None:
+        if not self._shares_room and not self._is_exhausted:
+            self._shares_room = True
+            with self._supervisor.lock:
+                self._supervisor.num_iterators += 1
+
     def _fill(self) -> None:
         """Give prompts to actors that have room."""
-        while (actor := self._supervisor.free_actor(self._max_groups)) is not None:
-            prompt = self._next_prompt()
-            if prompt is None:
+        while len(self._calls) < self._supervisor.share():
+            is_suspect = bool(self._again) and self._again[0].num_losses >= _LOSSES_IN_COMPANY
+            actor = self._supervisor.free_actor(alone=is_suspect)
+            prompt = None if actor is None else self._next_prompt()
+            if actor is None or prompt is None:
                 break
             seed = self._sampling.seed + prompt.index * self._sampling.num_completions
             num_tokens = _num_tokens(prompt.question, self._sampling)
-            actor.take(num_tokens)
+            actor.take(num_tokens, alone=is_suspect)
             call = actor.handle.rollout.remote(
                 prompt.index, prompt.question, self._sampling, seed, self._environment
             )
@@ -110,7 +140,7 @@ class Rollouts:
     def _next_prompt(self) -> _Prompt | None:
         if self._again:
             return self._again.popleft()
-        following = next(self._prompts, None)
+        following = None if self._is_exhausted else next(self._prompts, None)
         self._is_exhausted = following is None
         return None if following is None else _Prompt(*following)
 

@@ -14,7 +14,6 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from reward_actor.cluster import require_resources
 from reward_actor.errors import EngineDied
 from reward_actor.rollout.actor import RolloutActor
 from reward_actor.rollout.records import VllmSettings
@@ -26,6 +25,7 @@ MAX_LOSSES = 5
 
 _TICK_S = 0.5
 _ASK_AGAIN_S = 5.0
+_RAY_CONCURRENCY = 1000  # its default for actors with coroutines
 
 
 @dataclass
@@ -35,6 +35,7 @@ class ActorState:
 
     weights: Any = None
     version: int = 0
+    num_updates: int = 0
     adapters: dict[str, tuple[str, int]] = field(default_factory=dict)
     is_asleep: bool = False
 
@@ -47,26 +48,36 @@ class SupervisedActor:
     started: Any
     running_tokens: int = 0
     num_running: int = 0
+    is_alone: bool = False
     is_ready: bool = False
     asked_at: float = field(default_factory=time.monotonic)
     answer: Any = None
 
-    def take(self, num_tokens: int) -> None:
-        """A prompt."""
+    def take(self, num_tokens: int, *, alone: bool) -> None:
+        """A prompt. alone: no other until it is given back."""
         self.running_tokens += num_tokens
         self.num_running += 1
+        self.is_alone = alone
 
     def give_back(self, num_tokens: int) -> None:
         self.running_tokens -= num_tokens
         self.num_running -= 1
+        self.is_alone = False
+
+
+def bundle_of(num_gpus: float) -> dict[str, float]:
+    """What Ray sets aside for an actor."""
+    return {"CPU": 1.0, "GPU": float(num_gpus)} if num_gpus else {"CPU": 1.0}
 
 
 class Supervisor:
     """`num_actors` actors, one for each bundle of a placement group.
 
+    max_groups        prompts that an actor has at a time.
     hang_timeout_s    an actor that does not answer for so long counts as lost, and
-    call_timeout_s    one that does not return for so long from what `tell` calls.
+    call_timeout_s    one that does not start for so long, or return from what `tell` calls.
     updating          held while actors are told something: they may then take long to answer.
+    num_iterators     that share the actors' room.
     """
 
     def __init__(
@@ -74,37 +85,43 @@ class Supervisor:
         actor_class: type[RolloutActor],
         settings: VllmSettings,
         num_actors: int,
+        max_groups: int,
         hang_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
-        """Raises ValueError for a cluster that is too small."""
         self._actor_class = actor_class
         self._settings = settings
         self._num_actors = num_actors
         self._scorer: Any = None
+        self.max_groups = max_groups
         self._hang_timeout_s = hang_timeout_s
         self._call_timeout_s = call_timeout_s
         self.state = ActorState()
         self.updating = threading.Lock()
         self.lock = threading.RLock()
+        self.num_iterators = 0
         self._num_lost_in_a_row = 0
         self._actors: list[SupervisedActor] = []
-        bundle = {"CPU": 1.0}
-        if settings.num_gpus:
-            bundle["GPU"] = float(settings.num_gpus)
-        require_resources([bundle] * num_actors)
-        self._place = placement_group([bundle] * num_actors, strategy="PACK")
+        self._place = placement_group([bundle_of(settings.num_gpus)] * num_actors, strategy="PACK")
 
     def start(self, scorer: Any) -> str:
-        """Start them all, and return what `RolloutActor.start` does. Raises what that raises."""
+        """Start them all, and return what `RolloutActor.start` does.
+
+        Raises what that raises, and EngineDied if an actor ends or takes too long meanwhile.
+        """
         self._scorer = scorer
-        ray.get(self._place.ready())
+        deadline = time.monotonic() + self._call_timeout_s
+        if not self._place.wait(self._call_timeout_s):
+            raise EngineDied("the Ray cluster has had no room for the rollout actors")
         with self.lock:
             self._actors = [self._start(bundle) for bundle in range(self._num_actors)]
+        calls = [actor.started for actor in self._actors]
         try:
-            return str(ray.get([actor.started for actor in self._actors])[0])
-        except RayTaskError as error:
-            raise error.cause from None
+            return str(ray.get(calls, timeout=max(0.0, deadline - time.monotonic()))[0])
+        except RayError as error:
+            if (cause := raised_by(error)) is not None:
+                raise cause from None
+            raise EngineDied(f"a rollout actor has not started: {said(error)}") from error
 
     def close(self) -> None:
         with self.lock:
@@ -126,8 +143,8 @@ class Supervisor:
         is_final: bool = False,
     ) -> None:
         """Call a method of each (default: of all) and wait; a lost one is replaced. Raises what one
-        raised, but for a call that is final: one that raises is then in no known state, and is
-        replaced as well."""
+        raised; after a call that is final, one that raises is in no known state, and is replaced
+        as well."""
         actors = self.actors() if actors is None else actors
         calls = [getattr(actor.handle, method).remote(*arguments) for actor in actors]
         failures = []
@@ -163,16 +180,20 @@ class Supervisor:
         remote: Any = ray.remote(self._actor_class).options(
             num_cpus=1,
             num_gpus=settings.num_gpus,
+            # Besides its prompts, what it is told and asked.
+            max_concurrency=max(_RAY_CONCURRENCY, 2 * self.max_groups),
             runtime_env={"env_vars": environment},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, bundle),
         )
         handle = remote.remote(settings, self._scorer)
         state = self.state
-        started = handle.start.remote(state.weights, state.version, state.adapters, state.is_asleep)
+        started = handle.start.remote(
+            state.weights, state.version, state.num_updates, state.adapters, state.is_asleep
+        )
         return SupervisedActor(handle, started)
 
-    def free_actor(self, max_prompts: int) -> SupervisedActor | None:
-        """That with the fewest running tokens of those that have fewer prompts, if any has.
+    def look(self) -> None:
+        """See which actors have started, and replace those that are lost.
 
         Raises EngineDied if actors end as fast as they start.
         """
@@ -181,8 +202,21 @@ class Supervisor:
                 raise EngineDied("the pool is closed")
             for actor in list(self._actors):
                 self._look_at(actor)
-            free = [a for a in self._actors if a.is_ready and a.num_running < max_prompts]
+
+    def free_actor(self, *, alone: bool) -> SupervisedActor | None:
+        """That with the fewest running tokens of those that have room, if any has. alone: it must
+        have no prompt."""
+        most = 1 if alone else self.max_groups
+        with self.lock:
+            free = [
+                a for a in self._actors if a.is_ready and a.num_running < most and not a.is_alone
+            ]
             return min(free, key=lambda actor: actor.running_tokens, default=None)
+
+    def share(self) -> int:
+        """Prompts that each of several iterators may have at a time, so that none waits for
+        another's end."""
+        return max(1, self.max_groups * self._num_actors // max(1, self.num_iterators))
 
     def wait(self, calls: list[Any]) -> list[Any]:
         """Those of the calls that are done; returns early if an actor is."""
@@ -199,6 +233,8 @@ class Supervisor:
         try:
             if not actor.is_ready:
                 if not ray.wait([actor.started], timeout=0)[0]:
+                    if time.monotonic() > actor.asked_at + self._call_timeout_s:
+                        raise EngineDied(f"it has not started for {self._call_timeout_s:g} s")
                     return
                 ray.get(actor.started)
                 actor.is_ready = True
@@ -217,7 +253,7 @@ class Supervisor:
             self.replace_lost(actor, error)
 
     def replace_lost(self, actor: SupervisedActor, why: Exception) -> None:
-        """Start another in place of an actor that is lost, unless somebody has already."""
+        """Start another in place of an actor that is lost, unless one has been started already."""
         with self.lock:
             if actor not in self._actors:
                 return

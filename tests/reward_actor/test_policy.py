@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from reward_actor.groups import Group
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
 from reward_actor.rollout.actor import travelling
+from reward_actor.rollout.engine import ended_with_eos
 from reward_actor.rollout.policy import group_to_score
 from reward_actor.rollout.records import RolloutGroup
 
@@ -114,3 +116,20 @@ def test_a_scorer_travels_with_the_token_of_its_process(monkeypatch: pytest.Monk
     client = pickle.loads(packed)
     assert client.arguments()["token"] == "rw_mine"
     assert travelling("rayward") == "rayward"
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "stop_reason", "expected"),
+    [
+        ("stop", None, True),
+        ("stop", 107, True),  # Gemma's end of turn, which its generation config has
+        ("stop", 300, False),  # of stop_token_ids
+        ("stop", "\n\n", False),
+        ("length", None, False),
+    ],
+)
+def test_a_policy_may_end_with_several_tokens(
+    finish_reason: str, stop_reason: int | str | None, expected: bool
+) -> None:
+    output = SimpleNamespace(finish_reason=finish_reason, stop_reason=stop_reason)
+    assert ended_with_eos(output, frozenset({1, 107})) is expected

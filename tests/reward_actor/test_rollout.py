@@ -111,7 +111,7 @@ def test_what_is_left_of_a_loop_is_given_up(pool: RolloutPool) -> None:
     for group in pool.rollouts((f"Prompt {number}" for number in range(10_000)), LONG):
         assert group.error is None
         break
-    [actor] = pool._supervisor.actors()
+    [actor] = pool.supervisor.actors()
     assert actor.num_running == actor.running_tokens == 0
     started = time.monotonic()
     sampled(pool, PROMPTS, SAMPLING)
@@ -234,12 +234,12 @@ def rollouts_meanwhile(pool: RolloutPool) -> Iterator[list[RolloutGroup]]:
             first.set()
 
     reading = threading.Thread(target=read)
-    pool.max_groups, before = 8, pool.max_groups
+    pool.supervisor.max_groups, before = 8, pool.supervisor.max_groups
     reading.start()
     assert first.wait(60)
     yield groups
     reading.join()
-    pool.max_groups = before
+    pool.supervisor.max_groups = before
     assert sorted(group.index for group in groups) == list(range(40))
 
 
@@ -363,7 +363,7 @@ def processes_of(pool: RolloutPool) -> tuple[psutil.Process, psutil.Process]:
 
     [pid] = [
         ray.get(a.handle.__ray_call__.remote(lambda _: os.getpid()))
-        for a in pool._supervisor.actors()
+        for a in pool.supervisor.actors()
     ]
     actor = psutil.Process(pid)
     [core] = titled("VLLM::EngineCore", descendants(actor))
@@ -391,12 +391,14 @@ def test_what_a_lost_actor_sampled_is_sampled_again(
     """After a killed actor, a killed engine core, one that hangs: the same rollouts as without."""
     prompts = [f"Prompt {number}" for number in range(num_prompts)]
     expected = ids(sampled(pool, prompts, LONG))
-    monkeypatch.setattr(pool, "max_groups", 6)  # so that some are left for the next actor
+    monkeypatch.setattr(
+        pool.supervisor, "max_groups", 6
+    )  # so that some are left for the next actor
     groups: list[RolloutGroup] = []
     left, cores, harmed = list(faults), [], list[Any]()
     for group in pool.rollouts(prompts, LONG):
         groups.append(group)
-        [current] = pool._supervisor.actors()
+        [current] = pool.supervisor.actors()
         if left and current.is_ready and current not in harmed:
             actor, core = processes_of(pool)
             cores.append(core)
@@ -414,7 +416,9 @@ def test_what_a_lost_actor_sampled_is_sampled_again(
     assert psutil.wait_procs(cores, timeout=20)[1] == [], "no engine outlives its actor"
 
 
-def test_a_pool_that_sleeps_gives_its_memory_back(pool: RolloutPool) -> None:
+def test_a_pool_that_sleeps_gives_its_memory_back(pool: RolloutPool, base_model: Path) -> None:
+    """And has its last weights afterwards, whatever number they were given."""
+    pool.update_weights(changed(base_model, 6), version=0)
     before = ids(sampled(pool, PROMPTS, SAMPLING))
     _, core = processes_of(pool)
     held = core.memory_info().rss
