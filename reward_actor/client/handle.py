@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentResponse
 from ray.serve.schema import ApplicationStatus
 
 from reward_actor import schema
+from reward_actor.client.aio import SWAP_TIMEOUT_S
 from reward_actor.cluster import take_loopback_as_it_is
 from reward_actor.errors import RewardServiceError, pause_s
 from reward_actor.groups import Completion, Group, GroupScores, Prompt, Whole
@@ -27,7 +28,6 @@ from reward_actor.ray_internals import route_in_own_loop
 logger = logging.getLogger(__name__)
 
 DEFAULT_APP_NAME = "rayward"
-SLEEP_TIMEOUT_S = 600.0
 
 _DEPLOYMENTS = {"Ingress", "RewardModel"}
 _GONE = (ApplicationStatus.DELETING, ApplicationStatus.DEPLOY_FAILED)
@@ -158,12 +158,12 @@ class RewardHandle:
         """What is served, and every limit."""
         return cast("schema.Info", self._call(self._handle.info))
 
-    def sleep(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+    def sleep(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
         """Let every replica give its weights' memory back until `wake`. Until then scoring waits,
         and ends with the error "asleep" at its deadline."""
         return cast("schema.SleepReply", self._call(self._handle.sleep, timeout_s=timeout_s))
 
-    def wake(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+    def wake(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
         """Score again. Raises RewardServiceError ("model_refused") where a replica cannot: then the
         service sleeps on."""
         return cast("schema.SleepReply", self._call(self._handle.wake, timeout_s=timeout_s))
@@ -244,11 +244,11 @@ class AsyncRewardHandle:
         """What is served, and every limit."""
         return cast("schema.Info", await self._call(self._handle.info))
 
-    async def sleep(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+    async def sleep(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
         """Let the replicas give their memory back, as `RewardHandle.sleep`."""
         return cast("schema.SleepReply", await self._call(self._handle.sleep, timeout_s=timeout_s))
 
-    async def wake(self, *, timeout_s: float = SLEEP_TIMEOUT_S) -> schema.SleepReply:
+    async def wake(self, *, timeout_s: float = SWAP_TIMEOUT_S) -> schema.SleepReply:
         """Score again, as `RewardHandle.wake`."""
         return cast("schema.SleepReply", await self._call(self._handle.wake, timeout_s=timeout_s))
 
