@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import ssl
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import TracebackType
@@ -30,14 +31,16 @@ if TYPE_CHECKING:
     import httpx
 
 Reply = TypeVar("Reply", bound=schema.Wire)
+Result = TypeVar("Result")
 
 # What the service refuses as a whole though only one of its calls may be to blame.
 _OF_THE_BODY = ("invalid_request", "body_too_large", "too_many_tokens")
 SWAP_TIMEOUT_S = 600.0
+"""Of a swap, and of putting a service to sleep and waking it."""
 
 
 class AsyncRewardClient:
-    """Calls a running service, from any event loop: each has connections of its own, which end with
+    """Calls a running service, from any event loop: each has its own connections, which end with
     it, or when the client is called from another loop while this one has no call under way.
 
     urls: one address, several in a list, or several in a string with commas; requests go to each in
@@ -77,6 +80,8 @@ class AsyncRewardClient:
         self._secret = found or token
         self._verify = verify
         self._make_sender = partial(Sender, found, tls(verify), proxies(self.urls))
+        # Of _calls and _is_closed, which the threads of several loops change.
+        self._lock = threading.RLock()
         self._calls: dict[asyncio.AbstractEventLoop, _Calls] = {}
         self._is_closed = False
 
@@ -136,7 +141,7 @@ class AsyncRewardClient:
     async def check_reachable(self) -> None:
         """Raise RewardServiceError, within five seconds, if nothing answers at any address."""
         async with self._here() as calls:
-            await calls.sender.check_reachable()
+            await calls.ask(calls.sender.check_reachable())
 
     async def info(self) -> schema.Info:
         """What is served, and every limit."""
@@ -175,10 +180,11 @@ class AsyncRewardClient:
 
     async def close(self) -> None:
         """End calls that are under way with an error, and the connections."""
-        self._is_closed = True
-        here = self._calls.pop(asyncio.get_running_loop(), None)
-        while self._calls:
-            loop, calls = self._calls.popitem()
+        with self._lock:
+            self._is_closed = True
+            every, self._calls = self._calls, {}
+        here = every.pop(asyncio.get_running_loop(), None)
+        for loop, calls in every.items():
             if loop.is_running():  # others took their connections along
                 _call_in(loop, calls.close_soon)
         if here is not None:
@@ -212,7 +218,7 @@ class AsyncRewardClient:
     ) -> Reply:
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         async with self._here() as calls:
-            reply = await calls.sender.send(method, path, body, bodies.JSON, deadline)
+            reply = await calls.ask(calls.sender.send(method, path, body, bodies.JSON, deadline))
         try:
             return model.model_validate_json(reply.content, extra="ignore")
         except ValueError:
@@ -221,16 +227,18 @@ class AsyncRewardClient:
     @asynccontextmanager
     async def _here(self) -> AsyncIterator[_Calls]:
         """What belongs to the running loop, for one call."""
-        if self._is_closed:
-            raise closed()
         loop = asyncio.get_running_loop()
-        if loop not in self._calls:
-            for other, calls in list(self._calls.items()):
-                self._leave(other, calls)
-            calls = _Calls(self._make_sender(), self.max_concurrency, partial(self._forget, loop))
-            self._calls[loop] = calls
-            await calls.open()
-        calls = self._calls[loop]
+        with self._lock:
+            if self._is_closed:
+                raise closed()
+            calls = self._calls.get(loop)
+            if calls is None:
+                for other, theirs in list(self._calls.items()):
+                    self._leave(other, theirs)
+                forget = partial(self._forget, loop)
+                calls = _Calls(self._make_sender(), self.max_concurrency, forget)
+                self._calls[loop] = calls
+                await calls.open()  # which does not wait
         calls.num_calls += 1
         try:
             yield calls
@@ -248,14 +256,16 @@ class AsyncRewardClient:
     def _leave_from_within(self) -> None:
         """In the loop's own thread, where no call begins meanwhile."""
         loop = asyncio.get_running_loop()
-        calls = self._calls.get(loop)
-        if calls is not None and not calls.num_calls:
-            self._forget(loop, calls)
-            calls.close_soon()
+        with self._lock:
+            calls = self._calls.get(loop)
+            if calls is not None and not calls.num_calls:
+                self._forget(loop, calls)
+                calls.close_soon()
 
     def _forget(self, loop: asyncio.AbstractEventLoop, calls: _Calls) -> None:
-        if self._calls.get(loop) is calls:
-            del self._calls[loop]
+        with self._lock:
+            if self._calls.get(loop) is calls:
+                del self._calls[loop]
 
 
 class _Calls:
@@ -268,7 +278,8 @@ class _Calls:
         self.num_calls = 0
         self._max_concurrency = max_concurrency
         self._waiting = queue()
-        self._requests: set[asyncio.Task[None]] = set()
+        self._requests: set[asyncio.Task[None]] = set()  # of scores
+        self._asked: set[asyncio.Task[Any]] = set()  # of anything else
         self._pump_is_due = False
         self._lifetime = self._until_closed(on_close)
         self._closing: asyncio.Task[None] | None = None
@@ -299,6 +310,19 @@ class _Calls:
             raise self.sender.too_late(failure) from None
         return [each for some in scores for each in some]
 
+    async def ask(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of what is not merged, unless `close` ends it: RewardServiceError."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise closed() from None
+
     async def open(self) -> None:
         await anext(self._lifetime)
 
@@ -314,13 +338,15 @@ class _Calls:
             yield
         finally:
             on_close(self)
-            requests = list(self._requests)
+            requests = [*self._requests, *self._asked]
             for request in requests:
                 request.cancel()
             for part in self._waiting:
                 _fail(part, closed())
-            await asyncio.gather(*requests, return_exceptions=True)
-            await self.sender.close()
+            try:
+                await asyncio.gather(*requests, return_exceptions=True)
+            finally:  # asyncio.run cancels this, where it is a task of its own
+                await self.sender.close()
 
     def _pump_soon(self) -> None:
         """Send what waits when all that can run now has run: calls made together go together."""

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ class RewardClient:
     """`AsyncRewardClient` for code that waits: the same arguments and methods, from any thread.
 
     Calls of several threads are merged as concurrent ones are there. It is pickled and copied as
-    that is: the arguments travel, the token with them; the thread and the connections do not.
+    that is: the arguments travel, the thread and the connections do not.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RewardClient:
             self._is_closed = True
             thread, self._thread = self._thread, None
         if thread is not None and thread.is_here:
-            thread.run(self._client.close())
+            thread.submit(self._client.close()).result()
             thread.stop()
 
     def __enter__(self) -> RewardClient:
@@ -135,13 +135,16 @@ class RewardClient:
                     self._client = self._make()
                 self._thread = LoopThread()
                 weakref.finalize(self, self._thread.stop)
-            thread, client = self._thread, self._client
+            # Under the lock: of a loop that `close` has stopped no result would ever come.
+            future = self._thread.submit(call(self._client))
         try:
-            return thread.run(call(client))
+            return future.result()
         except CancelledError:
             if self._is_closed:  # by another thread, which has stopped the loop under this call
                 raise closed() from None
             raise
+        finally:  # the caller may have been interrupted
+            future.cancel()
 
 
 class LoopThread:
@@ -158,13 +161,8 @@ class LoopThread:
         """False in a process that was forked off: threads stay behind."""
         return self._pid == os.getpid() and not self._loop.is_closed()
 
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The coroutine's result. It is cancelled when its caller is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
+    def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stop(self) -> None:
         """End the thread and its loop."""

@@ -15,7 +15,9 @@ import pytest
 from stub_service import Answer, Received, error, stub
 
 from reward_actor import AsyncRewardClient, Group, RewardClient
+from reward_actor.client import aio, sync
 from reward_actor.client.aio import closed
+from reward_actor.client.connection import Sender
 from reward_actor.errors import RewardServiceError
 
 
@@ -125,6 +127,124 @@ def test_a_thread_that_asks_while_another_closes_gets_the_clients_own_error() ->
         with pytest.raises(RewardServiceError, match="closed"):
             asked.result(timeout=5)
         release.set()
+
+
+@pytest.mark.parametrize("turns", [None, 0, 1])
+def test_close_ends_what_is_not_merged(turns: int | None) -> None:
+    """Begun some turns of the loop before, or sent; and no connection is opened again."""
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        started.set()
+        release.wait(10)
+
+    async def calls(url: str) -> None:
+        client = AsyncRewardClient(url, timeout_s=30.0)
+        tasks = [asyncio.create_task(call) for call in (client.info(), client.check_reachable())]
+        if turns is None:
+            await asyncio.to_thread(started.wait, 10)
+        for _ in range(turns or 0):
+            await asyncio.sleep(0)
+        await client.close()
+        for task in tasks:
+            with pytest.raises(RewardServiceError, match="this client is closed"):
+                await asyncio.wait_for(task, 5)
+
+    with stub(hold) as server:
+        before = num_sockets()
+        asyncio.run(calls(server.url))
+        release.set()
+        wait_for_sockets(before)
+
+
+def test_a_caller_that_is_cancelled_is_not_told_of_a_closed_client() -> None:
+    async def call() -> None:
+        async with AsyncRewardClient("http://127.0.0.1:1") as client:
+            task = asyncio.create_task(client.info())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(call())
+
+
+def closes_meanwhile(close: Callable[[], None]) -> Callable[[], None]:
+    """Have another thread close a client, and give it the time to."""
+
+    def run() -> None:
+        closing = threading.Thread(target=close)
+        closing.start()
+        closing.join(0.3)
+
+    return run
+
+
+def test_a_call_that_begins_while_another_thread_closes_ends_with_the_clients_own_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release = threading.Event()
+
+    def hold(received: Received) -> None:
+        release.wait(10)
+
+    class SlowlyMade(Sender):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            closes_meanwhile(lambda: asyncio.run(client.close()))()
+
+    monkeypatch.setattr(aio, "Sender", SlowlyMade)
+    with stub(hold) as server:
+        before = num_sockets()
+        client = AsyncRewardClient(server.url)
+        with pytest.raises(RewardServiceError, match="this client is closed"):
+            asyncio.run(client.score("p", ["x"]))
+        release.set()
+        wait_for_sockets(before)
+
+
+def test_a_waiting_call_that_begins_while_another_thread_closes_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stub() as server:
+        client = RewardClient(server.url, timeout_s=5.0)
+        client.score("p", ["x"])
+
+        def slowly(work: Any, loop: Any) -> Any:
+            monkeypatch.undo()
+            closes_meanwhile(client.close)()
+            return asyncio.run_coroutine_threadsafe(work, loop)
+
+        monkeypatch.setattr(sync.asyncio, "run_coroutine_threadsafe", slowly)
+        with pytest.raises(RewardServiceError, match="this client is closed"):
+            client.score("p", ["x"])
+
+
+def test_a_close_that_is_cancelled_leaves_no_connection() -> None:
+    """As asyncio.run cancels it at its end."""
+    started, release = threading.Event(), threading.Event()
+
+    def hold(received: Received) -> None:
+        if received.token_rewards:
+            started.set()
+            release.wait(10)
+
+    async def calls(url: str) -> None:
+        before = num_sockets()  # the loop's own among them
+        client = AsyncRewardClient(url)
+        held = asyncio.create_task(client.token_rewards("p", ["x"]))
+        await asyncio.to_thread(started.wait, 10)
+        await client.score("p", ["x"])  # over another connection, which is idle from now on
+        closing = asyncio.create_task(client.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        ends = await asyncio.gather(closing, held, return_exceptions=True)
+        assert [type(end) for end in ends] == [asyncio.CancelledError, RewardServiceError]
+        release.set()
+        await asyncio.to_thread(wait_for_sockets, before)
+
+    with stub(hold) as server:
+        asyncio.run(calls(server.url))
 
 
 def test_a_client_that_is_dropped_takes_its_thread_along() -> None:
