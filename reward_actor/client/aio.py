@@ -53,10 +53,10 @@ class AsyncRewardClient:
     says; a service that is away is logged, once. Everything else, and what lasts until the
     deadline, raises RewardServiceError. Use it as a context manager or call `close()`.
 
-    Pickled and copied are these arguments, the token with them: a pickle is as secret as the token.
-    A copy opens its own connections when it is first used, and is open though its original is
-    closed. A token that the original does not have, a proxy and the file of authorities are those
-    of the machine on which it is unpickled. TypeError for an SSLContext.
+    Pickled and copied are these arguments: with token=, a pickle is as secret as the token. A copy
+    opens its own connections when it is first used, and is open though its original is closed.
+    $RAYWARD_TOKEN, a proxy and the file of authorities are those of the process in which it is
+    unpickled. TypeError for an SSLContext.
     """
 
     def __init__(
@@ -76,10 +76,9 @@ class AsyncRewardClient:
         self.urls = parse_urls(urls)
         self.timeout_s = timeout_s
         self.max_concurrency = max_concurrency
-        found = checked_token(token)
-        self._secret = found or token
+        self._token = token
         self._verify = verify
-        self._make_sender = partial(Sender, found, tls(verify), proxies(self.urls))
+        self._make_sender = partial(Sender, checked_token(token), tls(verify), proxies(self.urls))
         # Of _calls and _is_closed, which the threads of several loops change.
         self._lock = threading.RLock()
         self._calls: dict[asyncio.AbstractEventLoop, _Calls] = {}
@@ -100,7 +99,7 @@ class AsyncRewardClient:
             )
         return {
             "urls": self.urls,
-            "token": self._secret,
+            "token": self._token,
             "timeout_s": self.timeout_s,
             "max_concurrency": self.max_concurrency,
             "verify": self._verify,

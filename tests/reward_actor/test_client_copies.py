@@ -45,10 +45,9 @@ def async_rewards(client: AsyncRewardClient) -> list[float | None]:
 def test_a_copy_of_a_client_has_its_settings_and_its_own_connections(
     kind: Any, rewards: Any, copied: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("RAYWARD_TOKEN", raising=False)
     with stub() as server:
-        monkeypatch.setenv("RAYWARD_TOKEN", SECRET)
-        client = kind(server.url, timeout_s=9.0, max_concurrency=3, verify=False)
-        monkeypatch.delenv("RAYWARD_TOKEN")
+        client = kind(server.url, token=SECRET, timeout_s=9.0, max_concurrency=3, verify=False)
         assert rewards(client) == [3.0]  # with connections, and a thread or a loop
         copies = [copied(client)]
         if kind is RewardClient:
@@ -69,12 +68,16 @@ def test_a_copy_of_a_client_has_its_settings_and_its_own_connections(
 
 
 @every_way
+@pytest.mark.parametrize("of_the_original", [None, "token-of-the-original"])
 def test_a_client_without_a_token_takes_that_of_where_it_goes(
-    copied: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    of_the_original: str | None, copied: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAYWARD_TOKEN", raising=False)
+    if of_the_original is not None:
+        monkeypatch.setenv("RAYWARD_TOKEN", of_the_original)
     with stub() as server:
         clients = [RewardClient(server.url), RewardClient(server.url, token="")]
+        assert b"token-of" not in pickle.dumps(clients)
         monkeypatch.setenv("RAYWARD_TOKEN", SECRET)
         for client in clients:
             sync_rewards(copied(client))
