@@ -1,9 +1,9 @@
 """Ends the processes that a process has started when it ends itself, however that happens.
 
-Whoever is killed cannot end its children: a vLLM engine core that lost its parent waits for ever,
-with its share of a GPU's memory, and HAProxy listens for ever in front of nothing. So a small
-process beside it reads a pipe whose other end nobody else holds; when that closes, it kills what
-has inherited a variable of the environment.
+A process that is killed cannot end its children: a vLLM engine core that has lost its parent waits
+for ever, with its share of a GPU's memory, and HAProxy listens for ever in front of nothing. So a
+small second process reads from a pipe that only the first one can write to. When the pipe closes,
+it kills every process that has inherited a variable of the environment, and removes a folder.
 Reads /proc, so on Linux only. Standard library only: it runs as a script, too.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +25,15 @@ _KILL_TIMEOUT_S = 10.0
 
 
 class Reaper:
-    """Processes that are started with `environment` end with this process, or with `close`."""
+    """Processes that are started with `environment` end with this process, or with `close`, and so
+    does the folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         mark = secrets.token_hex(16)
         # setproctitle would otherwise write over what /proc tells of a process's environment.
         self.environment = {VARIABLE: mark, "SPT_NOENV": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, mark],
+            [sys.executable, "-I", "-S", __file__, mark, *([] if folder is None else [folder])],
             stdin=subprocess.PIPE,
             # Not by another's reaper before it has done its work.
             env={name: value for name, value in os.environ.items() if name != VARIABLE},
@@ -39,7 +41,7 @@ class Reaper:
         )
 
     def close(self) -> None:
-        """Kill what is left, and wait until nothing is."""
+        """Kill what is left, remove the folder, and wait until nothing is left."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -67,6 +69,8 @@ def main() -> None:
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while _kill(sys.argv[1]) and time.monotonic() < deadline:
         pass  # the killed may have started others meanwhile
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     joins = arguments.ray_address or os.environ.get("RAY_ADDRESS")
     if not joins:
-        haproxy.enable()
-        reaper = Reaper()  # of the cluster, HAProxy included: however this process ends
+        # Of the cluster, HAProxy and its files included: however this process ends.
+        reaper = Reaper(haproxy.enable())
         os.environ.update(reaper.environment)
     import ray
 

@@ -79,22 +79,23 @@ def settings(folder: Path) -> dict[str, str] | None:
     }
 
 
-def enable() -> bool:
+def enable() -> Path | None:
     """Set them for this process and those that it starts, unless they are set already.
 
-    False where there is no HAProxy, or where Ray has been imported before.
+    The new folder of HAProxy's files, which goes when this process exits; one that is killed leaves
+    it behind. None where they are set already, where there is no HAProxy, or where Ray has been
+    imported before.
     """
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") is not None:
-        return os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    if "ray.serve" in sys.modules:
-        return False
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") is not None or "ray.serve" in sys.modules:
+        return None
     folder = _new_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     found = settings(folder)
-    os.environ.update(found or {})
-    if found is not None:
-        Path(found["RAYWARD_GONE"]).write_bytes(_gone())
-    return found is not None
+    if found is None:
+        return None
+    os.environ.update(found)
+    Path(found["RAYWARD_GONE"]).write_bytes(_gone())
+    return folder
 
 
 def _gone() -> bytes:

@@ -39,7 +39,8 @@ backend ingresses
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     """Of one whose service has no ingress."""
-    assert settings.enable()  # for this process; it was, when the tests began
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"  # since the tests began
+    assert settings.enable() is None, "the folder is another's"
     port, config = free_port(), tmp_path / "haproxy.cfg"
     config.write_text(CONFIG.format(port=port))
     command = [os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]

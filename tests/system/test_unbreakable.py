@@ -380,7 +380,15 @@ def all_processes(service: Service) -> list[psutil.Process]:
     return list(descendants(psutil.Process(service.process.pid)))
 
 
-def assert_nothing_is_left(service: Service, processes: list[psutil.Process]) -> None:
+def haproxy_folder(processes: list[psutil.Process]) -> Path:
+    """Of its settings, its socket and a link to the key."""
+    [haproxy] = [process for process in processes if process.name() == "haproxy"]
+    folder = Path(haproxy.environ()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
+    assert folder.exists()
+    return folder
+
+
+def assert_nothing_is_left(service: Service, processes: list[psutil.Process], folder: Path) -> None:
     """Within seconds, and until then nobody is answered that the fault is his own, or ours."""
     deadline = time.monotonic() + 30
     with httpx.Client(base_url=service.url, timeout=2) as http:
@@ -394,14 +402,17 @@ def assert_nothing_is_left(service: Service, processes: list[psutil.Process]) ->
                 continue  # it was cut off
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    while folder.exists():
+        assert time.monotonic() < deadline, "HAProxy's files are there yet"
+        time.sleep(0.05)
 
 
 def test_nothing_is_left_of_a_service_whose_head_is_killed(running: Service) -> None:
     processes = all_processes(running)
-    assert "haproxy" in {process.name() for process in processes}
+    folder = haproxy_folder(processes)
     [head] = [process for process in processes if process.name() == "gcs_server"]
     head.kill()
-    assert_nothing_is_left(running, processes)
+    assert_nothing_is_left(running, processes, folder)
     assert running.process.wait(20) == 1
     assert running.process.stdout is not None
     assert "error: Ray's gcs_server has ended" in running.process.stdout.read()
@@ -409,5 +420,6 @@ def test_nothing_is_left_of_a_service_whose_head_is_killed(running: Service) -> 
 
 def test_nothing_is_left_of_a_service_whose_command_is_killed(slow_service: Service) -> None:
     processes = all_processes(slow_service)
+    folder = haproxy_folder(processes)
     slow_service.process.kill()
-    assert_nothing_is_left(slow_service, processes)
+    assert_nothing_is_left(slow_service, processes, folder)
