@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 from reward_actor.client.sync import AsyncRewardClient, RewardClient
@@ -95,6 +96,8 @@ class _AsyncFunction(_Scores):
     # Older versions of TRL ask inspect.iscoroutinefunction, which takes what has these for one.
     __code__ = __call__.__code__
     __defaults__ = __kwdefaults__ = None
+    # What has these is taken for a plain function, whose first argument a caller gives.
+    __signature__ = inspect.signature(MethodType(__call__, object()))
 
 
 def _told(columns: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_trl_repeated_prompts_travel_once() -> None:
         assert got == [float(n) for n in range(16)]
         [request] = server.received
     assert [len(group) for group in request.groups] == [8, 8]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_trl_calls_can_be_bound_by_the_functions_signature(asynchronous: bool) -> None:
+    """As wrappers do that look at the arguments of what they wrap."""
+    function: Any = reward_function("http://127.0.0.1:1", asynchronous=asynchronous)
+    signature = inspect.signature(function)
+    bound = signature.bind(prompts=["p"], completions=["x"], self="a column")
+    assert list(signature.parameters) == ["prompts", "completions", "columns"]
+    assert bound.arguments["columns"] == {"self": "a column"}
+    assert inspect.iscoroutinefunction(function) is asynchronous
 
 
 TOLD = {"tools": [{"name": "weather"}], "chat_template_kwargs": {"brief": True}}
