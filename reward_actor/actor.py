@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from reward_actor import schema
 from reward_actor.cluster import require_resources
@@ -59,7 +60,19 @@ def start_scorer_actor(path: str, num_gpus: float = 0.0) -> Any:
     actor = remote.options(num_cpus=1, num_gpus=num_gpus).remote(str(Path(path).absolute()))
     try:
         ray.get(actor.info.remote())
-    except RayActorError as error:  # it has the other process's traceback, and the error at its end
-        what, _, message = str(error).strip().splitlines()[-1].partition(": ")
-        raise ValueError(message or what) from None
+    except (RayActorError, OutOfMemoryError) as error:  # the latter of Ray's own memory monitor
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise ValueError(_message_of(error)) from None
+        raise ValueError(
+            f"the process that was to load {path} as a scorer died; most likely it ran out of "
+            "memory: free some, or name a service that runs elsewhere"
+        ) from error
     return actor
+
+
+def _message_of(error: RayActorError) -> str:
+    """Of the exception that an actor's constructor raised. Ray keeps the text of its traceback
+    alone: indented lines of frames, and then the exception, in one line or several."""
+    raised = re.split(r"\n(?=\S)", str(error).rpartition('\n  File "')[2], maxsplit=1)[-1]
+    what, _, message = raised.strip().partition(": ")
+    return message or what
