@@ -111,7 +111,8 @@ def _proc_available() -> int:
 
 def move(module: torch.nn.Module, device: torch.device) -> None:
     """Put a module's tensors on this device; whoever refers to them finds them there. In host
-    memory they are pinned where a GPU is, so that they return at the bus's full speed."""
+    memory they are pinned where a GPU is, so that they return at the bus's full speed; PyTorch
+    rounds each up to a power of two there, and keeps it until `give_back`."""
     is_pinned = device.type == "cpu" and torch.cuda.is_available()
     for tensor in chain(module.parameters(), module.buffers()):
         target = torch.empty_like(tensor, device=device, pin_memory=is_pinned)
@@ -123,6 +124,9 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
+        if empty_host_cache is not None:  # not in every torch
+            empty_host_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: it keeps what was freed
     if trim is not None:
         trim(0)
