@@ -215,7 +215,8 @@ class Dispatcher:
         try:
             reply = await self._reply(sequences, num_tokens, parts[0])
         except Exception as error:  # whatever it is belongs to the callers
-            if isinstance(error, RewardServiceError) and len(parts) > 1:
+            is_of_one = isinstance(error, RewardServiceError) and error.type != "asleep"
+            if is_of_one and len(parts) > 1:
                 await asyncio.gather(*map(self._deliver, halves(parts)))
                 return
             for part in parts:
@@ -258,7 +259,7 @@ class Dispatcher:
             is_late = time.monotonic() > started + _FOLLOW_S
             if reply.status == "other_version" and (reply.generation >= like.generation or is_late):
                 raise OtherVersion
-            if reply.status == "asleep" and (self.is_asleep or is_late):
+            if reply.status == "asleep" and self.is_asleep:
                 raise asleep()
-            # It has not followed a swap yet, others fill its queue, or it is about to go.
+            # It has not followed a swap or a wake yet, others fill its queue, or it is about to go.
             await asyncio.sleep(max(_PAUSE_S, reply.retry_after_s))

@@ -375,7 +375,11 @@ def test_a_full_queue_refuses_by_tokens_and_by_time() -> None:
     assert asyncio.run(run(max_queue_s=0.2, num_ingress=2)) == pytest.approx(0.1)
 
 
-def test_what_reaches_a_replica_that_sleeps_goes_to_another_until_all_do() -> None:
+def test_what_reaches_a_replica_that_sleeps_goes_to_another_until_all_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_FOLLOW_S", 0.0)  # one that is late to wake is waited for
+
     def asleep(message: FlatSequences) -> ReplicaReply:
         return reply(message, status="asleep", raw_scores=None)
 
@@ -384,11 +388,15 @@ def test_what_reaches_a_replica_that_sleeps_goes_to_another_until_all_do() -> No
         replicas.open.set()
         queue = dispatcher(replicas)
         assert await rewards(queue, [[[1, 2]]]) == [3.0]
-        replicas = Replicas(asleep)
+        replicas = Replicas(asleep, asleep, asleep)
         queue = dispatcher(replicas)
         queue.is_asleep = True
-        with pytest.raises(RewardServiceError, match="POST /v1/admin/wake") as refused:
-            await rewards(queue, [[[1, 2]]])
-        assert (refused.value.type, refused.value.retry_after_s) == ("asleep", 1.0)
+        calls = [asyncio.create_task(rewards(queue, [[[n]]])) for n in range(8)]
+        for call in calls:
+            with pytest.raises(RewardServiceError, match="POST /v1/admin/wake") as refused:
+                await call
+            assert (refused.value.type, refused.value.retry_after_s) == ("asleep", 1.0)
+        sizes = [len(message.rows()) for message in replicas.messages]
+        assert sizes == [1, 1, 6], "a message is not halved"
 
     asyncio.run(run())
