@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import ssl
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -117,13 +118,14 @@ def build(config: ServeConfig, use_gpu: bool) -> Application:
         options["autoscaling_config"] = _autoscaling(config)
     else:
         options["num_replicas"] = config.num_replicas
-    model = replica.options(**options).bind(config)
+    start = uuid.uuid4().hex
+    model = replica.options(**options).bind(config, start)
     ingress = front.options(
         num_replicas=config.num_ingress,
         ray_actor_options={"num_cpus": _INGRESS_CPUS, "num_gpus": 0},
         logging_config=_QUIET,
     )
-    return cast("Application", ingress.bind(config, model))
+    return cast("Application", ingress.bind(config, start, model))
 
 
 def _autoscaling(config: ServeConfig) -> AutoscalingConfig:

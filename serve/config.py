@@ -109,7 +109,9 @@ class ServeConfig(BaseModel):
     )
     body_limit_bytes: Positive = Field(64 * 2**20, description="size of one request's body")
     request_timeout_s: PositiveSeconds = Field(120.0, description="deadline of one request")
-    swap_timeout_s: PositiveSeconds = Field(600.0, description="deadline of one hot swap")
+    swap_timeout_s: PositiveSeconds = Field(
+        600.0, description="deadline of one hot swap, sleep or wake"
+    )
     access_log: bool = Field(
         False, description="write a line of JSON for every request, without its text"
     )

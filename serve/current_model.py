@@ -1,7 +1,7 @@
 """Which model is the current one, and whether it sleeps, remembered by the cluster: what starts
 later must do the same.
 
-Lies in the key-value store of Ray's head (as Ray Serve's own state does), so it outlives every
+Kept in the key-value store of Ray's head (as Ray Serve's own state does), so it outlives every
 process of the service.
 """
 
@@ -86,19 +86,31 @@ class CurrentModel:
         return self.base in ("", model)
 
 
-def fall_asleep(app_name: str, version: str) -> None:
-    """Remember that the service sleeps, and which version it must wake up with; "" for any."""
-    kv_put(f"{app_name}:asleep", version)
+@dataclass(frozen=True)
+class Sleep:
+    """That the service sleeps, and the version of this generation that it must wake up with; ""
+    for any. It is of one start of the application: the next one is awake."""
+
+    generation: int
+    version: str
+
+    def set(self, app_name: str, start: str) -> None:
+        kv_put(f"{app_name}:asleep:{start}", json.dumps(asdict(self)))
+
+    @classmethod
+    def get(cls, app_name: str, start: str) -> Sleep | None:
+        """None if it does not sleep."""
+        found = kv_get(f"{app_name}:asleep:{start}")
+        return None if found is None else cls(**json.loads(found))
+
+    def version_of(self, generation: int) -> str:
+        """The version that a replica of this generation must wake up with: any, where a swap was
+        faster than the sleep."""
+        return self.version if generation == self.generation else ""
 
 
-def wake_up(app_name: str) -> None:
-    kv_delete(f"{app_name}:asleep")
-
-
-def asleep_as(app_name: str) -> str | None:
-    """The version that the service must wake up with ("" for any); None if it does not sleep."""
-    found = kv_get(f"{app_name}:asleep")
-    return None if found is None else found.decode()
+def wake_up(app_name: str, start: str) -> None:
+    kv_delete(f"{app_name}:asleep:{start}")
 
 
 def forget(app_name: str) -> None:

@@ -15,7 +15,7 @@ from reward_actor.groups import Group, GroupScores, Whole
 from reward_actor.ray_internals import logs_dir, serve_http_options
 from serve.api import build_api
 from serve.config import ServeConfig
-from serve.current_model import CurrentModel, asleep_as
+from serve.current_model import CurrentModel, Sleep
 from serve.http.auth import require_guard
 from serve.ingress.service import RewardService
 from serve.ingress.swap import Swapper
@@ -37,7 +37,10 @@ _RETIRE_AFTER_S = 30.0
 class Ingress:
     """Checks limits, renders and tokenises; one `RewardService` behind every route and handle."""
 
-    def __init__(self, config: ServeConfig, reward_model: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, config: ServeConfig, start: str, reward_model: DeploymentHandle[Any]
+    ) -> None:
+        """start: of the application, which tells it from one before with the same name."""
         # Where Serve listens is not decided here: `serve run` and `serve deploy` do that, too.
         # An ingress has a share of one core; several threads only cost it (a third more, measured).
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,6 +59,7 @@ class Ingress:
             self._service.replicas,
             context.app_name,
             config,
+            start,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -95,7 +99,8 @@ class Ingress:
 class RewardModel(Replica):
     """Loads the model, replays its golden samples, then scores flat token ids in batches."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, start: str) -> None:
+        """start: as the ingress has it."""
         import torch
 
         num_replicas = config.max_replicas or config.num_replicas
@@ -104,13 +109,14 @@ class RewardModel(Replica):
         context = serve.get_replica_context()
         app_name, model = context.app_name, config.model
         current = CurrentModel.at_start(app_name, model)
+        sleep = Sleep.get(app_name, start)
         models = LoadedModels(
             current.directory,
             current.generation,
             current.name or config.name,
             partial(load_scorer, config),
             _RETIRE_AFTER_S,
-            asleep_as(app_name),
+            None if sleep is None else sleep.version_of(current.generation),
         )
         models.generation = current.take_over(app_name, model).generation
         super().__init__(
@@ -119,6 +125,6 @@ class RewardModel(Replica):
             models,
             Recorder(),
             partial(CurrentModel.get, app_name),
-            lambda: asleep_as(app_name) is not None,
+            lambda: Sleep.get(app_name, start) is not None,
             num_threads,
         )

@@ -1,10 +1,10 @@
 """Hot swaps and sleep.
 
-A swap: every replica loads the candidate beside its model, and only then all go over to it.
+A swap: every replica loads the candidate alongside its model, and only then all go over to it.
 
 A candidate that one replica refuses is refused: nothing has changed then, anywhere. Sleep: it is
 remembered by the cluster first, so that what starts meanwhile does the same; where one replica
-cannot wake, all sleep on.
+cannot sleep or wake, all stay as they were.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError
 
 from reward_actor import schema
-from reward_actor.errors import ErrorType, RewardServiceError
+from reward_actor.errors import RewardServiceError
 from serve.config import ServeConfig
-from serve.current_model import CurrentModel, asleep_as, fall_asleep, wake_up
+from serve.current_model import CurrentModel, Sleep, wake_up
 from serve.ingress.replicas import Replicas
 from serve.ingress.tasks import detached
 from serve.registry import Registry
@@ -43,11 +43,14 @@ class Swapper:
         replicas: Replicas,
         app_name: str,
         config: ServeConfig,
+        start: str = "",
     ) -> None:
-        """config: what the service was started with. Raises ValueError for its registry."""
+        """config: what the service was started with; start: tells it from one before with the same
+        name. Raises ValueError for its registry."""
         self._replicas = replicas
         self._app_name = app_name
         self._config = config
+        self._start = start
         self._registry = None if config.registry is None else Registry(config.registry)
         self._task: asyncio.Task[Any] | None = None
 
@@ -82,16 +85,15 @@ class Swapper:
     async def sleep(self) -> schema.SleepReply:
         """Let every replica give its weights' memory back, once it has scored what it had.
 
-        Raises RewardServiceError: "unavailable" while a swap is under way or when a replica did not
-        answer (it will follow), "internal" when one could not.
+        Raises RewardServiceError: "unavailable" while a swap is under way; and all stay awake:
+        "model_refused" when a replica cannot, "unavailable" when one did not answer.
         """
         return await self._in_turn(self._sleep())
 
     async def wake(self) -> schema.SleepReply:
         """Score again, on every replica.
 
-        Raises RewardServiceError, and all sleep on: "model_refused" when a replica cannot,
-        "unavailable" as `sleep` does.
+        Raises RewardServiceError as `sleep` does, and all sleep on.
         """
         return await self._in_turn(self._wake())
 
@@ -108,29 +110,39 @@ class Swapper:
         return await asyncio.shield(task)
 
     async def _sleep(self) -> schema.SleepReply:
-        started = time.monotonic()
         model = await self._replicas.refresh()
-        if await asyncio.to_thread(asleep_as, self._app_name) is None:
-            version = "" if model is None else model.version
-            await asyncio.to_thread(fall_asleep, self._app_name, version)
-        states = await self._change("sleep", "internal")
-        return await self._changed(states, started, asleep=True)
+        to = Sleep(0, "") if model is None else Sleep(model.generation, model.version)
+        return await self._change("sleep", to, undo="wake")
 
     async def _wake(self) -> schema.SleepReply:
-        started = time.monotonic()
-        version = await asyncio.to_thread(asleep_as, self._app_name)
-        await asyncio.to_thread(wake_up, self._app_name)
-        try:
-            states = await self._change("wake", "model_refused")
-        except RewardServiceError:
-            if version is not None:
-                await asyncio.to_thread(fall_asleep, self._app_name, version)
-                await self._replicas.ask_all("sleep", timeout_s=self._config.swap_timeout_s)
-            raise
-        return await self._changed(states, started, asleep=False)
+        return await self._change("wake", None, undo="sleep")
 
-    async def _change(self, method: str, error: ErrorType) -> list[schema.ReplicaState]:
-        """What the replicas say. Raises RewardServiceError, `error` if one could not.
+    async def _change(self, method: str, to: Sleep | None, *, undo: str) -> schema.SleepReply:
+        started = time.monotonic()
+        before = await asyncio.to_thread(Sleep.get, self._app_name, self._start)
+        is_change = (before is None) != (to is None)
+        if is_change:
+            await asyncio.to_thread(self._remember, to)
+        try:
+            states = await self._tell(method)
+        except RewardServiceError:
+            if is_change:
+                await asyncio.to_thread(self._remember, before)
+                await self._replicas.ask_all(undo, timeout_s=self._config.swap_timeout_s)
+            raise
+        await self._replicas.refresh()
+        seconds = time.monotonic() - started
+        logger.warning("%s after %.1f s (%d replicas)", method, seconds, len(states))
+        return schema.SleepReply(asleep=to is not None, seconds=seconds, replicas=states)
+
+    def _remember(self, sleep: Sleep | None) -> None:
+        if sleep is None:
+            wake_up(self._app_name, self._start)
+        else:
+            sleep.set(self._app_name, self._start)
+
+    async def _tell(self, method: str) -> list[schema.ReplicaState]:
+        """What the replicas say. Raises RewardServiceError.
 
         One that has died since is replaced by one that knows already.
         """
@@ -139,21 +151,13 @@ class Swapper:
         failed = [f"replica {each.replica}: {each.error}" for each in states if each.error]
         if failed:
             message = f"{len(failed)} of {len(states)} replicas could not {method}: "
-            raise RewardServiceError(error, message + "; ".join(failed))
-        if any(not isinstance(a, schema.ReplicaState | RayActorError) for a in answers):
+            raise RewardServiceError("model_refused", message + "; ".join(failed))
+        is_silent = any(not isinstance(a, schema.ReplicaState | RayActorError) for a in answers)
+        if is_silent or (answers and not states):  # the latter where none could be asked
             raise RewardServiceError(
                 "unavailable", f"a replica was told to {method} and did not answer", retryable=True
             )
         return states
-
-    async def _changed(
-        self, states: list[schema.ReplicaState], started: float, *, asleep: bool
-    ) -> schema.SleepReply:
-        await self._replicas.refresh()
-        seconds = time.monotonic() - started
-        what = "asleep" if asleep else "awake"
-        logger.warning("%s after %.1f s (%d replicas)", what, seconds, len(states))
-        return schema.SleepReply(asleep=asleep, seconds=seconds, replicas=states)
 
     async def _swap(self, name: str) -> schema.SwapReply:
         try:

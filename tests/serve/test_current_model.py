@@ -7,7 +7,7 @@ import json
 import pytest
 
 from serve import current_model
-from serve.current_model import CurrentModel, asleep_as, fall_asleep, forget, wake_up
+from serve.current_model import CurrentModel, Sleep, forget, wake_up
 
 
 @pytest.fixture(autouse=True)
@@ -104,12 +104,20 @@ def test_a_new_start_forgets_everything_of_its_name() -> None:
 
 
 def test_a_service_that_is_started_is_awake() -> None:
-    assert asleep_as("app") is None
-    fall_asleep("app", "v")
-    assert asleep_as("app") == "v"
-    wake_up("app")
-    assert asleep_as("app") is None
-    fall_asleep("app", "")
-    assert asleep_as("app") == "", "it sleeps, and nothing is known of its model"
+    sleep = Sleep(2, "v")
+    assert Sleep.get("app", "first") is None
+    sleep.set("app", "first")
+    assert Sleep.get("app", "first") == sleep
+    assert Sleep.get("app", "second") is None, "deleted and deployed again, nothing sleeps"
+    wake_up("app", "second")
+    assert Sleep.get("app", "first") == sleep
+    wake_up("app", "first")
+    assert Sleep.get("app", "first") is None
+    sleep.set("app", "first")
     forget("app")
-    assert asleep_as("app") is None
+    assert Sleep.get("app", "first") is None
+
+
+def test_a_model_that_was_swapped_in_meanwhile_may_wake_up() -> None:
+    sleep = Sleep(2, "v")
+    assert [sleep.version_of(generation) for generation in (2, 3)] == ["v", ""]
