@@ -74,13 +74,6 @@ class ReplicaReply:
 
 
 @dataclass(frozen=True)
-class Asleep:
-    """What a replica that sleeps says in place of a `Description`."""
-
-    replica: str
-
-
-@dataclass(frozen=True)
 class Description:
     """What an ingress must know of the model that a replica holds as the current one.
 
@@ -102,3 +95,12 @@ class Description:
     @property
     def model_version(self) -> str:
         return self.info.model_version
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """What a replica that sleeps says in place of a `Description`, with that of what it held, if it
+    has been awake."""
+
+    replica: str
+    slept_as: Description | None = None

@@ -99,13 +99,17 @@ class Replicas:
         self._lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.descriptions: list[Description] = []
-        self.num_asleep = 0
+        self._sleeping: list[Asleep] = []
 
     @property
     def _handle(self) -> DeploymentHandle[Any]:
         """Routes in this loop, which is there only when the first request is."""
         route_in_this_loop(self._uninitialised)
         return self._uninitialised
+
+    @property
+    def num_asleep(self) -> int:
+        return len(self._sleeping)
 
     @property
     def is_asleep(self) -> bool:
@@ -177,10 +181,12 @@ class Replicas:
             return await self._choose(other_than)
 
     async def _choose(self, other_than: Model | None) -> Model | None:
-        if not self.descriptions:
+        slept_as = [each.slept_as for each in self._sleeping if each.slept_as is not None]
+        known = self.descriptions or slept_as
+        if not known:
             return self._model if self.is_asleep else None
-        newest = max(description.generation for description in self.descriptions)
-        loaded = [each for each in self.descriptions if each.generation == newest]
+        newest = max(description.generation for description in known)
+        loaded = [each for each in known if each.generation == newest]
         others = [each for each in loaded if other_than is None or not other_than.is_of(each)]
         for description in others or loaded:
             if self._model is not None and self._model.is_of(description):
@@ -212,10 +218,9 @@ class Replicas:
             # None is there yet; unlike a broadcast, a request makes a service at zero scale up.
             answers = [*answers, *await self._first()]
         found = [answer for answer in answers if isinstance(answer, Description)]
-        sleeping = [answer.replica for answer in answers if isinstance(answer, Asleep)]
-        for name in sleeping:
-            self._seen.pop(name, None)
-        self.num_asleep = len(sleeping)
+        self._sleeping = [answer for answer in answers if isinstance(answer, Asleep)]
+        for each in self._sleeping:
+            self._seen.pop(each.replica, None)
         num_silent = sum(isinstance(answer, TimeoutError) for answer in answers)
         return [*found, *self._silent(found, num_silent)]
 

@@ -9,8 +9,10 @@ Asleep, a replica holds the current model alone, and that in host memory, or in 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float32]
 
 Sequences = Sequence[Any]
+
+logger = logging.getLogger("ray.serve")
 
 
 class Scorer(Described, Protocol):
@@ -156,6 +160,11 @@ class LoadedModels:
         assert self._current is not None, "its weights were given back"
         return self._current
 
+    def check(self) -> None:
+        """Raises EngineDied if the current model can score no more, or never after a wake."""
+        if (current := self._current) is not None:
+            current.scorer.check()
+
     def find(self, version: str) -> Loaded | None:
         """The model of this version, if it is loaded."""
         for loaded in (self.current, self._previous):
@@ -208,7 +217,9 @@ class LoadedModels:
                 self._drop_previous()
 
     def sleep(self) -> None:
-        """Give all memory back that the models take on their device. Nothing may be scored then."""
+        """Give all memory back that the models take on their device. Nothing may be scored then.
+
+        What cannot be moved to host memory is dropped, and read again by `wake`."""
         from reward_actor.engine.memory import give_back
 
         with self._turn:
@@ -216,24 +227,22 @@ class LoadedModels:
                 return
             self._drop_candidate()
             self._drop_previous()
-            scorer = self.current.scorer
             try:
-                is_offloaded = scorer.offload()
-            except BaseException:
-                scorer.restore()
-                raise
+                is_offloaded = self.current.scorer.offload()
+            except (MemoryError, RuntimeError) as error:
+                logger.warning("the weights are not kept in host memory: %s", repr(error))
+                is_offloaded = False
             self.is_asleep = True
             if not is_offloaded:
-                self._version, self._current = self.current.version, None
-                scorer.close()
-            del scorer
+                self._drop_current()
             give_back()
 
     def wake(self) -> None:
         """Hold the current model again, its golden samples replayed.
 
         Raises ValueError where they are not reproduced, where the directory is another model's by
-        now and as `load` does, RuntimeError and MemoryError; it sleeps on then.
+        now and as `load` does, RuntimeError and MemoryError; it sleeps on then, and the next `wake`
+        reads the directory.
         """
         from reward_actor.engine.memory import give_back
 
@@ -245,11 +254,12 @@ class LoadedModels:
                     self._current = self._read_again()
                 else:
                     self._current.scorer.restore()
-            except BaseException:
-                if self._current is not None:
-                    self._current.scorer.offload()
-                give_back()
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they refer to the weights
+                self._drop_current()
                 raise
+            finally:
+                give_back()
             self.is_asleep = False
 
     def _read_again(self) -> Loaded:
@@ -261,6 +271,12 @@ class LoadedModels:
             f"{self.directory} has changed since the service fell asleep: it was {self._version} "
             f"and is {loaded.version}. Put its files back, or start the service again"
         )
+
+    def _drop_current(self) -> None:
+        current, self._current = self._current, None
+        if current is not None:
+            self._version = current.version
+            current.scorer.close()
 
     def _drop_candidate(self) -> None:
         candidate, self._candidate = self._candidate, None

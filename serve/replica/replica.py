@@ -91,6 +91,7 @@ class Replica:
         self._current_model = current_model
         self._sleeps = sleeps
         self._is_falling_asleep = False
+        self._slept_as: Description | None = None
         self._sleeping = asyncio.Lock()  # one change at a time
         self._batcher = Batcher(
             max_batch_tokens=(
@@ -143,9 +144,7 @@ class Replica:
             return ReplicaReply("failed", generation, reason="the model cannot take this sequence")
         except RuntimeError as error:
             logger.error("scoring failed: %s", error)
-            if "CUDA error" in str(error):  # the process has lost its device for good
-                self._has_lost_device = True
-                self._fault = str(error)
+            if self._loses_device(error):
                 return lost
             reason = "the model could not be run"
             if "out of memory" in str(error):
@@ -163,7 +162,9 @@ class Replica:
 
     async def describe(self) -> Description | Asleep:
         self._start_reconciling()
-        return Asleep(self._name) if self._is_asleep else self._describe(self._models.current)
+        if self._is_asleep:
+            return Asleep(self._name, self._slept_as)
+        return self._describe(self._models.current)
 
     @property
     def _is_asleep(self) -> bool:
@@ -177,6 +178,8 @@ class Replica:
             self._is_falling_asleep = True
             try:
                 await self._batcher.idle()
+                if not self._models.is_asleep:
+                    self._slept_as = self._describe(self._models.current)
                 error = await self._changed(self._models.sleep)
             finally:
                 self._is_falling_asleep = False
@@ -199,12 +202,21 @@ class Replica:
             await asyncio.to_thread(change)
         except (ValueError, OSError) as error:
             return str(error).replace(self._models.directory, "the model")
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:  # engines have types of their own
             logger.error("sleeping or waking failed: %s", error)
             if is_out_of_memory(error):
                 return "its memory is taken by others, who must give it back first"
+            self._loses_device(error)
             return f"the device or the engine failed ({type(error).__name__}); its log says why"
         return None
+
+    def _loses_device(self, error: Exception) -> bool:
+        """Whether the process has lost its device for good, so that it has to be replaced."""
+        if "CUDA error" not in str(error):
+            return False
+        self._has_lost_device = True
+        self._fault = str(error)
+        return True
 
     def _state(self, started: float, error: str | None) -> schema.ReplicaState:
         return schema.ReplicaState(
@@ -215,14 +227,14 @@ class Replica:
         )
 
     async def prepare(self, directory: str) -> Description | str:
-        """Load a candidate beside the current model; why it cannot be served, if it cannot."""
+        """Load a candidate alongside the current model; why it cannot be served, if it cannot."""
         try:
             loaded = await asyncio.to_thread(self._models.prepare, directory)
         except (ValueError, OSError) as error:
             return str(error)
         except (MemoryError, RuntimeError) as error:
             logger.error("no candidate could be loaded: %s", error)
-            return "it does not fit in memory beside the current model, or could not be run"
+            return "it does not fit in memory alongside the current model, or could not be run"
         return self._describe(loaded)
 
     async def activate(self, model_version: str, generation: int, name: str) -> bool:
@@ -252,8 +264,7 @@ class Replica:
         """Ray Serve replaces a replica that raises here."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
-        if not self._is_asleep:
-            self._models.current.scorer.check()
+        self._models.check()
 
     def _describe(self, loaded: Loaded) -> Description:
         scorer = loaded.scorer
@@ -275,7 +286,6 @@ class Replica:
 
     async def _reconcile(self) -> None:
         while self._fault is None:  # after one, this replica is about to be replaced
-            await asyncio.sleep(_RECONCILE_S)
             try:
                 self._tell()
                 await asyncio.to_thread(self._models.retire)
@@ -284,6 +294,7 @@ class Replica:
                     await self._follow()
             except Exception as error:  # whatever it is must not end it for good
                 logger.warning("no look for swaps this time: %s", type(error).__name__)
+            await asyncio.sleep(_RECONCILE_S)
 
     def _tell(self) -> None:
         queued, rate = self._batcher.queued_tokens, self._batcher.rate.tokens_per_s
@@ -297,9 +308,8 @@ class Replica:
             return
         state = await (self.sleep() if sleeps else self.wake())
         if state.error is not None:
-            logger.error(
-                "this replica could not %s: %s", "sleep" if sleeps else "wake", state.error
-            )
+            self._fault = f"it could not {'sleep' if sleeps else 'wake'}: {state.error}"
+            logger.error(self._fault)
 
     async def _follow(self) -> None:
         """Follow a swap that this replica was not asked about, because it was starting then."""

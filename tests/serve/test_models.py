@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from reward_actor import RewardScorer
+from reward_actor.errors import EngineDied
 from serve.replica.models import LoadedModels
 
 
@@ -124,6 +125,11 @@ class OnDevice(Scorer):
     is_there = True
     has_room = True
     has_host_room = True
+    is_alive = True
+
+    def check(self) -> None:
+        if not self.is_alive:
+            raise EngineDied("gone")
 
     def offload(self) -> bool:
         self.is_there = False
@@ -145,20 +151,37 @@ def test_weights_that_can_leave_the_device_are_kept_in_memory(export_dir: Path) 
     models = LoadedModels(str(export_dir), 0, "model", load, retire_after_s=0.0)
     scorer = models.current.scorer
     assert isinstance(scorer, OnDevice)
-    scorer.has_host_room = False
-    with pytest.raises(MemoryError):
-        models.sleep()
-    assert scorer.is_there
-    assert not models.is_asleep
-    scorer.has_host_room = True
     models.sleep()
     assert not scorer.is_there
-    scorer.has_room = False
-    with pytest.raises(RuntimeError, match="out of memory"):
-        models.wake()
-    assert models.is_asleep
-    scorer.has_room = True
+    models.check()
+    scorer.is_alive = False
+    with pytest.raises(EngineDied):
+        models.check()
+    scorer.is_alive = True
     models.wake()
     assert models.current.scorer is scorer
     assert scorer.is_there
     assert scorer.num_closed == 0
+
+
+def test_weights_that_cannot_be_kept_or_moved_back_are_read_again(export_dir: Path) -> None:
+    def load(directory: str) -> Scorer:
+        return OnDevice.from_pretrained(directory, "cpu", attention="padded")
+
+    models = LoadedModels(str(export_dir), 0, "model", load, retire_after_s=0.0)
+    for setting in ("has_host_room", "has_room"):
+        scorer = models.current.scorer
+        assert isinstance(scorer, OnDevice)
+        setattr(scorer, setting, False)
+        models.sleep()
+        assert scorer.num_closed == (setting == "has_host_room")
+        gone = weakref.ref(scorer)
+        if setting == "has_room":
+            with pytest.raises(RuntimeError, match="out of memory"):
+                models.wake()
+            assert scorer.num_closed == 1
+        del scorer
+        assert gone() is None, "nor is an error's traceback in the way"
+        assert models.is_asleep
+        models.check()
+        models.wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from serve.config import ServeConfig
 from serve.monitoring.metrics import Recorder
+from serve.replica import replica as replica_module
 from serve.replica.replica import Replica
 from serve.wire import Asleep, FlatSequences, ReplicaReply
 
@@ -24,6 +26,12 @@ class Models:
 
     def find(self, _: str) -> Models:
         return self
+
+    def check(self) -> None:
+        pass
+
+    def retire(self) -> None:
+        pass
 
 
 class Broken:
@@ -74,15 +82,23 @@ class Sleepy(Models):
     """Those that know whether they sleep."""
 
     directory = "/models/one"
-    fault: str | None = None
+    fault: Exception | None = None
 
     def sleep(self) -> None:
         self.is_asleep = True
 
     def wake(self) -> None:
         if self.fault is not None:
-            raise ValueError(f"{self.directory}: {self.fault}")
+            raise self.fault
         self.is_asleep = False
+
+
+def sleepy(sleeps: Callable[[], bool] = bool) -> Any:
+    models: Any = Sleepy()
+    config = ServeConfig(model="nowhere")
+    replica: Any = Replica(config, "replica", models, Recorder(), lambda: None, sleeps, 1)
+    replica._describe = lambda _: "what it was"
+    return replica
 
 
 def test_a_replica_finishes_what_it_has_and_refuses_what_comes_while_it_sleeps() -> None:
@@ -96,9 +112,8 @@ def test_a_replica_finishes_what_it_has_and_refuses_what_comes_while_it_sleeps()
             await self.done.wait()
 
     async def run() -> None:
-        models: Any = Sleepy()
-        config = ServeConfig(model="nowhere")
-        replica: Any = Replica(config, "replica", models, Recorder(), lambda: None, bool, 1)
+        replica = sleepy()
+        models = replica._models
         replica._batcher = batcher = Slow()
         message = FlatSequences.of([[5, 6]], "v", 2)
         sleeping = asyncio.create_task(replica.sleep())
@@ -107,11 +122,18 @@ def test_a_replica_finishes_what_it_has_and_refuses_what_comes_while_it_sleeps()
         assert not models.is_asleep
         batcher.done.set()
         assert (await sleeping).asleep
-        assert await replica.describe() == Asleep("replica")
+        assert await replica.describe() == Asleep("replica", replica._describe(None))
         replica.check_health()
-        models.fault = "golden sample 0 scores nan"
-        state = await replica.wake()
-        assert (state.asleep, state.error) == (True, "the model: golden sample 0 scores nan")
+        for fault, told in (
+            (ValueError("/models/one: golden sample 0 scores nan"), "the model: golden sample 0"),
+            (RuntimeError("CUDA error: out of memory"), "taken by others"),
+            (Exception("of an engine's own"), "its log says why"),
+        ):
+            models.fault = fault
+            state = await replica.wake()
+            assert state.asleep
+            assert told in state.error
+            replica.check_health()
         models.fault = None
         assert not (await replica.wake()).asleep
         assert not (await replica.wake()).asleep
@@ -121,15 +143,38 @@ def test_a_replica_finishes_what_it_has_and_refuses_what_comes_while_it_sleeps()
 
 def test_a_replica_that_was_not_asked_follows_the_service() -> None:
     async def run() -> None:
-        models: Any = Sleepy()
-        config, sleeps = ServeConfig(model="nowhere"), [True]
-        replica: Any = Replica(
-            config, "replica", models, Recorder(), lambda: None, lambda: sleeps[0], 1
-        )
+        sleeps = True
+        replica = sleepy(lambda: sleeps)
+        await replica.describe()
+        async with asyncio.timeout(replica_module._RECONCILE_S / 2):  # at once
+            while not replica._models.is_asleep:
+                await asyncio.sleep(0.01)
+        sleeps = False
         await replica._follow_sleep()
-        assert models.is_asleep
-        sleeps[0] = False
+        assert not replica._models.is_asleep
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_cannot_wake_by_itself_is_replaced() -> None:
+    async def run() -> None:
+        replica = sleepy()
+        await replica.sleep()
+        replica._models.fault = ValueError("no such file")
         await replica._follow_sleep()
-        assert not models.is_asleep
+        with pytest.raises(RuntimeError, match="could not wake: no such file"):
+            replica.check_health()
+
+    asyncio.run(run())
+
+
+def test_a_replica_whose_device_is_lost_while_it_sleeps_is_replaced() -> None:
+    async def run() -> None:
+        replica = sleepy()
+        await replica.sleep()
+        replica._models.fault = RuntimeError("CUDA error: an illegal memory access")
+        assert (await replica.wake()).error is not None
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            replica.check_health()
 
     asyncio.run(run())

@@ -210,6 +210,10 @@ def test_a_service_is_asleep_when_no_replica_is_awake() -> None:
         assert await newcomer.refresh() is None
         with pytest.raises(RewardServiceError, match="asleep"):
             await newcomer.model()
+        handle.replicas[1] = Asleep("b", description("b", "A"))
+        known = await newcomer.refresh()
+        assert known is not None, "/info says what sleeps"
+        assert (known.version, newcomer.is_asleep) == ("A", True)
         handle.replicas = [description("a", "A"), description("b", "A")]
         assert await replicas.refresh() is model
         assert not replicas.is_asleep
