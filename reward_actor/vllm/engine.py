@@ -126,22 +126,16 @@ class VllmEngine:
 
     def offload(self) -> bool:
         """Move the weights to host memory and drop the cache (vLLM's sleep mode, level 1), until
-        `restore`; False on a platform without that mode."""
+        `restore`; False on a platform without that mode. Raises as `restore` does."""
         if not self._engine.vllm_config.model_config.enable_sleep_mode:
             return False
-        self._wait(self._engine.sleep(level=1))
+        self._utility("sleep", level=1)
         return True
 
     def restore(self) -> None:
-        """Move them back. Raises RuntimeError if the device has no room for them."""
-        from vllm.exceptions import VLLMServerError
-
-        self.check()
-        try:
-            self._wait(self._engine.wake_up())
-        except VLLMServerError as error:
-            self.check()
-            raise RuntimeError(f"vLLM could not wake up: {error.__cause__ or error}") from error
+        """Move them back. Raises EngineDied, and RuntimeError if the device has no room for them;
+        the engine is of no use then."""
+        self._utility("wake_up")
 
     def check(self) -> None:
         """Raise EngineDied if the engine's processes are not there any more."""
@@ -198,6 +192,14 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._reaper.close()
 
+    def _utility(self, name: str, **arguments: Any) -> None:
+        self.check()
+        try:
+            self._wait(getattr(self._engine, name)(**arguments))
+        except Exception as error:  # vLLM raises a plain Exception for what fails in its core
+            self.check()
+            raise RuntimeError(f"vLLM could not {name}: {error}") from error
+
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
@@ -215,7 +217,11 @@ async def _start(arguments: dict[str, Any], gpu_memory_utilization: float) -> An
             arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     else:
         arguments["gpu_memory_utilization"] = gpu_memory_utilization
-        arguments["enable_sleep_mode"] = current_platform.is_sleep_mode_available()
+        # Of some builds the platform has that mode, but not the allocator that it needs.
+        arguments["enable_sleep_mode"] = (
+            current_platform.is_sleep_mode_available()
+            and current_platform.is_cumem_allocator_available()
+        )
     # As the contract says, whatever the directory does.
     arguments["pooler_config"] = PoolerConfig(seq_pooling_type="LAST", tok_pooling_type="ALL")
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))

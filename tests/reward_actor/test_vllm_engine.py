@@ -5,6 +5,7 @@ One engine for the file; the service with this engine is in test_vllm_service.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from reward_actor.model.directory import CheckpointError
 from reward_actor.model.ensemble import write_ensemble
 from reward_actor.model.manifest import write_manifest
 from reward_actor.render import Renderer
+from reward_actor.vllm.engine import _start
 from reward_actor.vllm.scorer import VllmScorer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason=f"missing: {CPU}")
@@ -116,6 +118,36 @@ def test_every_token_has_the_same_scores(ours: RewardScorer, theirs: VllmScorer)
     expected, scores = ours.token_scores(rows), theirs.token_scores(rows)
     assert [row.shape for row in scores] == [(len(row), 2) for row in rows]
     assert largest_difference(np.concatenate(expected), np.concatenate(scores)) < 1e-5
+
+
+def test_what_fails_in_the_core_is_a_runtime_error(
+    theirs: VllmScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU that has no room for the weights."""
+
+    async def wake_up() -> None:
+        raise Exception("Call to wake_up method failed: CUDA out of memory")
+
+    monkeypatch.setattr(theirs._engine._engine, "wake_up", wake_up)
+    with pytest.raises(RuntimeError, match=r"vLLM could not wake_up: .*out of memory"):
+        theirs.restore()
+    theirs.check()
+
+
+@pytest.mark.usefixtures("vllm_engine")
+@pytest.mark.parametrize("has_allocator", [True, False])
+def test_a_build_without_the_allocator_of_sleep_mode_starts_without_it(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, has_allocator: bool
+) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "is_sleep_mode_available", lambda: True)
+    monkeypatch.setattr(current_platform, "is_cumem_allocator_available", lambda: has_allocator)
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda arguments: arguments)
+    arguments = asyncio.run(_start({"model": str(directory)}, 0.5))
+    assert arguments.enable_sleep_mode == has_allocator
 
 
 def test_nothing_is_scored_without_sequences(theirs: VllmScorer) -> None:
