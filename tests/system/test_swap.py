@@ -344,6 +344,12 @@ def test_asleep_the_replicas_give_their_memory_back_until_they_are_woken(
         error = error_of(swap(http, "a"), 409)
         assert (error["type"], "wake it first" in error["message"]) == ("model_refused", True)
 
+        for pid in swapping.ingress_pids():
+            swapping.kill(pid)
+        known = client.info()
+        assert (known.asleep, known.num_replicas, known.model) == (True, 2, "large")
+        assert known.model_version == before["model_version"]
+
         for pid in swapping.replica_pids():
             swapping.kill(pid)
         swapping.wait_for_replicas(2)

@@ -389,7 +389,7 @@ def haproxy_folder(processes: list[psutil.Process]) -> Path:
 
 
 def assert_nothing_is_left(service: Service, processes: list[psutil.Process], folder: Path) -> None:
-    """Within seconds, and until then nobody is answered that the fault is his own, or ours."""
+    """Within seconds, and until then no answer blames the caller or says `internal`."""
     deadline = time.monotonic() + 30
     with httpx.Client(base_url=service.url, timeout=2) as http:
         while True:
