@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Literal
 
 from reward_actor.files import Row, question_of, score_columns
 from reward_actor.groups import Group
 from reward_actor.rollout.records import RolloutGroup
+from reward_actor.shaping import group_advantages
 
-_STD_FLOOR = 1e-4  # of TRL's GRPOTrainer, too
 INDEX = "prompt_index"
 _SAMPLED = (
     "prompt_ids", "completions", "completion_ids", "log_probs", "finish_reasons", "ended_with_eos",
@@ -62,17 +61,17 @@ def problems_of(row: Row, num_completions: int) -> list[str | None]:
 
 
 def with_advantages(row: Row) -> list[Row]:
-    """The row with two numbers for each completion: its reward's distance from the mean of its
-    group's, as Dr. GRPO has it (Liu et al. 2025, arXiv 2503.20783), and that over their standard
-    deviation (with n - 1), as GRPO has it (Shao et al. 2024, arXiv 2402.03300, 4.1.2; 1e-4 is added
-    to it). None for a completion without a reward, which the mean leaves out."""
+    """The row with two numbers for each completion, of `shaping.group_advantages`: without and with
+    the standard deviation. None for a completion without a reward."""
     rewards: list[float | None] = row.get("rewards") or []
-    known = [reward for reward in rewards if reward is not None]
-    mean = fmean(known) if known else math.nan
-    scale = (stdev(known) if len(known) > 1 else 0.0) + _STD_FLOOR
-    advantages = [None if reward is None else reward - mean for reward in rewards]
-    normalized = [None if value is None else value / scale for value in advantages]
-    return [{**row, "advantages": advantages, "normalized_advantages": normalized}]
+    found = {
+        name: [None if math.isnan(value) else float(value) for value in advantages]
+        for name, advantages in (
+            ("advantages", group_advantages(rewards, over_std=False)),
+            ("normalized_advantages", group_advantages(rewards, over_std=True)),
+        )
+    }
+    return [{**row, **found}]
 
 
 def best_of(row: Row) -> list[Row]:
