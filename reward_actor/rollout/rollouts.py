@@ -146,6 +146,8 @@ class Rollouts:
 
     def _finished(self, call: Any) -> RolloutGroup | None:
         """The rollouts of a call that is done; None if its actor is lost."""
+        if call not in self._calls:  # closed meanwhile, by another thread
+            return None
         prompt, actor, num_tokens = self._calls.pop(call)
         actor.give_back(num_tokens)
         try:
