@@ -224,9 +224,9 @@ class RolloutActor:
         if self._is_awake.is_set() and self._engine is not None:
             await self._engine.answer()
 
-    async def check_weights(self, weights: Weights) -> None:
-        """Raise ValueError unless they have the names and shapes of this policy's."""
-        check_weights(self._settings.model, weights)
+    async def check_weights(self, directory: str) -> None:
+        """Raise ValueError unless its weights have the names and shapes of this policy's."""
+        check_weights(self._settings.model, directory)
 
     async def update_weights(
         self, weights: Weights, version: int, num_updates: int, running: Running

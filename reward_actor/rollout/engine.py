@@ -7,9 +7,11 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reward_actor.errors import EngineDied
 from reward_actor.reaper import Reaper
@@ -17,7 +19,6 @@ from reward_actor.rollout.records import Sampling, Turn, VllmSettings
 from reward_actor.rollout.vllm_worker import PolicyWorker
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from vllm.lora.request import LoRARequest
 
 Running = Literal["finish", "resume"]
@@ -25,8 +26,8 @@ Running = Literal["finish", "resume"]
 they began with, which the update waits for, or are resumed on the new one, with their keys and
 values computed again."""
 
-Weights = str | Mapping[str, "Tensor"]
-"""A directory with safetensors, or tensors by the names that they have in one."""
+Weights = str | NDArray[np.uint8]
+"""A directory with safetensors, or the bytes of one such file."""
 
 _CPU_BATCH_TOKENS = 8192
 _SHARED_MEMORY = Path("/dev/shm")
@@ -137,8 +138,8 @@ class PolicyEngine:
             if isinstance(weights, str):
                 directory = weights
             else:  # written in a thread: what is being sampled goes on
-                directory = stack.enter_context(_directory_for(weights))
-                await asyncio.to_thread(_write, weights, directory)
+                directory = stack.enter_context(_directory_for(weights.nbytes))
+                await asyncio.to_thread(weights.tofile, Path(directory, "model.safetensors"))
             await self._engine.pause_generation(mode="wait" if running == "finish" else "keep")
             try:
                 await self._engine.collective_rpc("reload_policy", args=(directory,))
@@ -224,21 +225,11 @@ def _as_set(ids: int | list[int] | None) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
-def _directory_for(weights: Mapping[str, Tensor]) -> tempfile.TemporaryDirectory[str]:
+def _directory_for(num_bytes: int) -> tempfile.TemporaryDirectory[str]:
     """In memory, where there is a file system for it that has room."""
-    num_bytes = sum(tensor.nbytes for tensor in weights.values())
     has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
     return tempfile.TemporaryDirectory(
         prefix="rayward-weights-", dir=_SHARED_MEMORY if has_room else None
-    )
-
-
-def _write(weights: Mapping[str, Tensor], directory: str) -> None:
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        Path(directory, "model.safetensors"),
     )
 
 

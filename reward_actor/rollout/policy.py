@@ -9,7 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reward_actor.groups import Group
+import numpy as np
+
+from reward_actor.groups import Group, SampleError
 from reward_actor.model.inferred import contract_for, longest_of
 from reward_actor.model.tokenizer import chat_template_of, load_tokenizer
 from reward_actor.prompts import PromptFormat, PromptRenderer
@@ -17,6 +19,7 @@ from reward_actor.render import Renderer, RenderError
 from reward_actor.rollout.records import Question, RolloutGroup, Sampling, asked
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -88,14 +91,29 @@ def longest_needed(policy: Policy, prompts: Sequence[Question], sampling: Sampli
     return min(longest + sampling.max_tokens, policy.max_length)
 
 
-def check_weights(directory: str, weights: str | Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the weights, tensors or a directory with some, have the names and
-    shapes of those of a policy's directory, both in safetensors."""
+def check_weights(directory: str, weights: str) -> None:
+    """Raise ValueError unless the weights of a directory have the names and shapes of those of a
+    policy's directory, both in safetensors."""
+    _check_shapes(directory, _shapes(weights), weights)
+
+
+def as_safetensors(directory: str, weights: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+    """The bytes of a file with these tensors, which Ray carries without a copy. Raises ValueError
+    unless they have the names and shapes of a policy's directory."""
+    from safetensors.torch import save
+
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_shapes(directory, given, "these weights")
+    chosen = {name: weights[name].detach().cpu().contiguous() for name in _shapes(directory)}
+    places = [tensor.data_ptr() for tensor in chosen.values()]
+    for name, tensor in chosen.items():
+        if places.count(tensor.data_ptr()) > 1:  # tied, which a file cannot say
+            chosen[name] = tensor.clone()
+    return np.frombuffer(save(chosen), np.uint8)
+
+
+def _check_shapes(directory: str, given: Mapping[str, tuple[int, ...]], where: str) -> None:
     expected = _shapes(directory)
-    if isinstance(weights, str):
-        given, where = _shapes(weights), weights
-    else:
-        given, where = {n: tuple(t.shape) for n, t in weights.items()}, "these weights"
     for name, shape in expected.items():
         if name not in given:
             raise ValueError(f"{where}: no {name}, which {directory} has")
@@ -130,18 +148,11 @@ def group_to_score(rollout: RolloutGroup, renderer: Renderer) -> Group:
     3 trims it) or a policy sampled tokens that the tokenizer would not choose for the same text. A
     completion that was cut by its length is scored as if its turn had ended there, either way.
     """
+    text = rollout.as_text()
     completion_ids = []
-    for text, sampled in zip(rollout.completions, rollout.completion_ids, strict=True):
-        try:
-            rendered = renderer.render(
-                rollout.prompt, text, tools=rollout.tools, template_args=rollout.template_args
-            )
-        except RenderError:
-            break
+    for rendered, sampled in zip(renderer.sequences(text), rollout.completion_ids, strict=True):
         given = [*rollout.prompt_ids, *sampled]
-        if rendered[: len(given)] != given:
-            break
+        if isinstance(rendered, SampleError) or rendered[: len(given)] != given:
+            return text
         completion_ids.append(rendered[len(rollout.prompt_ids) :])
-    else:
-        return Group(prompt_ids=rollout.prompt_ids, completion_ids=completion_ids)
-    return rollout.as_text()
+    return Group(prompt_ids=rollout.prompt_ids, completion_ids=completion_ids)

@@ -14,7 +14,7 @@ from reward_actor.actor import is_model_directory, start_scorer_actor
 from reward_actor.cluster import connect, require_resources
 from reward_actor.rollout.actor import RolloutActor, travelling
 from reward_actor.rollout.engine import Running
-from reward_actor.rollout.policy import Policy, longest_needed
+from reward_actor.rollout.policy import Policy, as_safetensors, longest_needed
 from reward_actor.rollout.records import (
     Environment,
     Question,
@@ -118,13 +118,12 @@ class RolloutPool:
         """
         if adapter is not None:
             return self._update_adapter(adapter, weights, version)
-        given: Any = (
-            str(Path(weights).absolute())
-            if isinstance(weights, str | Path)
-            else ray.put({name: tensor.detach().cpu() for name, tensor in weights.items()})
-        )
         with self.supervisor.updating:
-            self.supervisor.tell("check_weights", given)
+            if isinstance(weights, str | Path):
+                given: Any = str(Path(weights).absolute())
+                self.supervisor.tell("check_weights", given)
+            else:
+                given = ray.put(as_safetensors(self.settings.model, weights))
             with self.supervisor.lock:
                 self._state.weights = given
                 self._state.num_updates += 1

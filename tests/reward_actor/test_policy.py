@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from chat_systems import CHAT_SYSTEMS, letters_tokenizer
 from conversations import ARGS, TEMPLATE
-from transformers import LlamaConfig
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from reward_actor.groups import Group
 from reward_actor.model.inferred import contract_for
 from reward_actor.render import Renderer
 from reward_actor.rollout.actor import travelling
 from reward_actor.rollout.engine import ended_with_eos
-from reward_actor.rollout.policy import group_to_score
+from reward_actor.rollout.policy import as_safetensors, group_to_score
 from reward_actor.rollout.records import RolloutGroup
 
 NETWORK = LlamaConfig(vocab_size=400, max_position_embeddings=2048)
@@ -133,3 +136,13 @@ def test_a_policy_may_end_with_several_tokens(
 ) -> None:
     output = SimpleNamespace(finish_reason=finish_reason, stop_reason=stop_reason)
     assert ended_with_eos(output, frozenset({1, 107})) is expected
+
+
+def test_a_networks_own_weights_travel(base_model: Path) -> None:
+    """Its output head is its embedding, which a state_dict has twice and the policy's file once."""
+    network = AutoModelForCausalLM.from_pretrained(base_model)
+    given = network.state_dict()
+    assert given["lm_head.weight"].data_ptr() == given["model.embed_tokens.weight"].data_ptr()
+    found = load(as_safetensors(str(base_model), given).tobytes())
+    assert found.keys() == given.keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, given[name]) for name, tensor in found.items())
