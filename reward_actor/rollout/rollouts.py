@@ -149,7 +149,6 @@ class Rollouts:
         if call not in self._calls:  # closed meanwhile, by another thread
             return None
         prompt, actor, num_tokens = self._calls.pop(call)
-        actor.give_back(num_tokens)
         try:
             group: RolloutGroup = ray.get(call)
         except RayError as error:
@@ -161,10 +160,13 @@ class Rollouts:
             if prompt.num_losses < MAX_LOSSES:
                 self._again.append(prompt)
                 return None
+            self._supervisor.blamed(error)
             why = f"{MAX_LOSSES} actors were lost while they sampled it: {said(error)}"
             asking = asked(prompt.question)
             assert asking.prompt is not None
             return RolloutGroup(asking.prompt, error=why, index=prompt.index)
+        finally:
+            actor.give_back(num_tokens)
         self._supervisor.sampled()
         return group
 

@@ -100,7 +100,7 @@ class Supervisor:
         self.updating = threading.Lock()
         self.lock = threading.RLock()
         self.num_iterators = 0
-        self._num_lost_in_a_row = 0
+        self._num_failures_in_a_row = 0
         self._actors: list[SupervisedActor] = []
         self._place = placement_group([bundle_of(settings.num_gpus)] * num_actors, strategy="PACK")
 
@@ -257,9 +257,8 @@ class Supervisor:
         with self.lock:
             if actor not in self._actors:
                 return
-            self._num_lost_in_a_row += 1
-            if self._num_lost_in_a_row > MAX_LOSSES * self._num_actors:
-                raise EngineDied(f"rollout actors end before they have sampled: {said(why)}")
+            if not actor.is_alone:  # else its prompt may be to blame
+                self._count_failure(why)
             logger.warning(
                 "lost a rollout actor (%s); starting another, which samples its %d prompts again",
                 said(why),
@@ -271,7 +270,19 @@ class Supervisor:
 
     def sampled(self) -> None:
         """An actor has finished a prompt."""
-        self._num_lost_in_a_row = 0
+        self._num_failures_in_a_row = 0
+
+    def blamed(self, why: Exception) -> None:
+        """A prompt is given up as one that kills its engine.
+
+        Raises EngineDied if so many are, one after the other, that the engine is to blame.
+        """
+        self._count_failure(why)
+
+    def _count_failure(self, why: Exception) -> None:
+        self._num_failures_in_a_row += 1
+        if self._num_failures_in_a_row > MAX_LOSSES * self._num_actors:
+            raise EngineDied(f"rollout actors end before they have sampled: {said(why)}")
 
 
 def raised_by(error: RayError) -> Exception | None:

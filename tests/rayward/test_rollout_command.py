@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +14,14 @@ import pytest
 
 import rayward
 from rayward.commands import rollout as command
+from reward_actor import Group, RewardScorer
 from reward_actor.groups import GroupScores
 from reward_actor.rollout.records import RolloutGroup
 from reward_actor.rollout.rows import rollout_row
 
 if TYPE_CHECKING:
+    from nursery import Nursery
+
     from reward_actor.files import Row
 
 pytest.importorskip("vllm")
@@ -180,3 +186,64 @@ def test_forms_need_rewards(
     bad = files[1].with_suffix(".csv")
     assert rayward.main(["rollout", str(base_model), str(files[0]), str(bad)]) == 2
     assert "it must end in .jsonl, .jsonl.gz, .parquet" in capsys.readouterr().err
+
+
+def test_a_killed_command_resumes(
+    vllm_engine: None, nursery: Nursery, service: str, tmp_path: Path, export_dir: Path
+) -> None:
+    """With a policy that has a vocabulary of its own: its completions are rendered by the reward
+    model."""
+    import ray
+
+    from trainer.init_model import init_model
+
+    corpus = ["Something else entirely, so that the merges differ.", "0123456789"] * 20
+    policy = init_model(
+        tmp_path / "policy", corpus, vocab_size=300, hidden_size=32, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_dim=32, intermediate_size=32, max_position_embeddings=128,
+    )  # fmt: skip
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "rollouts.jsonl"
+    asked = [
+        "Name two fruits.",
+        [{"role": "user", "content": "Hi."}],
+        "Count to three.",
+        "word " * 200,
+        *(f"Prompt {number}" for number in range(200)),
+    ]
+    rows = [{"question": prompt, "id": f"q{place}"} for place, prompt in enumerate(asked)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    address = ray.get_runtime_context().gcs_address
+    typed = [nursery.python, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
+    typed += ["--scorer", service, "--ray-address", address, "-n", "2", "--max-tokens", "60"]
+    typed += ["--prompt-column", "question", "--advantages", "--sampling", "ignore_eos=true"]
+    unfinished = Path(f"{output}.unfinished")
+    with subprocess.Popen(typed) as first:
+        while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 5:
+            assert first.poll() is None, "it ended before it was killed"
+            time.sleep(0.02)
+        first.kill()
+    num_seen = unfinished.read_bytes().count(b"\n") - 1
+    assert not output.exists()
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    resumed = re.search(r"resuming: (\d+) of 204 prompts are done", done.stdout)
+    assert resumed is not None
+    assert num_seen <= int(resumed[1]) < 204
+    assert "completions travel as: text" in done.stdout
+    assert "204 rows of 204 prompts in" in done.stdout
+    assert "2 of 408 have no reward:\n  2 x not sampled: the prompt has" in done.stderr
+    assert not unfinished.exists()
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["question"] for row in written] == asked
+    assert [row["id"] for row in written] == [row["id"] for row in rows]
+    assert [row["prompt_index"] for row in written] == list(range(204))
+    assert "the policy takes 128" in written.pop(3)["error"]
+    assert all(row["num_completion_tokens"] == [60, 60] for row in written)
+    scorer = RewardScorer.from_pretrained(export_dir, "cpu")
+    for row in written[:5]:
+        [offline] = scorer.score([Group(row["prompt"], row["completions"])])
+        assert row["rewards"] == pytest.approx(offline.rewards, abs=1e-5)
+        assert sum(row["advantages"]) == pytest.approx(0, abs=1e-6)
+    again = subprocess.run(typed, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {output} exists; --overwrite replaces it\n"

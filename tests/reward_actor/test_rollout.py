@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
-import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +23,6 @@ from reward_actor import Group, RewardScorer
 from reward_actor.rollout import RolloutGroup, RolloutPool, Sampling, VllmSettings
 
 if TYPE_CHECKING:
-    from nursery import Nursery
     from torch import Tensor
 
 PROMPTS: list[Any] = ["Name two fruits.", [{"role": "user", "content": "Hi."}], "Count to three."]
@@ -438,65 +434,6 @@ def test_a_pool_that_sleeps_gives_its_memory_back(pool: RolloutPool, base_model:
     pool.wake()
     reading.join()
     assert ids(sorted(waiting, key=lambda group: group.index)) == before
-
-
-# ---- the command
-
-
-def test_a_killed_command_resumes(
-    nursery: Nursery, service: str, tmp_path: Path, export_dir: Path, pool: RolloutPool
-) -> None:
-    """With a policy that has a vocabulary of its own: its completions are rendered by the reward
-    model."""
-    import ray
-
-    from trainer.init_model import init_model
-
-    pool.close()  # two engines would not fit beside each other on two cores
-    corpus = ["Something else entirely, so that the merges differ.", "0123456789"] * 20
-    policy = init_model(
-        tmp_path / "policy", corpus, vocab_size=300, hidden_size=32, num_layers=1, num_heads=2,
-        num_kv_heads=1, head_dim=32, intermediate_size=32, max_position_embeddings=128,
-    )  # fmt: skip
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "rollouts.jsonl"
-    asked = [*PROMPTS, "word " * 200, *(f"Prompt {number}" for number in range(200))]
-    rows = [{"question": prompt, "id": f"q{place}"} for place, prompt in enumerate(asked)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    address = ray.get_runtime_context().gcs_address
-    command = [nursery.python, "-m", "rayward", "rollout", str(policy), str(prompts), str(output)]
-    command += ["--scorer", service, "--ray-address", address, "-n", "2", "--max-tokens", "60"]
-    command += ["--prompt-column", "question", "--advantages", "--sampling", "ignore_eos=true"]
-    unfinished = Path(f"{output}.unfinished")
-    with subprocess.Popen(command) as first:
-        while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 5:
-            assert first.poll() is None, "it ended before it was killed"
-            time.sleep(0.02)
-        first.kill()
-    num_seen = unfinished.read_bytes().count(b"\n") - 1
-    assert not output.exists()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    resumed = re.search(r"resuming: (\d+) of 204 prompts are done", done.stdout)
-    assert resumed is not None
-    assert num_seen <= int(resumed[1]) < 204
-    assert "completions travel as: text" in done.stdout
-    assert "204 rows of 204 prompts in" in done.stdout
-    assert "2 of 408 have no reward:\n  2 x not sampled: the prompt has" in done.stderr
-    assert not unfinished.exists()
-    written = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["question"] for row in written] == asked
-    assert [row["id"] for row in written] == [row["id"] for row in rows]
-    assert [row["prompt_index"] for row in written] == list(range(204))
-    assert "the policy takes 128" in written.pop(3)["error"]
-    assert all(row["num_completion_tokens"] == [60, 60] for row in written)
-    scorer = RewardScorer.from_pretrained(export_dir, "cpu")
-    for row in written[:5]:
-        [offline] = scorer.score([Group(row["prompt"], row["completions"])])
-        assert row["rewards"] == pytest.approx(offline.rewards, abs=1e-5)
-        assert sum(row["advantages"]) == pytest.approx(0, abs=1e-6)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 2
-    assert again.stderr == f"error: {output} exists; --overwrite replaces it\n"
 
 
 def test_a_policy_that_is_not_there_is_refused(

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.rollout.simulated import SimulatedActor, SimulatedPool, SimulatedSettings
 from reward_actor.errors import EngineDied
-from reward_actor.rollout import Sampling, rollouts
+from reward_actor.rollout import Sampling, rollouts, supervisor
 
 pytestmark = pytest.mark.process
 
@@ -43,16 +43,31 @@ def poisoned(conversation: list[Any]) -> list[Any]:
 def test_a_prompt_that_kills_its_actor_ends_no_other(
     pool: SimulatedPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Several in a row neither."""
     monkeypatch.setattr(rollouts, "MAX_LOSSES", 3)
     prompts = [f"Prompt {number}" for number in range(12)]
-    prompts[2] = "poison"
+    prompts[2:6] = ["poison"] * 4
     groups = list(pool.rollouts(prompts, SAMPLING, environment=poisoned))
     assert sorted(group.index for group in groups) == list(range(12))
-    [bad] = [group for group in groups if group.error is not None]
-    assert bad.index == 2
-    assert bad.error is not None
-    assert bad.error.startswith("3 actors were lost while they sampled it: ")
-    assert len([line for line in caplog.messages if line.startswith("lost a rollout actor")]) == 3
+    bad = {group.index: group.error for group in groups if group.error is not None}
+    assert sorted(bad) == [2, 3, 4, 5]
+    for why in bad.values():
+        assert why.startswith("3 actors were lost while they sampled it: ")
+    lost = [line for line in caplog.messages if line.startswith("lost a rollout actor")]
+    assert len(lost) == 2 + 4  # in company, then each alone
+    assert "which samples its 8 prompts again" in lost[0]
+
+
+def test_an_engine_that_dies_of_every_prompt_ends_the_run(
+    pool: SimulatedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "MAX_LOSSES", 3)
+    monkeypatch.setattr(supervisor, "MAX_LOSSES", 3)
+    prompts = ["poison"] * 12
+    done = pool.rollouts(prompts, SAMPLING, environment=poisoned)
+    with pytest.raises(EngineDied, match="rollout actors end before they have sampled"):
+        list(done)
+    assert len(list(pool.rollouts(["Prompt"], SAMPLING))) == 1
 
 
 def test_iterators_share_the_actors(pool: SimulatedPool) -> None:
