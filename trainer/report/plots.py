@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind people can tell apart (jfly.uni-koeln.de/color).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
+PALETTE = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9")
 _CHOSEN: dict[str, Any] = {"color": _BLUE, "label": "chosen"}
 _REJECTED: dict[str, Any] = {"color": _ORANGE, "label": "rejected"}
 _MAX_DOTS = 4000
@@ -83,7 +84,7 @@ def write_plots(
         }
     directory.mkdir(parents=True, exist_ok=True)
     for name, (_, drawing) in drawings.items():
-        _save(directory / f"{name}.png", drawing)
+        save(directory / f"{name}.png", drawing)
     return {name: shown for name, (shown, _) in drawings.items()}
 
 
@@ -91,7 +92,8 @@ def _has_pairs(log: Lines) -> bool:
     return any(line.get("num_pairs", 1) for line in log)
 
 
-def _save(path: Path, draw: Callable[[Axes], None]) -> None:
+def save(path: Path, draw: Callable[[Axes], None]) -> None:
+    """A PNG file of what `draw` makes of its axes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -149,7 +151,7 @@ def _loss(axes: Axes, log: Lines, evaluations: Lines) -> None:
     _heldout_curve(axes, evaluations, "log_loss", "held out (log loss)")
     axes.set(title="Loss", ylabel="mean loss (nats)")
     axes.axhline(np.log(2), color=_GREY, linewidth=1, linestyle=":", label="guessing (ln 2)")
-    _legend(axes)
+    legend(axes)
 
 
 def _accuracy(axes: Axes, log: Lines, evaluations: Lines) -> None:
@@ -164,7 +166,7 @@ def _accuracy(axes: Axes, log: Lines, evaluations: Lines) -> None:
     axes.axhline(0.5, color=_GREY, linewidth=1, linestyle=":", label="guessing")
     axes.set(title="Accuracy", ylabel="share of pairs with chosen ahead")
     axes.yaxis.set_major_formatter(_percent())
-    _legend(axes)
+    legend(axes)
 
 
 def _margin(axes: Axes, log: Lines, evaluations: Lines) -> None:
@@ -174,7 +176,7 @@ def _margin(axes: Axes, log: Lines, evaluations: Lines) -> None:
     axes.set(
         title="Margin of the raw scores (before normalisation)", ylabel="mean of chosen - rejected"
     )
-    _legend(axes)
+    legend(axes)
 
 
 def _calibration(axes: Axes, result: EvalResult) -> None:
@@ -203,7 +205,7 @@ def _calibration(axes: Axes, result: EvalResult) -> None:
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_percent())
-    _legend(axes)
+    legend(axes)
 
 
 def _rewards(axes: Axes, heldout: HeldOut) -> None:
@@ -220,7 +222,7 @@ def _rewards(axes: Axes, heldout: HeldOut) -> None:
         axes.axvline(float(values.mean()), color=color, linewidth=1.2, linestyle="--")
     axes.set(title="Rewards of the held-out pairs (dashed: means)", xlabel="reward", ylabel="pairs")
     axes.yaxis.set_major_locator(_whole_numbers())
-    _legend(axes)
+    legend(axes)
 
 
 def _length(axes: Axes, heldout: HeldOut) -> None:
@@ -240,10 +242,10 @@ def _length(axes: Axes, heldout: HeldOut) -> None:
         ylabel="reward",
     )
     axes.xaxis.set_major_locator(_whole_numbers())
-    _legend(axes)
+    legend(axes)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Below the axes, where no data is."""
     figure = axes.get_figure(root=True)
     assert figure is not None

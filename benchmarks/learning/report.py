@@ -1,0 +1,62 @@
+"""From the figures of the trainings to tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from benchmarks.serving.report import markdown
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Markdown: a table for each part that was measured."""
+    parts = {"curves": _curves, "best-of": _best_of, "loop": _loop}
+    return "\n\n".join(markdown(parts[name](result[name])) for name in parts if name in result)
+
+
+def _curves(figures: Mapping[str, Any]) -> list[list[str]]:
+    rows = [
+        ["", "first ten steps", "last ten", "rise in standard errors", "held-out reward", "grade"]
+    ]
+    before = figures["before"]
+    rows.append(["before", "", "", "", _mean(before["reward"]), _mean(before["grade"])])
+    for name, seeds in figures["trainers"].items():
+        rises = ", ".join(f"{of_seed['standard_errors']:.1f}" for of_seed in seeds)
+        first, last = (fmean(of_seed[end] for of_seed in seeds) for end in ("first", "last"))
+        held_out = (
+            ", ".join(f"{of_seed['heldout'][what]['mean']:.2f}" for of_seed in seeds)
+            for what in ("reward", "grade")
+        )
+        rows.append([name, f"{first:.2f}", f"{last:.2f}", rises, *held_out])
+    return rows
+
+
+def _best_of(figures: Mapping[str, Any]) -> list[list[str]]:
+    sizes = list(figures["rounds"][0]["reward_of_the_best_of"])
+    rows = [["round", *(f"best of {n}" for n in sizes), "held-out reward", "grade"]]
+    for row, held_out in zip(figures["rounds"], figures["heldout"], strict=True):
+        best = [f"{row['reward_of_the_best_of'][n]:.2f}" for n in sizes]
+        judged = (_mean(held_out[what]) for what in ("reward", "grade"))
+        rows.append([str(row["round"]), *best, *judged])
+    return rows
+
+
+def _loop(figures: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["round", "grade, fixed", "grade, renewed", "reward", "by the next version",
+             "pairs", "accuracy on them", "of the next version"]]  # fmt: skip
+    for fixed, renewed in zip(figures["fixed"], figures["renewed"], strict=True):
+        numbers = (renewed["reward"], renewed["reward_by_the_next"])
+        accuracies = (renewed["accuracy"], renewed["accuracy_of_the_next"])
+        rows.append(
+            [
+                str(fixed["round"]), f"{fixed['grade']:.2f}", f"{renewed['grade']:.2f}",
+                *(f"{number:.2f}" for number in numbers), str(renewed["num_pairs"]),
+                *(f"{accuracy:.2f}" for accuracy in accuracies),
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def _mean(figure: Mapping[str, float]) -> str:
+    return f"{figure['mean']:.2f} ± {figure['standard_error']:.2f}"
