@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 _SERVICE_HEADER = b"x-rayward-service"
 _FULL_RETRY_AFTER_S = 1.0
+_GZIP = {b"gzip": True, b"x-gzip": True, b"identity": False, b"": False}
+_GZIP_WBITS = 31  # the format with gzip's header and checksum
+_NO_GZIP = "the body is not what its Content-Encoding says: one whole gzip stream"
+# Inflated at once; other requests have their turn in between.
+_PIECE_BYTES = 1 << 20
 # Answered in any case: an ingress that is busy is alive.
 _PROBES = ("/health", "/live", "/ready")
 
@@ -81,27 +87,33 @@ class Limits:
             if is_read:  # nothing comes after the body, but for the end of the connection
                 return await receive()
             is_read = True
-            self._check_headers(headers)
+            is_gzip = self._check_headers(headers)
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    chunks = await self._chunks(receive)
+                    body = await self._body(receive)
+                    if body is not None and is_gzip:
+                        body = await self._inflated(body)
             except TimeoutError:
                 message = f"the body did not arrive within request_timeout_s = {self._timeout_s:g}"
                 raise HTTPException(408, message) from None
-            if chunks is None:
+            if body is None:
                 return {"type": "http.disconnect"}
-            return {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         return received
 
-    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
-        if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
-            raise HTTPException(415, "a body must not be compressed; send it without an encoding")
+    def _check_headers(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether the body is compressed."""
+        is_gzip = _GZIP.get(headers.get(b"content-encoding", b"").lower())
+        if is_gzip is None:
+            message = "a body may be compressed by gzip only; send it so, or without an encoding"
+            raise HTTPException(415, message, headers={"Accept-Encoding": "gzip"})
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self._body_limit_bytes:
             raise self._too_large()
+        return is_gzip
 
-    async def _chunks(self, receive: Receive) -> list[bytes] | None:
+    async def _body(self, receive: Receive) -> bytes | None:
         """None for a client that hung up."""
         chunks: list[bytes] = []
         num_bytes = 0
@@ -116,7 +128,29 @@ class Limits:
                 raise self._too_large()
             chunks.append(chunk)
             more = message.get("more_body", False)
-        return chunks
+        return b"".join(chunks)
+
+    async def _inflated(self, compressed: bytes) -> bytes:
+        """The body that was compressed; the limit holds for it as well."""
+        inflate = zlib.decompressobj(_GZIP_WBITS)
+        pieces: list[bytes] = []
+        left, rest = self._body_limit_bytes, compressed
+        while not inflate.eof:
+            try:
+                piece = inflate.decompress(rest, min(_PIECE_BYTES, left + 1))
+            except zlib.error:
+                raise HTTPException(400, _NO_GZIP) from None
+            rest = inflate.unconsumed_tail
+            if len(piece) > left:
+                raise self._too_large()
+            if not piece and not rest and not inflate.eof:  # it wants more than there is
+                raise HTTPException(400, _NO_GZIP)
+            left -= len(piece)
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        if inflate.unused_data:
+            raise HTTPException(400, _NO_GZIP)
+        return b"".join(pieces)
 
     def _too_large(self) -> HTTPException:
         message = f"the body is larger than body_limit_bytes = {self._body_limit_bytes}"

@@ -1,4 +1,4 @@
-"""SGLang's reward models: /classify with `text`, /v1/score with `query` and `items`.
+"""SGLang's reward models: /classify with `text` or `input_ids`, /v1/score with `query` and `items`.
 
 As there, texts are whole, templated by their sender, and the tokenizer adds its special tokens; a
 query and an item are put together as they are. A model name that is not the service's is a 404;
@@ -37,18 +37,57 @@ _CHARACTERS_PER_TOKEN = 64
 _TEMPLATED = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
 
 
-class SglangClassifyRequest(DropIn):
-    """One text, which is answered by one object, or a list of them."""
+def _shape_of_ids(value: Any) -> str:
+    return "rows" if shape_of(value) == "rows" else "ids"
 
-    text: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[str], Field(min_length=1), Tag("texts")],
-        Discriminator(shape_of),
-    ]
+
+class SglangClassifyRequest(DropIn):
+    """One text or one list of token ids, which is answered by one object, or several of them."""
+
+    text: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[str], Field(min_length=1), Tag("texts")],
+            Discriminator(shape_of),
+        ]
+        | None
+    ) = None
+    input_ids: (
+        Annotated[
+            Annotated[list[schema.TokenId], Tag("ids")]
+            | Annotated[list[list[schema.TokenId]], Field(min_length=1), Tag("rows")],
+            Discriminator(_shape_of_ids),
+        ]
+        | None
+    ) = None
     model: str | None = None
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": [_TEMPLATED + "Hello!<|im_end|>"]}]}
+        json_schema_extra={
+            "examples": [
+                {"text": [_TEMPLATED + "Hello!<|im_end|>"]},
+                {"input_ids": [[5, 6, 7], [5, 6, 8, 9]]},
+            ]
+        }
     )
+
+    @model_validator(mode="after")
+    def _is_either(self) -> SglangClassifyRequest:
+        if self.text is not None and self.input_ids is not None:
+            raise ValueError("text and input_ids are two ways to say the same; send one")
+        return self
+
+    def to_whole(self) -> Whole:
+        if self.input_ids is not None:
+            ids: Any = self.input_ids
+            return Whole(ids=ids if _shape_of_ids(ids) == "rows" else [ids])
+        texts = [self.text] if isinstance(self.text, str) else self.text
+        return Whole(texts or (), add_special_tokens=True)
+
+    @property
+    def is_single(self) -> bool:
+        if self.input_ids is not None:
+            return _shape_of_ids(self.input_ids) == "ids"
+        return isinstance(self.text, str)
 
 
 class SglangScoreRequest(DropIn):
@@ -133,9 +172,7 @@ def to_whole(request: SglangScoreRequest) -> Whole:
 async def classify(service: RewardService, request: SglangClassifyRequest) -> Response:
     """What `POST /classify` answers to SGLang's clients."""
     await _check_model(service, request.model)
-    single = isinstance(request.text, str)
-    texts = [request.text] if isinstance(request.text, str) else request.text
-    scored = await service.score([Whole(texts, add_special_tokens=True)])
+    scored = await service.score([request.to_whole()])
     numbers = zip(values(service, scored), num_tokens(scored.results), strict=True)
     items = [
         {
@@ -149,7 +186,7 @@ async def classify(service: RewardService, request: SglangClassifyRequest) -> Re
         }
         for value, num in numbers
     ]
-    return drop_in_reply(items[0] if single else items, scored)
+    return drop_in_reply(items[0] if request.is_single else items, scored)
 
 
 async def score(service: RewardService, request: SglangScoreRequest) -> Response:

@@ -14,7 +14,7 @@ from serve.protocols.vllm_request import VllmRequest
 router = APIRouter(route_class=ScoreRoute)
 
 _SCORE = {"native": ("groups",), "SGLang's": ("query", "items")}
-_CLASSIFY = {"vLLM's": ("input", "messages"), "SGLang's": ("text",)}
+_CLASSIFY = {"vLLM's": ("input", "messages"), "SGLang's": ("text", "input_ids")}
 _BINARY = {"schema": {"type": "string", "format": "binary", "description": binary.__doc__}}
 
 
@@ -47,8 +47,8 @@ async def score(request: Request) -> Response:
     openapi_extra=json_body(VllmRequest, sglang.SglangClassifyRequest),
 )
 async def classify(request: Request) -> Response:
-    """Score texts, token ids or a conversation, as vLLM (`input`, `messages`) or SGLang (`text`)
-    answers."""
+    """Score texts, token ids or a conversation, as vLLM (`input`, `messages`) or SGLang (`text`,
+    `input_ids`) answers."""
     service, value = service_of(request), load(await request.body())
     if told_apart(value, _CLASSIFY) == "SGLang's":
         return await sglang.classify(service, check(sglang.SglangClassifyRequest, value))

@@ -1,9 +1,12 @@
-"""text-embeddings-inference's classification, `POST /predict`.
+"""text-embeddings-inference's classification, `POST /predict` and `POST /`.
 
 A pair is a prompt and its completion, rendered as the model was trained (TEI itself would put a
 separator between the two); a single text is whole, and gets the tokenizer's special tokens. Scores
 pass a sigmoid unless `raw_scores` is set. `truncate` cuts single texts; a pair that is too long is
 an error, since its reward is read at its end. It sends no model name.
+
+`huggingface_hub.InferenceClient` posts to the base URL, with `parameters`. It wants a list for each
+text, as the Hub's own inference API answers, where TEI answers a single text with one list.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ Direction = Annotated[
 ]
 
 
+class InferenceParameters(DropIn):
+    """Those of `InferenceClient.text_classification`; the best `top_k` of one label is that one."""
+
+    function_to_apply: Literal["sigmoid", "none"] | None = None
+
+
 class TeiRequest(DropIn):
     """`inputs`: a text, a pair [prompt, completion], or a batch [[text], [prompt, completion]]."""
 
@@ -44,6 +53,7 @@ class TeiRequest(DropIn):
     truncate: bool | None = False
     truncation_direction: Direction = "right"
     raw_scores: bool = False
+    parameters: InferenceParameters | None = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -67,6 +77,12 @@ class TeiPrediction(BaseModel):
 
 
 @router.post(
+    "/",
+    response_model=list[TeiPrediction] | list[list[TeiPrediction]],
+    responses=schema.ERROR_RESPONSES,
+    openapi_extra=json_body(TeiRequest),
+)
+@router.post(
     "/predict",
     response_model=list[TeiPrediction] | list[list[TeiPrediction]],
     responses=schema.ERROR_RESPONSES,
@@ -78,9 +94,13 @@ async def predict(request: Request) -> Response:
     asked = parse(TeiRequest, await request.body())
     scored = await service.score(to_groups(asked))
     found = values(service, scored)
-    scores = found if asked.raw_scores else [sigmoid(value) for value in found]
+    is_raw = asked.raw_scores
+    if asked.parameters is not None and asked.parameters.function_to_apply is not None:
+        is_raw = asked.parameters.function_to_apply == "none"
+    scores = found if is_raw else [sigmoid(value) for value in found]
     predictions = [[{"score": score, "label": "reward"}] for score in scores]
-    body = predictions if shape_of(asked.inputs) == "rows" else predictions[0]
+    is_batch = shape_of(asked.inputs) == "rows" or asked.parameters is not None
+    body = predictions if is_batch else predictions[0]
     return drop_in_reply(body, scored)
 
 

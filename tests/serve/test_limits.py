@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import logging
 import time
+import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
@@ -85,13 +88,69 @@ def test_a_deep_body_is_refused_by_every_protocol(path: str) -> None:
             assert "recursion limit exceeded" in message
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip"])
-def test_a_compressed_body_is_refused_clearly(encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["deflate", "br", "zstd", "identity, gzip"])
+def test_other_compression_than_gzip_is_refused_clearly(encoding: str) -> None:
     reply = ask(
         application(), "POST", "/v1/score", content=b"x", headers={"Content-Encoding": encoding}
     )
     assert reply.status_code == 415
-    assert "compressed" in reply.json()["error"]["message"]
+    assert "by gzip only" in reply.json()["error"]["message"]
+    assert reply.headers["accept-encoding"] == "gzip"
+
+
+GOOD = gzip.compress(b"{}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{}", b"", GOOD[:-1], GOOD[:-8] + bytes(8), GOOD + b"x", GOOD * 2],
+    ids=["no gzip", "nothing", "cut off", "a wrong checksum", "more after its end", "two of them"],
+)
+def test_a_body_that_is_no_gzip_is_refused(content: bytes) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    for path in ("/v1/score", "/v2/models/reward_model/infer"):
+        reply = ask(application(), "POST", path, content=content, headers=headers)
+        assert reply.status_code == 422
+        assert "one whole gzip stream" in reply.text
+
+
+@given(st.binary(max_size=300), st.integers(1, 400), st.integers(1, 50))
+def test_what_a_gzip_body_holds_is_as_long_as_it_may_be(body: bytes, limit: int, size: int) -> None:
+    compressed = gzip.compress(body)
+    chunks = [compressed[at : at + size] for at in range(0, len(compressed), size)]
+    limit = max(limit, len(compressed))
+    headers = [(b"content-encoding", b"GZIP")]
+    assert_one_body(chunks, limit, body if len(body) <= limit else None, headers)
+
+
+def test_a_bomb_takes_no_memory_and_leaves_others_their_turns() -> None:
+    """0.3 MB that would be 300 MB."""
+    limit = 20_000_000
+    bomb = _bomb(300)
+    num_turns = 0
+
+    async def run() -> None:
+        nonlocal num_turns
+        headers = [(b"content-encoding", b"gzip")]
+        call = Call(application(body_limit_bytes=limit), headers=headers)
+        call.body.put_nowait({"type": "http.request", "body": bomb, "more_body": False})
+        while not call.done.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        assert call.status == 413
+
+    tracemalloc.start()
+    asyncio.run(run())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * limit
+    assert num_turns >= limit >> 20
+
+
+def _bomb(num_megabytes: int) -> bytes:
+    deflate = zlib.compressobj(9, zlib.DEFLATED, 31)
+    megabyte = bytes(1_000_000)
+    return b"".join([*(deflate.compress(megabyte) for _ in range(num_megabytes)), deflate.flush()])
 
 
 def test_every_limit_is_listed() -> None:
@@ -191,6 +250,14 @@ def test_a_client_that_hangs_up_leaves_no_error() -> None:
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 200))
 def test_chunks_become_one_body_within_the_limit(chunks: list[bytes], limit: int) -> None:
+    whole = b"".join(chunks)
+    assert_one_body(chunks, limit, whole if len(whole) <= limit else None)
+
+
+def assert_one_body(
+    chunks: list[bytes], limit: int, expected: bytes | None, headers: Any = ()
+) -> None:
+    """None: it is refused as too large."""
     seen: list[bytes] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -200,17 +267,16 @@ def test_chunks_become_one_body_within_the_limit(chunks: list[bytes], limit: int
 
     async def run() -> None:
         config = application(body_limit_bytes=limit).state.service.config
-        call = Call(Limits(app, config))
+        call = Call(Limits(app, config), headers=headers)
         for index, chunk in enumerate(chunks):
             more = index + 1 < len(chunks)
             call.body.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
-        whole = b"".join(chunks)
-        if len(whole) > limit:
+        if expected is None:
             with pytest.raises(Exception, match="body_limit_bytes"):
                 await call.done
         else:
             await call.done
-            assert seen == [whole]
+            assert seen == [expected]
 
     asyncio.run(run())
 

@@ -29,8 +29,13 @@ def test_classify(http: httpx.Client, offline: RewardScorer) -> None:
     ]
     assert items[0]["meta_info"]["prompt_tokens"] == len(offline.renderer.render("Hi.", "Hello."))
     assert items[0]["meta_info"]["weight_version"] == offline.model_version
-    [first, single] = [items[0], http.post("/classify", json={"text": texts[0]}).json()]
-    assert single["embedding"] == close(first["embedding"])
+    single = http.post("/classify", json={"text": texts[0]}).json()
+    assert single["embedding"] == close(items[0]["embedding"])
+    ids = [offline.renderer.render("Hi.", completion) for completion in completions]
+    by_ids = http.post("/classify", json={"model": "reward-model", "input_ids": ids}).json()
+    assert [item["embedding"] for item in by_ids] == [close(item["embedding"]) for item in items]
+    single = http.post("/classify", json={"input_ids": ids[1]}).json()
+    assert single["embedding"] == close(items[1]["embedding"])
 
 
 def test_score_of_texts_and_of_ids(http: httpx.Client, offline: RewardScorer) -> None:

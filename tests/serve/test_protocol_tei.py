@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,36 @@ def test_scores_pass_a_sigmoid_unless_raw(http: httpx.Client, offline: RewardSco
     expected = reward(offline, "Hi.", "Hello.")
     [found] = http.post("/predict", json={"inputs": ["Hi.", "Hello."]}).json()
     assert found["score"] == close(1 / (1 + math.exp(-expected)))
+
+
+def test_the_hubs_client_asks_at_the_base_url(
+    http: httpx.Client, offline: RewardScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import InferenceClient, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # else it asks nobody
+    client = InferenceClient(str(http.base_url), token="unused")
+    text = templated(offline, "Hi.", "Hello.")
+    expected = reward(offline, "Hi.", "Hello.")
+    [raw] = client.text_classification(text, function_to_apply="none")
+    assert (raw.label, raw.score) == ("reward", close(expected))
+    for options in ({}, {"function_to_apply": "sigmoid", "top_k": 1}):
+        [found] = client.text_classification(text, **options)
+        assert found.score == close(1 / (1 + math.exp(-expected)))
+    assert http.post("/", json={"inputs": text, "raw_scores": True}).json() == [
+        {"score": close(expected), "label": "reward"}
+    ]
+    refused = http.post("/", json={"inputs": text, "parameters": {"function_to_apply": "softmax"}})
+    assert refused.status_code == 422
+    assert "function_to_apply" in refused.json()["error"]["message"]
+
+
+def test_bodies_may_be_compressed(http: httpx.Client) -> None:
+    """Through whatever stands between a client and the service."""
+    body = json.dumps({"inputs": ["Hi.", "Hello."]}).encode()
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    compressed = http.post("/predict", content=gzip.compress(body), headers=headers)
+    assert compressed.json() == http.post("/predict", content=body).json()
 
 
 @pytest.mark.parametrize("direction", ["right", "Right", "left", "Left"])

@@ -201,6 +201,9 @@ def test_a_path_of_two_protocols_takes_one_of_them(http: httpx.Client, path: str
     one, other = bodies[path]
     assert http.post(path, json=one).status_code == 200
     assert http.post(path, json=other).status_code == 200
+    if path == "/classify":
+        both = http.post(path, json={**other, "input_ids": [5]})
+        assert "text and input_ids" in both.json()["error"]["message"]
     for body in ({**one, **other}, {}, {"model": "reward-model"}):
         refused = http.post(path, json=body)
         assert refused.status_code == 422
