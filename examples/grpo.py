@@ -42,8 +42,7 @@ from reward_actor.shaping import group_advantages
 def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     """pool: begins with the policy's weights, and ends with the trained ones."""
     torch.manual_seed(args.seed)
-    network = load_policy(args.policy)
-    device = network.device
+    network = load_policy(args.policy, args.device)
     reference = copy.deepcopy(network).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     policy = trained(network, args.learning_rate, deepspeed=args.deepspeed)
@@ -51,8 +50,8 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
     log = Log(args.out / "log.jsonl")
     for step, groups in enumerate(sampled(pool, prompts, sampling, args.ahead)):
-        batch = Batch.of(groups, tokenizer.pad_token_id).to(device)
-        advantages = advantages_of(groups, over_std=not args.no_std).to(device)
+        batch = Batch.of(groups, tokenizer.pad_token_id).to(args.device)
+        advantages = advantages_of(groups, over_std=not args.no_std).to(args.device)
         num_tokens = batch.is_sampled.sum()
         total_kl = 0.0
         for where, part in batch.parts(args.part):

@@ -115,7 +115,7 @@ class RewardModels:
         command = ["train", "--config", "quickstart", "--output-dir", further]
         command += ["--model.path", self._registry / f"round{number - 1}"]
         command += ["--data.train", self._write(f"pairs{number}.jsonl", mixed)]
-        command += ["--optimizer.learning-rate", "5e-4", "--training.num-epochs", "2"]
+        command += ["--optimizer.learning-rate", "1e-3", "--training.num-epochs", "2"]
         rayward(*command, "--training.seed", self._seed)
         shutil.copytree(further / "export", self._registry / f"round{number}")
 
@@ -156,14 +156,14 @@ def judged(groups: Iterable[RolloutGroup]) -> list[Judged]:
 
 
 def pairs_of(said: Sequence[Judged], chance: random.Random) -> list[Row]:
-    """Of each prompt at most four, of different grades."""
+    """Of each prompt at most eight, of different grades."""
     rows = []
     for one in said:
         graded = set(zip(one.grades, one.completions, strict=True))
         pairs = [
             sorted(pair) for pair in combinations(sorted(graded), 2) if pair[0][0] < pair[1][0]
         ]
-        for (_, rejected), (_, chosen) in chance.sample(pairs, min(4, len(pairs))):
+        for (_, rejected), (_, chosen) in chance.sample(pairs, min(8, len(pairs))):
             rows.append({"prompt": one.prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
@@ -212,7 +212,7 @@ def main() -> None:
     add("--rounds", type=int, default=4)
     add("--steps", type=int, default=25, help="of the policy, in a round")
     add("--learning-rate", type=float, default=2e-4, help="of the policy")
-    add("--prompts", type=int, default=64, help="that are sampled for pairs, in a round")
+    add("--prompts", type=int, default=128, help="that are sampled for pairs, in a round")
     add("--fixed", action="store_true", help="leave the reward model as it is, to compare")
     add("--port", type=int, default=8000, help="of the service")
     add("--seed", type=int, default=0)

@@ -73,7 +73,7 @@ class Batch:
             batch.old_log_probs[row, len(prompt) - 1 : end - 1] = torch.tensor(log_probs)
         return batch
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
     def parts(self, size: int) -> Iterator[tuple[slice, Batch]]:
@@ -109,10 +109,10 @@ def kl_to(log_probs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def load_policy(directory: str) -> PreTrainedModel:
-    """In float32, where there is a GPU on that."""
+def load_policy(directory: str, device: str) -> PreTrainedModel:
+    """In float32, as it is trained."""
     network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    loaded: PreTrainedModel = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: PreTrainedModel = network.to(device)
     return loaded
 
 
@@ -196,8 +196,11 @@ def sampled(
     def rollouts(step: int, prompts: list[Prompt]) -> list[RolloutGroup]:
         first = step * len(prompts)
         places = range(first, first + len(prompts))  # so that each step has its own seeds
-        groups = pool.rollouts(prompts, sampling, places)
-        return sorted((g for g in groups if g.error is None), key=lambda group: group.index)
+        groups = sorted(pool.rollouts(prompts, sampling, places), key=lambda group: group.index)
+        if not any(reward is not None for group in groups for reward in group.rewards):
+            why = groups[0].error or (groups[0].scores and groups[0].scores.errors[0])
+            raise ValueError(f"step {step}: no completion has a reward; the first error: {why}")
+        return [group for group in groups if group.error is None]
 
     with ThreadPoolExecutor(1) as thread:
         coming: deque[Future[list[RolloutGroup]]] = deque()
@@ -223,6 +226,7 @@ def rollout_options(description: str) -> argparse.ArgumentParser:
     add("--max-model-len", type=int, default=256, help="tokens of a prompt and its completion")
     add("--num-actors", type=int, default=1, help="vLLM engines")
     add("--num-gpus", type=int, default=0, help="of an engine")
+    add("--dtype", default="float32", help="of an engine's weights")
     add("--seed", type=int, default=0)
     return parser
 
@@ -237,12 +241,19 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--kl", type=float, default=0.02, help="weight of the distance to the first policy")
     add("--part", type=int, default=64, help="completions that are computed at a time")
     add("--ahead", type=int, default=0, help="steps that are sampled while one is trained on")
+    add("--device", default=_last_device(), help="where the policy is trained")
     add("--deepspeed", action="store_true", help="train with DeepSpeed ZeRO-2")
     return parser
 
 
+def _last_device() -> str:
+    """Ray gives the engines the first GPUs."""
+    num_gpus = torch.cuda.device_count()
+    return f"cuda:{num_gpus - 1}" if num_gpus else "cpu"
+
+
 def pool_of(args: argparse.Namespace) -> RolloutPool:
-    settings = VllmSettings(args.policy, args.num_gpus, args.max_model_len, dtype="float32")
+    settings = VllmSettings(args.policy, args.num_gpus, args.max_model_len, dtype=args.dtype)
     return RolloutPool(settings, args.num_actors, args.scorer)
 
 

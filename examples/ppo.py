@@ -61,19 +61,18 @@ class Critic(nn.Module):
 def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     """pool: begins with the policy's weights, and ends with the trained ones."""
     torch.manual_seed(args.seed)
-    network = load_policy(args.policy)
-    device = network.device
+    network = load_policy(args.policy, args.device)
     reference = copy.deepcopy(network).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     policy = trained(network, args.learning_rate, deepspeed=args.deepspeed)
-    critic_network = Critic(args.critic).to(device)
+    critic_network = Critic(args.critic).to(args.device)
     critic = trained(critic_network, args.critic_learning_rate, deepspeed=args.deepspeed)
     sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed)
     prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
     log = Log(args.out / "log.jsonl")
     for step, groups in enumerate(sampled(pool, prompts, sampling, args.ahead)):
-        batch = Batch.of(groups, tokenizer.pad_token_id).to(device)
-        rewards = rewards_of(groups).to(device)
+        batch = Batch.of(groups, tokenizer.pad_token_id).to(args.device)
+        rewards = rewards_of(groups).to(args.device)
         batch.is_sampled[rewards.isnan()] = 0  # nothing is learned of what has no reward
         with torch.no_grad():
             parts = [part for _, part in batch.parts(args.part)]

@@ -15,7 +15,7 @@ import pytest
 import rejection_sampling
 import torch
 import trl_grpo
-from policy_gradient import Batch, pool_of, trained
+from policy_gradient import Batch, pool_of, sampled, trained
 
 from reward_actor.rollout import RolloutPool, Sampling
 
@@ -74,6 +74,12 @@ def test_three_steps_change_the_policy_and_what_the_pool_samples(
         old, new = (batch.log_probs(each) * batch.is_sampled for each in (first, last))
     assert (new - batch.old_log_probs).abs().max() < 2e-3
     assert (old - batch.old_log_probs).abs().max() > 2e-2
+
+
+def test_a_step_without_any_reward_says_why(pool: RolloutPool) -> None:
+    steps = sampled(pool, [["word " * 200]], Sampling(2, max_tokens=8), 0)
+    with pytest.raises(ValueError, match=r"step 0: no completion has a reward.*the policy takes"):
+        next(steps)
 
 
 @pytest.mark.parametrize("options", [[], ["--asynchronous"]])
