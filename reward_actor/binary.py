@@ -15,7 +15,7 @@ All numbers are little-endian. A request is
 and a reply
 
     0       4 bytes           "RWR1"
-    4       uint32            flags: 1 token rewards follow, 2 an ensemble's members follow
+    4       uint32            flags: 1 token rewards follow, 2 named rewards follow
     8       uint32            n
     12      uint32            J, bytes of JSON
     16      J bytes           {"model", "model_version", "timings_ms",
@@ -25,7 +25,8 @@ and a reply
             float32[n]        raw scores, likewise
             uint32[n]         tokens that were scored, 0 likewise
             float32[...]      with flag 1: of each sample without an error, a reward a token
-            uint32, float32[n, K], float32[n]   with flag 2: K, members' rewards, spread
+            uint32, float32[n, K], float32[n]   with flag 2: K, the named rewards in the
+                              order of the JSON's `names`, spread
 
 An error of the whole request is the JSON of every other route. Neither torch nor ray.
 """
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 MEDIA_TYPE = "application/vnd.rayward.ids"
 
 _REQUEST, _REPLY = b"RWQ1", b"RWR1"
-_TOKEN_REWARDS, _MEMBERS = 1, 2
-_FIELDS = {field.name for field in fields(GroupScores)} - {"model_version"}
+_TOKEN_REWARDS, _NAMED = 1, 2
+_FIELDS = {field.name for field in fields(GroupScores)} - {"model_version", "named_rewards"}
 # What has a place of its own in a reply; every other field goes into its JSON.
 _COLUMNS = {
-    "rewards", "raw_scores", "num_tokens", "errors", "token_rewards", "members", "spread",
+    "rewards", "raw_scores", "num_tokens", "errors", "token_rewards", "spread",
 }  # fmt: skip
 _KNOWN_TO_SENDERS = {"tokens", "num_prompt_tokens"}  # of ids: they are not sent back
 _UINT, _INT, _FLOAT = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<f4")
@@ -116,15 +117,17 @@ def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, A
         for name, values in columns.items()
         if name not in _COLUMNS | _KNOWN_TO_SENDERS and values is not None and any(values)
     }
+    names = list((scores[0].named_rewards if scores else None) or ())
     described = {
         "model": model,
         **head,
         "errors": {str(i): vars(error) for i, error in errors.items()},
         **({"others": others} if others else {}),
+        **({"names": names} if names else {}),
     }
     text = json.dumps(described).encode("ascii")
-    tokens, members = columns["token_rewards"], columns["members"]
-    flags = _TOKEN_REWARDS * (tokens is not None) + _MEMBERS * bool(members)
+    tokens = columns["token_rewards"]
+    flags = _TOKEN_REWARDS * (tokens is not None) + _NAMED * bool(names)
     num_tokens = columns["num_tokens"] or []
     parts = [
         _REPLY,
@@ -137,10 +140,11 @@ def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, A
     if tokens is not None:
         flat = chain.from_iterable(row or [] for row in tokens)
         parts.append(np.fromiter(flat, _FLOAT).tobytes())
-    if members:
-        k = max(len(row or []) for row in members)
-        rows = [row or [np.nan] * k for row in members]
-        parts += [np.array([k], _UINT).tobytes(), np.array(rows, _FLOAT).tobytes()]
+    if names:
+        of_samples = [
+            row for each in scores for row in zip(*(each.named_rewards or {}).values(), strict=True)
+        ]
+        parts += [np.array([len(names)], _UINT).tobytes(), _floats(chain.from_iterable(of_samples))]
         parts.append(_floats(columns["spread"]))
     return b"".join(parts)
 
@@ -164,9 +168,14 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
         widths = [0 if i in errors else width for i, width in enumerate(columns["num_tokens"])]
         values = iter(reader.take(_FLOAT, sum(widths)).tolist())
         columns["token_rewards"] = known([_next(values, width) for width in widths])
-    if flags & _MEMBERS:
+    names = head.pop("names", [])
+    named: dict[str, list[Any]] = {}
+    if flags & _NAMED:
         k = int(reader.take(_UINT, 1)[0])
-        columns["members"] = known(reader.take(_FLOAT, n * k).reshape(n, k).tolist())
+        if not isinstance(names, list) or len(set(map(str, names))) != k:
+            raise ValueError("the reply's JSON is damaged (names)")
+        matrix = reader.take(_FLOAT, n * k).reshape(n, k).T.tolist()
+        named = {str(name): known(values) for name, values in zip(names, matrix, strict=True)}
         columns["spread"] = known(reader.take(_FLOAT, n).tolist())
     reader.end()
     for name in _FIELDS & others.keys() - _COLUMNS:
@@ -177,7 +186,9 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
     for size in sizes:
         some = slice(first, first + size)
         of_group = {name: values[some] for name, values in columns.items()}
-        scores.append(GroupScores(**of_group, model_version=head["model_version"]))
+        of_names = {name: values[some] for name, values in named.items()} or None
+        version = head["model_version"]
+        scores.append(GroupScores(**of_group, model_version=version, named_rewards=of_names))
         first += size
     return head, scores
 
@@ -189,7 +200,7 @@ def _joined(scores: Sequence[GroupScores], name: str) -> list[Any] | None:
     return None if has_none else [v for value in values for v in value or []]
 
 
-def _floats(values: Sequence[float | None] | None) -> bytes:
+def _floats(values: Iterable[float | None] | None) -> bytes:
     return np.array([np.nan if v is None else v for v in values or []], _FLOAT).tobytes()
 
 

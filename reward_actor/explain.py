@@ -62,9 +62,9 @@ def _about_completion(
         yield f"no reward: {error.type}: {error.message}"
         return
     yield f"raw score {scores.raw_scores[number]:.7g}"
-    if scores.members is not None and (members := scores.members[number]) is not None:
-        named = zip(readout.names, members, strict=True)
-        yield ", ".join(f"{name} {reward:.7g}" for name, reward in named)
+    if scores.named_rewards is not None:
+        named = scores.named_rewards.items()
+        yield ", ".join(f"{name} {rewards[number]:.7g}" for name, rewards in named)
     formula = f"the members' rewards combined by {readout.combine}"
     if not readout.is_ensemble:
         formula = f"(raw score - {readout.means[0]:g}) / {readout.stds[0]:g}"

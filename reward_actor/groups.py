@@ -131,9 +131,8 @@ class GroupScores:
     With turn rewards, `turn_rewards[i]` has the reward at the end of each assistant turn, those of
     the prompt first; the last one is `rewards[i]`.
 
-    Of an ensemble, rewards and raw scores are its members' combined by the rule; `members[i]` are
-    the members' own rewards in the order in which `/info` names them, and `spread[i]` is the
-    standard deviation of those.
+    Of an ensemble, rewards and raw scores are its members' combined by the rule; `named_rewards`
+    has the members' own rewards by their names, and `spread[i]` is the standard deviation of those.
     """
 
     # The one list of these fields: JSON, binary bodies, files and clients are made from it.
@@ -146,7 +145,7 @@ class GroupScores:
     token_rewards: list[list[float] | None] | None = None
     tokens: list[list[str] | None] | None = None
     num_prompt_tokens: list[int] | None = None
-    members: list[list[float] | None] | None = None
+    named_rewards: dict[str, list[float | None]] | None = None
     spread: list[float | None] | None = None
     turn_rewards: list[list[float] | None] | None = None
 
@@ -163,7 +162,13 @@ def joined(parts: Sequence[GroupScores]) -> GroupScores:
         for name, value in vars(parts[0]).items()
         if isinstance(value, list)
     }
-    return replace(parts[0], **lists)
+    named = None
+    if parts[0].named_rewards is not None:
+        named = {
+            name: [each for part in parts for each in (part.named_rewards or {})[name]]
+            for name in parts[0].named_rewards
+        }
+    return replace(parts[0], **lists, named_rewards=named)
 
 
 class TruncatedIds(list[int]):
@@ -200,16 +205,17 @@ def assemble(
     """
     reading = readout.read(raw_scores)
     finite: list[bool] = reading.finite.tolist()
+    members: list[list[float]] = reading.members.tolist()
     columns = {"rewards": reading.rewards.tolist(), "raw_scores": reading.raw_scores.tolist()}
     if readout.is_ensemble:
-        columns |= {"members": reading.members.tolist(), "spread": reading.spread.tolist()}
+        columns["spread"] = reading.spread.tolist()
     for name, scores in (("token_rewards", token_scores), ("turn_rewards", turn_scores)):
         if scores is not None:
             within = [readout.read(rows) for rows in scores]
             finite = [ok and bool(one.finite.all()) for ok, one in zip(finite, within, strict=True)]
             columns[name] = [one.rewards.tolist() for one in within]
     errors = [
-        None if is_finite else _not_finite(reading.members[index].tolist(), readout)
+        None if is_finite else _not_finite(members[index], readout)
         for index, is_finite in enumerate(finite)
     ]
     assert len(errors) == len(scorable(rendered)), "one row for each scorable sample"
@@ -222,6 +228,10 @@ def assemble(
             name: [None if at is None else column[at] for at in good]
             for name, column in columns.items()
         }
+        named = {
+            name: [None if at is None else members[at][column] for at in good]
+            for column, name in enumerate(readout.names if readout.is_ensemble else ())
+        }
         num_tokens = [0 if isinstance(ids, SampleError) else len(ids) for ids in group]
         truncated = [isinstance(ids, TruncatedIds) for ids in group]
         results.append(
@@ -230,6 +240,7 @@ def assemble(
                 truncated=truncated,
                 errors=why,
                 model_version=model_version,
+                named_rewards=named or None,
                 **of_group,
             )
         )

@@ -38,6 +38,10 @@ class Samples:
         found: list[list[float | None]] = [group.rewards for group in scores]
         return in_order(found, self.places, dict.fromkeys(self.errors))
 
+    def named(self, scores: Sequence[GroupScores], name: str) -> list[float | None]:
+        """The rewards of this name. Raises ValueError where the service gives none."""
+        return in_order([of_name(g, name) for g in scores], self.places, dict.fromkeys(self.errors))
+
     def over_turns(
         self, scores: Sequence[GroupScores], completions: Sequence[Said], rule: TurnRewards | None
     ) -> Sequence[GroupScores]:
@@ -128,6 +132,15 @@ def wanted(rule: TurnRewards | None) -> dict[str, bool]:
 
 
 _RULES: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "sum": fsum, "min": min}
+
+
+def of_name(scores: GroupScores, name: str) -> list[float | None]:
+    """The rewards of this name. Raises ValueError where there is none."""
+    named = scores.named_rewards or {}
+    if name not in named:
+        known = ", ".join(named) or "one reward without a name"
+        raise ValueError(f"the service has no reward named {name!r}; it has {known}")
+    return named[name]
 
 
 def _num_turns(completion: Said) -> int:

@@ -27,7 +27,7 @@ Without prompt_key the contents of the log are taken as the messages. `tools` an
 `chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A conversation is
 rewarded at its end, with `turn_rewards: mean` (sum, min) for all assistant turns of its log. A
 sample without a reward (too long, say) is an error, unless `error_reward` names the reward that it
-shall have.
+shall have. `reward_names: [helpful, correct]` gives these named rewards, (n, 2), which GDPO takes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from reward_actor.integrations.scorers import client, url_or_variable
 
 
 class Step(NamedTuple):
-    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, terminateds (n,) bool."""
+    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, or (n, k) of k names;
+    terminateds (n,) bool."""
 
     observations: list[dict[str, str]]
     metadata: list[Any]
@@ -57,12 +58,14 @@ class RewardEnvironment:
     """One step for each conversation: the service's reward of its last message."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: url, prompt_key, error_reward, turn_rewards; all optional. Raises ValueError."""
+        """config: url, prompt_key, error_reward, turn_rewards, reward_names; all optional. Raises
+        ValueError."""
         self._url = url_or_variable(config.get("url"))
         client(self._url)  # raises now rather than at the first step
         self._prompt_key = config.get("prompt_key")
         self._error_reward = config.get("error_reward")
         self._rule = checked_rule(config.get("turn_rewards"))
+        self._names = list(config.get("reward_names") or ())
 
     def step(
         self,
@@ -81,7 +84,13 @@ class RewardEnvironment:
         groups, samples = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
         scores = client(self._url).score_groups(groups, **wanted(self._rule))
         rewarded = samples.over_turns(scores, message_log_batch, self._rule)
-        rewards = samples.chosen(rewarded, self._error_reward)
+        rewards: Any = samples.chosen(rewarded, self._error_reward)
+        if self._names:
+            columns = [samples.named(scores, name) for name in self._names]
+            rewards = [
+                [reward if value is None else value for value in row]
+                for reward, *row in zip(rewards, *columns, strict=True)
+            ]
         n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],

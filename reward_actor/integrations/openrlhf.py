@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from reward_actor.groups import Whole
+from reward_actor.groups import Whole, joined
 from reward_actor.integrations.grouping import rewards_of
 from reward_actor.integrations.scorers import client, url_or_variable
 
@@ -42,11 +42,18 @@ def reward_func(
     rewards = torch.tensor([reward for [reward] in chosen], dtype=torch.float32)
     num_tokens = [float(n) for group in scores for n in group.num_tokens]
     failed = [float(error is not None) for group in scores for error in group.errors]
+    # Where a sample has none, its `error_reward` stands for each of them.
+    whole = joined(scores).named_rewards if scores else None
+    named = {
+        name: [chosen[i][0] if value is None else value for i, value in enumerate(values)]
+        for name, values in (whole or {}).items()
+    }
     return {
         "rewards": rewards,
         "scores": rewards,
         "extra_logs": {
             "reward_model_tokens": torch.tensor(num_tokens),
             "without_reward": torch.tensor(failed),
+            **{name: torch.tensor(values) for name, values in named.items()},
         },
     }

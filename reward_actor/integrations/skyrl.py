@@ -22,7 +22,8 @@ reward (too long, say) is an error, unless the environment's configuration or th
 an `error_reward`; `tools` and `chat_template_kwargs` there go to the reward model's chat template.
 With `turn_rewards` ("mean", "sum", "min") there, the step's metadata have the rewards of all
 assistant turns, the prompt's and then the completion's; of the completion, which is one turn, any
-of these rules makes its reward.
+of these rules makes its reward. Named rewards, of an ensemble or of several heads, are in the
+metadata and the metrics.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class RewardStep:
         self._rule = checked_rule(_setting("turn_rewards", env_config, extras))
         self._prompt: list[Message] = []
         self._num_tokens = 0
+        self._named: dict[str, float | None] = {}
 
     def init(self, prompt: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
         """Remember the prompt and hand it on."""
@@ -65,12 +67,17 @@ class RewardStep:
         [reward] = samples.chosen(scores, self._error_reward)
         self._num_tokens = scores[0].num_tokens[0]
         metadata: dict[str, Any] = {"model_version": scores[0].model_version}
+        named = scores[0].named_rewards or {}
+        self._named = {name: values[0] for name, values in named.items()}
+        if named:
+            metadata["named_rewards"] = self._named
         if scores[0].turn_rewards is not None:
             metadata["turn_rewards"] = scores[0].turn_rewards[0]
         return {"observations": [], "reward": reward, "done": True, "metadata": metadata}
 
     def get_metrics(self) -> dict[str, Any]:
-        return {"reward_model_tokens": self._num_tokens}
+        known = {name: reward for name, reward in self._named.items() if reward is not None}
+        return {"reward_model_tokens": self._num_tokens, **known}
 
 
 def _setting(name: str, env_config: Any, extras: Mapping[str, Any] | None) -> Any:

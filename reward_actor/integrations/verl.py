@@ -14,6 +14,10 @@ in place of the completion's text, from an agent loop of yours, is rewarded at i
 `reward_kwargs.turn_rewards` ("mean", "sum", "min") for all assistant turns in it.
 `compute_score_async` does the same in verl's event loop, where `compute_score` takes a thread.
 
+Named rewards, of an ensemble or of several heads, are in the result next to `score`, so that verl
+logs them (`reward_extra_info`). `reward_kwargs.reward_weights`, {"helpful": 1.0, "brief": 0.2} say,
+makes their weighted sum the score.
+
 A sample without a reward (too long, say) is an error, which ends the training, unless
 `reward_kwargs.error_reward` names the reward that it shall have.
 """
@@ -29,10 +33,12 @@ from reward_actor.integrations.grouping import (
     Samples,
     TurnRewards,
     checked_rule,
+    of_name,
     to_groups,
     wanted,
 )
 from reward_actor.integrations.scorers import async_client, client, url_or_variable
+from reward_actor.shaping import weighted_sum
 
 
 def compute_score(
@@ -45,14 +51,16 @@ def compute_score(
     url: str | None = None,
     error_reward: float | None = None,
     turn_rewards: TurnRewards | None = None,
+    reward_weights: Mapping[str, float] | None = None,
     **ignored: Any,
 ) -> dict[str, float]:
-    """{"score": the reward, "num_tokens"} of one completion. Raises RewardServiceError, and
-    ValueError where the prompt is missing or turn_rewards is no rule."""
+    """{"score": the reward, "num_tokens", and each named reward} of one completion. Raises
+    RewardServiceError, and ValueError where the prompt is missing, turn_rewards is no rule, or
+    reward_weights has a name that no reward has."""
     rule = checked_rule(turn_rewards)
     groups, samples = _grouped(solution_str, extra_info, prompt_key)
     scores = client(url_or_variable(url)).score_groups(groups, **wanted(rule))
-    return _result(samples, scores, solution_str, rule, error_reward)
+    return _result(samples, scores, solution_str, rule, error_reward, reward_weights)
 
 
 async def compute_score_async(
@@ -65,13 +73,14 @@ async def compute_score_async(
     url: str | None = None,
     error_reward: float | None = None,
     turn_rewards: TurnRewards | None = None,
+    reward_weights: Mapping[str, float] | None = None,
     **ignored: Any,
 ) -> dict[str, float]:
     """`compute_score`, awaited."""
     rule = checked_rule(turn_rewards)
     groups, samples = _grouped(solution_str, extra_info, prompt_key)
     scores = await async_client(url_or_variable(url)).score_groups(groups, **wanted(rule))
-    return _result(samples, scores, solution_str, rule, error_reward)
+    return _result(samples, scores, solution_str, rule, error_reward, reward_weights)
 
 
 def _result(
@@ -80,10 +89,18 @@ def _result(
     completion: Said,
     rule: TurnRewards | None,
     error_reward: float | None,
+    weights: Mapping[str, float] | None,
 ) -> dict[str, float]:
     rewarded = samples.over_turns(scores, [completion], rule)
     [reward] = samples.chosen(rewarded, error_reward)
-    return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0}
+    # verl wants the same keys of each sample; one without a reward is in no group, or has None.
+    names = (scores[0].named_rewards if scores else None) or {}
+    named = {name: of_sample[0] for name, of_sample in names.items()}
+    if weights and scores and all(value is not None for value in named.values()):
+        weighted: dict[str, Any] = {name: of_name(scores[0], name) for name in weights}
+        reward = float(weighted_sum(weighted, weights)[0])
+    found = {name: reward if value is None else value for name, value in named.items()}
+    return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0, **found}
 
 
 def _grouped(

@@ -17,8 +17,8 @@ _SAMPLED = (
     "prompt_ids", "completions", "completion_ids", "log_probs", "finish_reasons", "ended_with_eos",
 )  # fmt: skip
 _SCORED = (
-    "rewards", "raw_scores", "num_tokens", "truncated", "errors", "model_version", "members",
-    "spread",
+    "rewards", "raw_scores", "num_tokens", "truncated", "errors", "model_version",
+    "named_rewards", "spread",
 )  # fmt: skip
 _OURS = frozenset({*_SAMPLED, *_SCORED, "num_completion_tokens", "error"})
 

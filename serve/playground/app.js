@@ -8,11 +8,9 @@ import { refresh, setState, showLatency } from "./header.js";
 import { scaleOf, showScale } from "./heatmap.js";
 import * as monitor from "./monitor.js";
 
-let memberNames = [];
 let busy = false;
 
 function onInfo(info) {
-  memberNames = info.ensemble?.names ?? [];
   compose.setFormat(info.format);
 }
 
@@ -29,7 +27,7 @@ async function score() {
     const [result] = reply.results;
     const scale = scaleOf((result.token_rewards ?? []).flatMap((row) => row ?? []));
     showScale(scale);
-    showResult(cards, request.groups[0], result, scale, memberNames);
+    showResult(cards, request.groups[0], result, scale);
     say(summary(result.rewards));
     refresh(onInfo, { ask: false });
   } catch (error) {

@@ -34,8 +34,8 @@ export function markStale(cards) {
 
 /** Show one result (a GroupReply of /v1/score) on its cards.
  *
- *  group: what was scored; scale: of the token rewards; memberNames: an ensemble's, else empty. */
-export function showResult(cards, group, result, scale, memberNames) {
+ *  group: what was scored; scale: of the token rewards. */
+export function showResult(cards, group, result, scale) {
   const ranks = ranksOf(result.rewards);
   cards.forEach((card, i) => {
     const find = (selector) => card.root.querySelector(selector);
@@ -54,7 +54,7 @@ export function showResult(cards, group, result, scale, memberNames) {
     failure.hidden = error === null;
     failure.textContent = error === null ? "" : `${error.type}: ${error.message}`;
     find(".meter").replaceChildren(...meter(result.rewards, i));
-    find(".numbers").replaceChildren(...numbers(result, i, memberNames));
+    find(".numbers").replaceChildren(...numbers(result, i));
     showTokens(card, result, i, scale);
     offerExplanation(card, { ...group, completions: [group.completions[i]] });
   });
@@ -124,18 +124,18 @@ function meter(rewards, i) {
   return [bar, ...ticks];
 }
 
-function numbers(result, i, memberNames) {
+function numbers(result, i) {
   if (result.rewards[i] === null) return [];
   const items = [`raw score ${signed(result.raw_scores[i])}`, count(result.num_tokens[i], "token")];
   if (result.truncated[i]) items.push("truncated");
   const spread = result.spread?.[i];
   if (spread !== null && spread !== undefined) items.push(`spread ${spread.toFixed(3)}`);
   const parts = items.map((item) => element("span", { textContent: item }));
-  const members = result.members?.[i];
-  if (members) {
-    const rows = members.map((reward, k) =>
-      element("span", { className: "member" }, `${memberNames[k] ?? `member ${k + 1}`} `,
-        element("b", { textContent: signed(reward) })),
+  const named = Object.entries(result.named_rewards ?? {});
+  if (named.length) {
+    const rows = named.map(([name, rewards]) =>
+      element("span", { className: "member" }, `${name} `,
+        element("b", { textContent: signed(rewards[i]) })),
     );
     parts.push(element("span", { className: "members" }, ...rows));
   }

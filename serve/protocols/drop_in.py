@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import GroupScores
+from reward_actor.groups import GroupScores, joined
 from serve.http.requests import json_reply
 from serve.ingress.service import RewardService, Scored
 from serve.protocols.native import check_model
@@ -141,6 +141,18 @@ def _with_error_reward(
 def num_tokens(results: Iterable[GroupScores]) -> list[int]:
     """The tokens of each sample."""
     return [num for group in results for num in group.num_tokens]
+
+
+def named_values(service: RewardService, scored: Scored) -> dict[str, list[float]]:
+    """The named rewards of each sample, by name, as `values` has its reward; empty where the reward
+    is one."""
+    whole = joined(scored.results)
+    substitute = service.config.error_reward
+    fill = 0.0 if substitute == "refuse" else substitute  # `values` has refused it
+    return {
+        name: [fill if value is None else value for value in values]
+        for name, values in (whole.named_rewards or {}).items()
+    }
 
 
 def sigmoid(value: float) -> float:

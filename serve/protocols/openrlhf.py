@@ -13,7 +13,7 @@ from reward_actor import schema
 from reward_actor.groups import Whole
 from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
-from serve.protocols.drop_in import DropIn, drop_in_reply, num_tokens, values
+from serve.protocols.drop_in import DropIn, drop_in_reply, named_values, num_tokens, values
 
 router = APIRouter(tags=["OpenRLHF"], route_class=ScoreRoute)
 
@@ -58,5 +58,5 @@ async def get_reward(request: Request) -> Response:
     asked = parse(OpenRlhfRequest, await request.body())
     scored = await service.score([Whole(texts=asked.query)])
     rewards = values(service, scored)
-    logs = {"num_tokens": num_tokens(scored.results)}
+    logs = {"num_tokens": num_tokens(scored.results), **named_values(service, scored)}
     return drop_in_reply({"rewards": rewards, "scores": rewards, "extra_logs": logs}, scored)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -174,6 +174,23 @@ def _scores(got: Received) -> Answer:
     if got.path == "/info":
         return Answer(404)
     scores = [_group_scores(group, got.token_rewards, got.turn_rewards) for group in got.groups]
+    return answer_with(got, scores)
+
+
+def named(got: Received) -> Answer:
+    """The scores with two named rewards: the reward, and its half."""
+    scores = [_group_scores(group, got.token_rewards, got.turn_rewards) for group in got.groups]
+    halves = [[None if r is None else r / 2 for r in each.rewards] for each in scores]
+    return answer_with(
+        got,
+        [
+            replace(each, named_rewards={"whole": each.rewards, "half": half}, spread=half)
+            for each, half in zip(scores, halves, strict=True)
+        ],
+    )
+
+
+def answer_with(got: Received, scores: list[GroupScores]) -> Answer:
     if got.media_type == binary.MEDIA_TYPE:
         head = {"model_version": "sha256:stub", "timings_ms": {}}
         body = binary.encode_reply("stub", scores, head)

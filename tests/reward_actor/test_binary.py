@@ -29,8 +29,8 @@ errors = st.builds(SampleError, st.sampled_from(["too_long", "non_finite_reward"
 
 @st.composite
 def scores(draw: st.DrawFn) -> list[GroupScores]:
-    """Groups of one reply: token rewards and members in all of them or in none."""
-    has_tokens, num_members = draw(st.booleans()), draw(st.sampled_from([0, 1, 3]))
+    """Groups of one reply: token rewards and named rewards in all of them or in none."""
+    has_tokens, names = draw(st.booleans()), draw(st.lists(st.text(), unique=True, max_size=3))
     has_turns = draw(st.booleans())
     found = []
     for size in draw(st.lists(st.integers(0, 4), max_size=4)):
@@ -48,9 +48,9 @@ def scores(draw: st.DrawFn) -> list[GroupScores]:
                 for length, error in zip(lengths, failed, strict=True)
             ]
             group = replace(group, token_rewards=rows)
-        if num_members:
-            members = each(st.lists(floats, min_size=num_members, max_size=num_members))
-            group = replace(group, members=members, spread=each(floats))
+        if names:
+            named = {name: each(floats) for name in names}
+            group = replace(group, named_rewards=named, spread=each(floats))
         if has_turns:
             turns = each(st.lists(floats, min_size=1, max_size=3))
             group = replace(group, turn_rewards=turns)
@@ -78,7 +78,8 @@ def test_a_reply_comes_back(sent: list[GroupScores]) -> None:
         for name in ("rewards", "raw_scores", "num_tokens", "truncated", "errors"):
             assert getattr(ours, name) == getattr(theirs, name)
         if any(theirs.rewards):
-            assert (ours.token_rewards, ours.members) == (theirs.token_rewards, theirs.members)
+            assert ours.token_rewards == theirs.token_rewards
+            assert ours.named_rewards == theirs.named_rewards
             assert ours.turn_rewards == theirs.turn_rewards
 
 

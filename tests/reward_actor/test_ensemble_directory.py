@@ -43,7 +43,10 @@ def test_the_command_makes_a_directory_that_scores(
     [expected] = listed.score([Group("Name two fruits.", ["An apple.", "No."])])
     assert row["rewards"] == pytest.approx(expected.rewards, abs=1e-5)
     assert row["spread"] == pytest.approx(expected.spread, abs=1e-5)
-    assert [len(members) for members in row["members"]] == [2, 2]
+    assert expected.named_rewards is not None
+    assert list(row["named_rewards"]) == list(expected.named_rewards)
+    for name, rewards in expected.named_rewards.items():
+        assert row["named_rewards"][name] == pytest.approx(rewards, abs=1e-5)
     assert row["model_version"] == listed.model_version
     assert rayward.main(command) == 2
     assert "holds ensemble.json already" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from reward_actor.contract import ContractError
 from reward_actor.convert import convert
 from reward_actor.model.directory import CheckpointError
 from reward_actor.model.layouts import recognise
+from reward_actor.shaping import weighted_sum
 from reward_actor.vllm.scorer import check_supported
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no scoring_contract.json:UserWarning")
@@ -122,13 +123,14 @@ def test_the_bias_of_several_outputs_is_kept(tmp_path: Path, tokenizer: Any) -> 
     found = scorer.score_ids(ROWS).tolist()
     assert found == pytest.approx((own @ torch.tensor([2.0, 3.0])).tolist(), abs=1e-5, rel=1e-5)
     [group] = scorer.score([Group(prompt_ids=ROWS[0][:2], completion_ids=[ROWS[0][2:]])])
-    assert group.members is not None
+    assert group.named_rewards is not None
+    named = [rewards[0] for rewards in group.named_rewards.values()]
     ids = torch.tensor([scorer.renderer.sequences(Group(
         prompt_ids=ROWS[0][:2], completion_ids=[ROWS[0][2:]]
     ))[0]])  # fmt: skip
     with torch.inference_mode():
         expected = network(input_ids=ids).logits[0] + bias
-    assert group.members[0] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert named == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_an_adapters_own_head_takes_no_bias_of_its_base(tmp_path: Path, tokenizer: Any) -> None:
@@ -236,10 +238,10 @@ def test_several_outputs_with_names_and_weights(tmp_path: Path, tokenizer: Any) 
     assert found == pytest.approx((own @ weights).tolist(), abs=1e-5, rel=1e-5)
     assert scorer.contract.heads == ["helpful", "correct", "verbose"]
     [group] = scorer.score([Group(prompt_ids=[5], completion_ids=[[6, 7]])])
-    assert group.members is not None
-    assert group.members[0] is not None
-    combined = sum(w * m for w, m in zip(weights.tolist(), group.members[0], strict=True))
-    assert group.rewards[0] == pytest.approx(combined, abs=1e-5)
+    assert group.named_rewards is not None
+    assert list(group.named_rewards) == ["helpful", "correct", "verbose"]
+    combined = weighted_sum(group.named_rewards, {"helpful": 0.65, "correct": 0.8, "verbose": -0.4})
+    assert group.rewards == pytest.approx(combined.tolist(), abs=1e-5)
     again = shutil.copytree(tmp_path / "out", tmp_path / "again")
     with pytest.raises(ValueError, match="has weights for its heads"):
         RewardScorer.from_pretrained([tmp_path / "out", again], "cpu")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import pickle
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import USER
-from stub_service import stub
+from stub_service import error, named, stub
 
 from reward_actor import Group, RewardServiceError
 from reward_actor.integrations import openrlhf, scorers
 from reward_actor.integrations.grouping import in_order, to_groups
 from reward_actor.integrations.nemo_rl import RewardEnvironment
 from reward_actor.integrations.skyrl import RewardStep
-from reward_actor.integrations.trl import reward_function
+from reward_actor.integrations.trl import reward_function, reward_functions
 from reward_actor.integrations.verl import compute_score
 
 # ---- grouping
@@ -155,6 +156,69 @@ def test_the_other_adapters_rewards_of_turns(rule: Any, reward: float) -> None:
         nemo = RewardEnvironment({"prompt_key": "messages", **settings})
         log = [{"role": "user", "content": "<templated>"}, *SEVERAL]
         assert nemo.step([log], [{"messages": BEGUN}]).rewards.tolist() == [reward]
+
+
+# ---- named rewards
+
+ANSWERS = ["1234", "12"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_trl_functions_of_named_rewards_share_a_request(asynchronous: bool) -> None:
+    answers: list[Any] = [error("invalid_request")]
+    with stub(lambda got: answers.pop() if answers else named(got)) as server:
+        functions: Any = reward_functions(server.url, ["half", "whole"], asynchronous=asynchronous)
+        assert [function.__name__ for function in functions] == ["half", "whole"]
+
+        async def awaited(given: dict[str, Any]) -> list[Any]:
+            return list(await asyncio.gather(*(function(**given) for function in functions)))
+
+        def asked(prompt: str) -> list[Any]:
+            given: dict[str, Any] = {"prompts": [prompt] * 2, "completions": ANSWERS}
+            if asynchronous:
+                return asyncio.run(awaited(given))
+            return [function(**given) for function in functions]
+
+        with pytest.raises(RewardServiceError, match="as the test wants it"):
+            asked("p")
+        # A batch like the last one is asked for, too: the service may have another model by then.
+        assert asked("p") == asked("p") == asked("q") == [[2.0, 1.0], [4.0, 2.0]]
+        assert len(server.received) == 4
+        assert [function.__name__ for function in pickle.loads(pickle.dumps(functions))] == [
+            "half",
+            "whole",
+        ]
+        [unknown] = reward_functions(server.url, ["third"])
+        with pytest.raises(ValueError, match="no reward named 'third'; it has whole, half"):
+            unknown(prompts=["p"], completions=["x"])
+
+
+def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stub(named) as server:
+        told = {"extra_info": {"prompt": "p"}, "url": server.url}
+        scored = compute_score("", "1234", None, **told)
+        assert scored == {"score": 4.0, "num_tokens": 1, "whole": 4.0, "half": 2.0}
+        weights = {"whole": 1.0, "half": -0.5}
+        assert compute_score("", "1234", None, **told, reward_weights=weights)["score"] == 3.0
+        with pytest.raises(ValueError, match="no reward named 'third'"):
+            compute_score("", "1234", None, **told, reward_weights={"third": 1.0})
+        monkeypatch.setenv(scorers.URL_VARIABLE, server.url)
+        logs = openrlhf.reward_func(ANSWERS, ANSWERS, ANSWERS)["extra_logs"]
+        assert logs["whole"].tolist() == [4.0, 2.0]
+        assert logs["half"].tolist() == [2.0, 1.0]
+        nemo = RewardEnvironment({"url": server.url, "reward_names": ["half", "whole"]})
+        answers = [[*USER, {"role": "assistant", "content": answer}] for answer in ANSWERS]
+        lenient = RewardEnvironment(
+            {"url": server.url, "reward_names": ["half", "whole"], "error_reward": -1.0}
+        )
+        assert nemo.step(answers, [None] * 2).rewards.tolist() == [[2.0, 4.0], [1.0, 2.0]]
+        rewards = lenient.step([*answers, [*USER, THOUGHT]], [None] * 3).rewards
+        assert rewards.tolist() == [[2.0, 4.0], [1.0, 2.0], [-1.0, -1.0]]
+        env = RewardStep(extras={"url": server.url})
+        env.init(USER)
+        step = env.step("1234")
+        assert step["metadata"]["named_rewards"] == {"whole": 4.0, "half": 2.0}
+        assert env.get_metrics()["half"] == 2.0
 
 
 # ---- OpenRLHF

@@ -142,10 +142,12 @@ def test_what_is_not_finite_marks_its_own_sample_only(
     others = [index for index in range(len(raw)) if index != row]
     assert reading.rewards[others].tolist() == expected.rewards[others].tolist()
     [scores] = assemble([[[1]] * len(raw)], raw, readout, "sha256:0")
-    assert scores.members is not None
+    assert scores.named_rewards is not None
+    assert list(scores.named_rewards) == readout.names
     for index, error in enumerate(scores.errors):
-        none = [scores.rewards[index], scores.raw_scores[index], scores.members[index]]
-        assert [value is None for value in none] == [index == row] * 3
+        named = [rewards[index] for rewards in scores.named_rewards.values()]
+        none = [scores.rewards[index], scores.raw_scores[index], *named]
+        assert {value is None for value in none} == {index == row}
         message = f"m{column}'s reward is not finite"
         assert error == (SampleError("non_finite_reward", message) if index == row else None)
 

@@ -388,21 +388,17 @@ def test_a_service_that_sleeps_is_asked_until_it_is_awake(visit: Callable[..., V
 
 
 def test_members_of_an_ensemble_are_named(visit: Callable[..., Visit]) -> None:
-    """The real replies, with the members that an ensemble would add."""
-
-    def named(route: Route) -> None:
-        info = route.fetch().json()
-        names = {"names": ["<b>one</b>", "two"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
-        route.fulfill(json={**info, "ensemble": {**names, "combine": "min", "k": 1.0}})
+    """The real replies, with the rewards of members that an ensemble would add."""
 
     def with_members(route: Route) -> None:
         reply = route.fetch().json()
         for result in reply["results"]:
-            result["members"] = [[1.25, -0.5]] * len(result["rewards"])
-            result["spread"] = [0.875] * len(result["rewards"])
+            n = len(result["rewards"])
+            result["named_rewards"] = {"<b>one</b>": [1.25] * n, "two": [-0.5] * n}
+            result["spread"] = [0.875] * n
         route.fulfill(json=reply)
 
-    one = visit(routes={"**/info": named, "**/v1/score": with_members})
+    one = visit(routes={"**/v1/score": with_members})
     one.score()
     assert one.texts(".members")[0] == "<b>one</b> +1.250two −0.500"
     assert "spread 0.875" in one.texts(".numbers")[0]

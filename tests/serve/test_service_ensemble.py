@@ -53,7 +53,10 @@ def url(service: str, ensemble_dir: Path) -> Iterator[str]:
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
-    """Numbers, None and lists of them, to any depth."""
+    """Numbers, None, and lists and objects of them, to any depth."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        ours, theirs = list(ours.values()), list(theirs.values())
     if isinstance(theirs, list):
         assert len(ours) == len(theirs)
         for one, other in zip(ours, theirs, strict=True):
@@ -72,14 +75,15 @@ def test_an_ensemble_scores_over_http_as_it_does_offline(url: str, ensemble_dir:
     assert again == first, "the cache answers bit by bit"
     for served in (first, with_tokens, RewardHandle("ensemble").score_groups(GROUPS)):
         for ours, theirs in zip(served, expected, strict=True):
-            for name in ("rewards", "raw_scores", "members", "spread"):
+            for name in ("rewards", "raw_scores", "named_rewards", "spread"):
                 assert_close(getattr(ours, name), getattr(theirs, name))
             assert ours.errors == theirs.errors
             assert ours.model_version == offline.model_version
     for ours, theirs in zip(with_tokens, expected, strict=True):
         assert_close(ours.token_rewards, theirs.token_rewards)
-    assert expected[0].members is not None
-    assert [members and len(members) for members in expected[0].members] == [3, 3, None]
+    assert expected[0].named_rewards is not None
+    for rewards in expected[0].named_rewards.values():
+        assert [reward is None for reward in rewards] == [False, False, True]
     assert info.ensemble is not None
     assert info.ensemble.names == offline.readout.names == ["one", "two/a", "two/b"]
     assert (info.ensemble.combine, info.ensemble.k) == ("mean_minus_std", 0.5)
@@ -94,7 +98,7 @@ def test_one_model_has_neither_members_nor_a_rule(service: str) -> None:
     with RewardClient(service) as client:
         [scores] = client.score_groups(GROUPS[1:2])
         info = client.info()
-    assert scores.members is None
+    assert scores.named_rewards is None
     assert scores.spread is None
     assert info.ensemble is None
     assert info.normalisation == {"mean": 0.0, "std": 1.0}
@@ -104,7 +108,8 @@ def test_one_model_has_neither_members_nor_a_rule(service: str) -> None:
 def test_a_request_without_samples_is_answered(url: str) -> None:
     reply = httpx.post(url + "/v1/score", json={"groups": [{"prompt": "Hi.", "completions": []}]})
     [result] = reply.json()["results"]
-    assert result["rewards"] == result["members"] == result["spread"] == []
+    assert result["rewards"] == result["spread"] == []
+    assert result["named_rewards"] == {"one": [], "two/a": [], "two/b": []}
 
 
 def test_a_scorer_actor_takes_an_ensemble(ray_cluster: None, ensemble_dir: Path) -> None:
@@ -125,4 +130,4 @@ def test_a_scorer_actor_takes_an_ensemble(ray_cluster: None, ensemble_dir: Path)
     assert info.ensemble.names == offline.readout.names
     for ours, theirs in zip(served, offline.score(GROUPS), strict=True):
         assert_close(ours.rewards, theirs.rewards)
-        assert_close(ours.members, theirs.members)
+        assert_close(ours.named_rewards, theirs.named_rewards)
