@@ -13,6 +13,7 @@ ErrorType = Literal[
     "token_out_of_vocabulary",
     "unrenderable",
     "non_finite_reward",
+    "function_failed",
     # of a whole request
     "invalid_request",
     "body_too_large",

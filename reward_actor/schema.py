@@ -316,7 +316,8 @@ class ModelInfo(Wire):
 class Info(ModelInfo):
     """What is served and every limit that a caller can run into. `generation` grows by one with
     every hot swap. `asleep`: it scores nothing until it is woken; `num_replicas` sleep then.
-    `error_reward` is what other systems' routes answer for a sample that cannot be scored."""
+    `error_reward` is what other systems' routes answer for a sample that cannot be scored.
+    `functions` are the operator's own, with their weights in the reward."""
 
     model: str
     generation: int = 0
@@ -325,6 +326,7 @@ class Info(ModelInfo):
     asleep: bool = False
     limits: dict[str, float]
     error_reward: float | Literal["refuse"] = "refuse"
+    functions: dict[str, float] = {}
     warnings: list[MonitorWarning] = []
 
 

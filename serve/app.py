@@ -28,6 +28,7 @@ from serve.deployments import Ingress, RewardModel
 from serve.haproxy import settings as haproxy
 from serve.http.auth import require_guard
 from serve.http.tokens import Tokens
+from serve.ingress.functions import Functions
 from serve.listeners import listeners
 from serve.monitoring.metrics import publish_targets
 from serve.registry import Registry
@@ -86,11 +87,13 @@ def resolve(config: ServeConfig) -> ServeConfig:
     listed = None if registry is None else registry.name_of(directory)
     files = {
         setting: str(Path(file).expanduser().absolute())
-        for setting in ("token_file", "tls_cert", "tls_key")
+        for setting in ("token_file", "tls_cert", "tls_key", "functions")
         if (file := getattr(config, setting)) is not None
     }
     if "token_file" in files:
         Tokens(files["token_file"])
+    if "functions" in files:
+        Functions.load(files["functions"])
     if "tls_cert" in files:
         _check_certificate(files["tls_cert"], files["tls_key"])
     return config.model_copy(

@@ -85,6 +85,9 @@ class ServeConfig(BaseModel):
         "refuse",
         description="what these answer for a sample that cannot be scored; refuse: with an error",
     )
+    functions: str | None = Field(
+        None, description="Python file with reward functions of yours, run with every request"
+    )
     registry: str | None = Field(
         None, description="directory of models by name, for hot swaps; none: no swaps"
     )

@@ -26,6 +26,7 @@ from reward_actor.groups import (
 from reward_actor.turn_ends import TurnEnds
 from serve.config import ServeConfig
 from serve.ingress.dispatch import Dispatched, Dispatcher, OtherVersion, asleep
+from serve.ingress.functions import Functions, RewardFunctions
 from serve.ingress.replicas import Model, Replicas
 from serve.monitoring.observer import Observer
 from serve.wire import Description
@@ -84,6 +85,11 @@ class RewardService:
             target_batch_s=config.target_batch_s,
             num_ingress=config.num_ingress,
         )
+        self._functions = (
+            None
+            if config.functions is None
+            else RewardFunctions(Functions.load(config.functions), config.request_timeout_s)
+        )
         self.observer = Observer(
             config, app_name, sender, log_file, queued_tokens=lambda: self.dispatcher.queued_tokens
         )
@@ -97,7 +103,7 @@ class RewardService:
     ) -> Scored:
         """Score groups before the deadline. Raises RewardServiceError."""
         started = time.perf_counter()
-        scored = await self.within_deadline(self._score(groups, token_rewards, turn_rewards))
+        scored = await self.within_deadline(self._rewarded(groups, token_rewards, turn_rewards))
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
         self.observer.scored(
             scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
@@ -143,6 +149,7 @@ class RewardService:
                 "max_length": model.contract.max_length,
             },
             error_reward=self.config.error_reward,
+            functions={} if self._functions is None else self._functions.weights,
             warnings=self.observer.warnings(),
         )
 
@@ -174,6 +181,17 @@ class RewardService:
             if self.replicas.is_asleep:  # since before this ingress was there
                 raise asleep()
             await asyncio.sleep(0.1)
+
+    async def _rewarded(
+        self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
+    ) -> Scored:
+        scored = await self._score(groups, token_rewards, turn_rewards)
+        if self._functions is None:
+            return scored
+        tokenizer = scored.model.renderer.tokenizer
+        return replace(
+            scored, results=await self._functions.added(groups, scored.results, tokenizer)
+        )
 
     async def _score(
         self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool

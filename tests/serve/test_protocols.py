@@ -316,10 +316,23 @@ def application(service: str, name: str, config: ServeConfig) -> Iterator[str]:
 ERROR_REWARD = -10.0
 
 
+FUNCTIONS = """
+def brevity(prompt, completions):
+    return [-len(completion) for completion in completions]
+
+REWARDS = {"brevity": brevity}
+"""
+
+
 @pytest.fixture(scope="module")
-def lenient(service: str, export_dir: Path) -> Iterator[httpx.Client]:
-    """A service that answers a number for what cannot be scored."""
-    config = ServeConfig(model=str(export_dir), error_reward=ERROR_REWARD)
+def lenient(
+    service: str, export_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """A service that answers a number for what cannot be scored, and reports a function's rewards
+    as well."""
+    functions = tmp_path_factory.mktemp("functions") / "rewards.py"
+    functions.write_text(FUNCTIONS)
+    config = ServeConfig(model=str(export_dir), error_reward=ERROR_REWARD, functions=str(functions))
     for url in application(service, "lenient", config):
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client
@@ -396,6 +409,24 @@ def test_one_sample_alone_gets_the_error_reward(lenient: httpx.Client) -> None:
         assert reply.json()["data"][1]["probs"] == [ERROR_REWARD]
     activated = lenient.post("/predict", json={"inputs": TOO_LONG}).json()
     assert activated[0]["score"] == pytest.approx(sigmoid(ERROR_REWARD)), "as any reward is"
+
+
+def test_rewards_of_functions_go_by_their_names(lenient: httpx.Client, http: httpx.Client) -> None:
+    texts = [GOOD, TOO_LONG]
+    logs = lenient.post("/get_reward", json={"query": texts}).json()["extra_logs"]
+    assert logs["brevity"] == [-len(GOOD), ERROR_REWARD]
+    body = {"groups": [{"prompt": "Hi.", "completions": ["Hello.", "What?", TOO_LONG]}]}
+    [plain], [named] = (
+        client.post("/v1/score", json=body).json()["results"] for client in (http, lenient)
+    )
+    assert plain["named_rewards"] is None
+    assert named["named_rewards"] == {"model": named["rewards"], "brevity": [-6, -5, None]}
+    assert named["rewards"] == close(plain["rewards"])
+    ids = {"groups": [{"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9]]}]}
+    [by_ids] = lenient.post("/v1/score", json=ids).json()["results"]
+    assert by_ids["named_rewards"]["model"] == by_ids["rewards"]
+    assert all(reward < 0 for reward in by_ids["named_rewards"]["brevity"])
+    assert lenient.get("/info").json()["functions"] == {"brevity": 0.0}
 
 
 def test_nothing_but_a_samples_error_gets_the_error_reward(lenient: httpx.Client) -> None:

@@ -1,0 +1,219 @@
+"""The operator's own reward functions, next to the model: `rayward serve MODEL --functions FILE`.
+
+FILE is Python, which runs in every ingress:
+
+    def brevity(prompt, completions):
+        return [-len(completion) / 1000 for completion in completions]
+
+    REWARDS = {"brevity": brevity}
+    WEIGHTS = {"brevity": 0.5}   # of those that count; the others are only reported
+
+A function gets a prompt (text, or messages) with its completions (texts, or the assistant's
+messages), and returns a number for each, or None for one that it has no reward for. It may be
+async. Groups of token ids are decoded for it; of whole texts the prompt is None. Functions run in
+threads, several at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from reward_actor.errors import RewardServiceError
+from reward_actor.groups import Group, GroupScores, SampleError, Whole
+from reward_actor.shaping import weighted_sum
+
+Function = Callable[[Any, Sequence[Any]], Any]
+Rewards = list[float | None]
+
+MODEL = "model"
+"""The name of a model's reward next to those of functions, where it has no names itself."""
+
+_NUM_THREADS = 4
+# Below the request's own deadline, so that this is what the caller is told.
+_SHARE_OF_DEADLINE = 0.9
+
+
+@dataclass(frozen=True)
+class Functions:
+    """By name; weights: of those that count."""
+
+    by_name: Mapping[str, Function]
+    weights: Mapping[str, float]
+
+    @classmethod
+    def load(cls, path: str) -> Functions:
+        """Run the file. Raises ValueError for one that is not there, raises, or lacks what it must
+        have."""
+        if not Path(path).is_file():
+            raise ValueError(f"functions: {path} is not a file")
+        try:
+            found = _run(path)
+        except Exception as error:
+            raise ValueError(f"functions: {path} raises {type(error).__name__}: {error}") from error
+        by_name, weights = getattr(found, "REWARDS", None), getattr(found, "WEIGHTS", {})
+        if not isinstance(by_name, dict) or not by_name:
+            raise ValueError(f'functions: {path} has no REWARDS = {{"name": function}}')
+        for name, function in by_name.items():
+            if not isinstance(name, str) or not name or name == MODEL or not callable(function):
+                raise ValueError(
+                    f"functions: {path}: REWARDS has {name!r}; it must have functions by their "
+                    f"names, none of which may be {MODEL!r}"
+                )
+        if not isinstance(weights, dict):
+            raise ValueError(f'functions: {path}: WEIGHTS must be {{"name": number}}')
+        if unknown := [name for name in weights if name not in by_name]:
+            raise ValueError(
+                f"functions: {path}: WEIGHTS has {unknown[0]!r}, which REWARDS has not"
+            )
+        if not all(
+            type(weight) in (int, float) and isfinite(weight) for weight in weights.values()
+        ):
+            raise ValueError(f"functions: {path}: WEIGHTS must be finite numbers")
+        return cls(by_name, {name: float(weight) for name, weight in weights.items()})
+
+
+class RewardFunctions:
+    """Functions, and the threads that they run in."""
+
+    def __init__(self, functions: Functions, request_timeout_s: float) -> None:
+        self._functions = functions
+        self._timeout_s = _SHARE_OF_DEADLINE * request_timeout_s
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "reward-function")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of all of them; 0 for one that is only reported."""
+        return {name: self._functions.weights.get(name, 0.0) for name in self._functions.by_name}
+
+    async def added(
+        self, groups: Sequence[Group | Whole], scores: Sequence[GroupScores], tokenizer: Any
+    ) -> list[GroupScores]:
+        """The scores with the functions' rewards. tokenizer: decodes ids. Raises
+        RewardServiceError where they take too long, and where the model has one of their names."""
+        taken = {name for each in scores for name in each.named_rewards or ()}
+        if both := sorted(taken & self._functions.by_name.keys()):
+            message = (
+                f"the model and --functions both have a reward named {both[0]!r}; rename yours"
+            )
+            raise RewardServiceError("internal", message)
+        loop = asyncio.get_running_loop()
+        calls = [
+            loop.run_in_executor(self._threads, partial(call, name, function, group, tokenizer))
+            for group in groups
+            for name, function in self._functions.by_name.items()
+        ]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answers = iter(await asyncio.gather(*calls))
+        except TimeoutError:
+            raise RewardServiceError(
+                "deadline_exceeded",
+                f"no answer of the reward functions within {self._timeout_s:g} s",
+                retryable=True,
+            ) from None
+        names = list(self._functions.by_name)
+        return [
+            with_rewards(each, {name: next(answers) for name in names}, self._functions.weights)
+            for each in scores
+        ]
+
+
+def call(
+    name: str, function: Function, group: Group | Whole, tokenizer: Any
+) -> Rewards | SampleError:
+    """The function's rewards of a group, or why there are none, without what anybody wrote."""
+    prompt, completions = _asked(group, tokenizer)
+    try:
+        given = function(prompt, completions)
+        if inspect.isawaitable(given):
+            given = asyncio.run(_awaited(given))
+        rewards = [None if reward is None else float(reward) for reward in given]
+    except Exception as error:
+        return SampleError("function_failed", f"the reward function {name!r} {_raised(error)}")
+    if len(rewards) != len(completions):
+        why = f"gave {len(rewards)} rewards for {len(completions)} completions"
+    elif not all(reward is None or isfinite(reward) for reward in rewards):
+        why = "gave a reward that is not finite"
+    else:
+        return rewards
+    return SampleError("function_failed", f"the reward function {name!r} {why}")
+
+
+def with_rewards(
+    scores: GroupScores,
+    found: Mapping[str, Rewards | SampleError],
+    weights: Mapping[str, float],
+) -> GroupScores:
+    """The scores with what functions found, by name, and the weighted sum as the reward; where a
+    function has failed, its error in place of the group's scores."""
+    error = next((each for each in found.values() if isinstance(each, SampleError)), None)
+    errors = [here or error for here in scores.errors]
+    rewards: dict[str, Rewards] = {
+        **(scores.named_rewards or {MODEL: scores.rewards}),
+        **{name: each for name, each in found.items() if not isinstance(each, SampleError)},
+    }
+    if error is None and weights:
+        counted: dict[str, Any] = {name: rewards[name] for name in weights}
+        total = weighted_sum(counted | {"": scores.rewards}, weights)
+        scores = replace(scores, rewards=total.tolist())
+    per_sample: dict[str, Any] = {
+        field: [None if e else value for value, e in zip(values, errors, strict=True)]
+        for field, values in vars(scores).items()
+        if isinstance(values, list) and field not in ("num_tokens", "truncated", "errors")
+    }
+    named = {
+        name: [None if e else value for value, e in zip(values, errors, strict=True)]
+        for name, values in rewards.items()
+    }
+    if per_sample.get("num_prompt_tokens"):
+        per_sample["num_prompt_tokens"] = scores.num_prompt_tokens
+    return replace(scores, **per_sample, errors=errors, named_rewards=named)
+
+
+def _asked(group: Group | Whole, tokenizer: Any) -> tuple[Any, list[Any]]:
+    def decoded(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    if isinstance(group, Whole):
+        return None, list(group.texts) or [decoded(ids) for ids in group.ids]
+    if group.prompt_ids is not None:
+        return decoded(group.prompt_ids), [decoded(ids) for ids in group.completion_ids]
+    return group.prompt, list(group.completions)
+
+
+def _run(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rayward_functions", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+async def _awaited(given: Any) -> Any:
+    return await given
+
+
+def _raised(error: Exception) -> str:
+    """What and where, without its message: that may quote a prompt."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else f" (line {trace.tb_lineno} of {_file(trace)})"
+    return f"raised {type(error).__name__}{place}"
+
+
+def _file(trace: Any) -> str:
+    return Path(trace.tb_frame.f_code.co_filename).name
