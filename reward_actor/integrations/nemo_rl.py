@@ -9,8 +9,13 @@ NeMo-RL starts environments as Ray actors; put these lines in a file of yours:
 
 register it before the environments are made
 
+    from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+    from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
     from nemo_rl.environments.utils import register_env
+
     register_env("rayward", "my_file.RaywardEnvironment")
+    # Which Python it runs in: the driver's, where rayward is installed.
+    ACTOR_ENVIRONMENT_REGISTRY["my_file.RaywardEnvironment"] = PY_EXECUTABLES.SYSTEM
 
 and name it in the configuration:
 
