@@ -209,7 +209,7 @@ def main() -> None:
     add = parser.add_argument
     add("demo", type=Path, help="what `make demo` has made")
     add("out", type=Path, help="gets the models of every round, and rounds.jsonl")
-    add("--rounds", type=int, default=4)
+    add("--rounds", type=int, default=3)
     add("--steps", type=int, default=25, help="of the policy, in a round")
     add("--learning-rate", type=float, default=2e-4, help="of the policy")
     add("--prompts", type=int, default=128, help="that are sampled for pairs, in a round")

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, pool: RolloutPool) -> None:
     for number in range(args.rounds + 1):
         sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed + number)
         asked = chance.sample(prompts, min(args.batch, len(prompts)))
-        rows = [rollout_row(group, {}) for group in pool.rollouts(asked, sampling)]
+        groups = sorted(pool.rollouts(asked, sampling), key=lambda group: group.index)
+        rows = [rollout_row(group, {}) for group in groups]
         rewards = [[r for r in row.get("rewards", ()) if r is not None] for row in rows]
         best_of_each = best_of_n(rewards, args.completions)
         row = {"round": number, "reward_of_the_best_of": best_of_each}

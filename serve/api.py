@@ -21,7 +21,17 @@ from serve.http.requests import DESCRIBED, SCHEMA_REF
 from serve.http.tokens import Tokens
 from serve.monitoring.request_log import RequestLog
 from serve.playground import routes as playground
-from serve.protocols import kserve, llama_factory, native, openrlhf, shared, slime, tei, vllm
+from serve.protocols import (
+    absent,
+    kserve,
+    llama_factory,
+    native,
+    openrlhf,
+    shared,
+    slime,
+    tei,
+    vllm,
+)
 
 if TYPE_CHECKING:
     from serve.ingress.service import RewardService
@@ -61,6 +71,7 @@ def build_api(service: RewardService, swapper: Swapper) -> FastAPI:
     api.add_exception_handler(RewardServiceError, answer_service_error)
     api.add_exception_handler(RequestValidationError, answer_invalid)
     api.add_exception_handler(HTTPException, answer_http_error)
+    api.add_exception_handler(404, absent.answer_no_route)
     tokens = None if config.token_file is None else Tokens(config.token_file)
     guard(api, tokens, by_any_name=config.allow_unauthenticated)
     api.add_middleware(Limits, config=config)

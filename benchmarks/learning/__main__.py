@@ -90,7 +90,8 @@ def loop(demo: Path, scratch: Path, num_seeds: int) -> dict[str, Any]:
     found = {}
     for name, options in (("fixed", ["--fixed"]), ("renewed", [])):
         port = free_port()
-        runs.run("online_rm.py", demo, scratch / name, "--port", port, *options)
+        given = (demo, scratch / name, "--port", port, "--rounds", 4, *options)
+        runs.run("online_rm.py", *given)
         found[name] = runs.log_of(scratch / name / "rounds.jsonl")
         print(f"{name}: {found[name]}", flush=True)
     return found

@@ -43,18 +43,15 @@ def _best_of(figures: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _loop(figures: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["round", "grade, fixed", "grade, renewed", "reward", "by the next version",
-             "pairs", "accuracy on them", "of the next version"]]  # fmt: skip
+    rows = [["round", "grade, fixed", "reward, fixed", "grade, renewed", "reward, renewed",
+             "by the next version", "accuracy of the version", "of the next"]]  # fmt: skip
     for fixed, renewed in zip(figures["fixed"], figures["renewed"], strict=True):
-        numbers = (renewed["reward"], renewed["reward_by_the_next"])
-        accuracies = (renewed["accuracy"], renewed["accuracy_of_the_next"])
-        rows.append(
-            [
-                str(fixed["round"]), f"{fixed['grade']:.2f}", f"{renewed['grade']:.2f}",
-                *(f"{number:.2f}" for number in numbers), str(renewed["num_pairs"]),
-                *(f"{accuracy:.2f}" for accuracy in accuracies),
-            ]
-        )  # fmt: skip
+        numbers = (
+            *(fixed[name] for name in ("grade", "reward")),
+            *(renewed[name] for name in ("grade", "reward", "reward_by_the_next")),
+            *(renewed[name] for name in ("accuracy", "accuracy_of_the_next")),
+        )
+        rows.append([str(fixed["round"]), *(f"{number:.2f}" for number in numbers)])
     return rows
 
 

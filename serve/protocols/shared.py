@@ -39,6 +39,7 @@ async def score(request: Request) -> Response:
     return await sglang.score(service, check(sglang.SglangScoreRequest, value))
 
 
+@router.post("/v1/classify", include_in_schema=False)  # where SGLang understands vLLM's body
 @router.post(
     "/classify",
     tags=["vLLM", "SGLang"],

@@ -39,7 +39,7 @@ RESULT: dict[str, Any] = {
         },
     },
     "loop": {
-        "fixed": [{"round": 1, "grade": 2.1}],
+        "fixed": [{"round": 1, "grade": 2.1, "reward": 0.9}],
         "renewed": [
             {
                 "round": 1,
@@ -58,7 +58,7 @@ RESULT: dict[str, Any] = {
 def test_each_part_that_was_measured_has_a_table_and_a_picture(tmp_path: Path) -> None:
     tables = report.tables(RESULT)
     assert "| GRPO | 0.45 | 1.45 | 7.4 | 1.50 | 2.40 |" in tables
-    assert "| 1 | 2.10 | 2.40 | 0.70 | 0.60 | 256 | 0.78 | 0.82 |" in tables
+    assert "| 1 | 2.10 | 0.90 | 2.40 | 0.70 | 0.60 | 0.78 | 0.82 |" in tables
     pictures.draw(RESULT, tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(drawn) == ["learning-curves.png", "learning-loop.png"]

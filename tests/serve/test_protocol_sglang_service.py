@@ -34,7 +34,7 @@ def test_classify(http: httpx.Client, offline: RewardScorer) -> None:
     ids = [offline.renderer.render("Hi.", completion) for completion in completions]
     by_ids = http.post("/classify", json={"model": "reward-model", "input_ids": ids}).json()
     assert [item["embedding"] for item in by_ids] == [close(item["embedding"]) for item in items]
-    single = http.post("/classify", json={"input_ids": ids[1]}).json()
+    single = http.post("/v1/classify", json={"input_ids": ids[1]}).json()
     assert single["embedding"] == close(items[1]["embedding"])
 
 
