@@ -1,23 +1,20 @@
 """An environment for NeMo-RL.
 
-NeMo-RL starts environments as Ray actors; put these lines in a file of yours:
+NeMo-RL starts environments as Ray actors; put these lines in a file of yours, my_file.py, which
+your copy of examples/run_grpo.py imports before the environments are made:
 
     import ray
-    from reward_actor.integrations.nemo_rl import RewardEnvironment
-
-    RaywardEnvironment = ray.remote(RewardEnvironment)
-
-register it before the environments are made
-
     from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
     from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
     from nemo_rl.environments.utils import register_env
+    from reward_actor.integrations.nemo_rl import RewardEnvironment
 
+    RaywardEnvironment = ray.remote(RewardEnvironment)
     register_env("rayward", "my_file.RaywardEnvironment")
-    # Which Python it runs in: the driver's, where rayward is installed.
     ACTOR_ENVIRONMENT_REGISTRY["my_file.RaywardEnvironment"] = PY_EXECUTABLES.SYSTEM
 
-and name it in the configuration:
+Without the last line, which says what Python runs the actor, NeMo-RL refuses to start it. Name the
+environment in the configuration:
 
     data: {default: {env_name: rayward}}
     env:

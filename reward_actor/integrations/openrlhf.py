@@ -11,8 +11,9 @@ connections that stay, the token of $RAYWARD_TOKEN, several addresses with failo
 requests where many rollouts end together.
 
 OpenRLHF has put the texts into the policy's chat template already, so they are scored as they are:
-policy and reward model must share it. A sample without a reward (too long, say) is an error, which
-OpenRLHF logs, unless $RAYWARD_ERROR_REWARD names the reward that it shall have.
+policy and reward model must share it. A sample without a reward (too long, say) is an error, unless
+$RAYWARD_ERROR_REWARD names the reward that it shall have. OpenRLHF logs the error and ends in its
+next step, where it misses the reward.
 """
 
 from __future__ import annotations
