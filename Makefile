@@ -28,7 +28,11 @@ FAST := not (ray or browser or deepspeed or vllm or process or alone or long)
 # CUDA's build of torch, which make check-cuda runs on tensors without memory: PyPI's on x86-64.
 CUDA_TORCH ?= torch==2.13.0
 
-.PHONY: setup browser demo test test-fast test-long check-cuda lint format clean
+# The trainers' own code for make test-integrations, in an environment of its own.
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check -qq install --no-compile
+
+.PHONY: setup browser demo test test-fast test-long test-integrations check-cuda lint format clean
 
 setup: $(VENV)/.ready
 
@@ -73,6 +77,24 @@ test: setup browser
 test-long: setup browser
 	@$(BIN)/python -m pytest --hypothesis-profile=long -m "long or hypothesis" $(TESTS)
 
+# Trainers' own clients, unmodified, against a service (docs/integrations.md). Installs 2 GB.
+test-integrations: setup $(INTEGRATIONS)/.ready
+	@$(BIN)/python -m pytest tests/integrations
+
+$(INTEGRATIONS)/.ready: $(wildcard tests/integrations/*.txt)
+	@echo "test-integrations: trainers into $(INTEGRATIONS); some minutes"
+	@$(PYTHON) -m venv $(INTEGRATIONS)
+	@$(INTEGRATIONS_PIP) torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@$(INTEGRATIONS_PIP) -r tests/integrations/requirements.txt
+	@$(INTEGRATIONS_PIP) --no-deps -r tests/integrations/trainers.txt
+	@# Those that are not on PyPI. Without GitHub their tests are skipped, and say so.
+	@-while read -r name url commit; do \
+		git init -q $(INTEGRATIONS)/src/$$name && cd $(INTEGRATIONS)/src/$$name && \
+		git fetch -q --depth 1 $$url $$commit && git checkout -q FETCH_HEAD \
+		|| rm -rf $(CURDIR)/$(INTEGRATIONS)/src/$$name; cd $(CURDIR); \
+	done < tests/integrations/sources.txt
+	@touch $@
+
 # The GPU's code without a GPU, and what memory it would take. Installs several GB.
 check-cuda: $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH))
 	@$(VENV)-cuda/bin/python -m benchmarks.gpu --dry-run
@@ -96,4 +118,4 @@ format: setup
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-cuda outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-cuda $(INTEGRATIONS) outputs build *.egg-info

@@ -19,6 +19,7 @@ GPU = "NVIDIA GPU"
 CPU = "machine without a GPU"
 AVX = "AVX2 or AVX-512"
 SKYWORK = "Skywork-Reward-V2-Qwen3-0.6B"
+SOURCES = "source of a trainer"
 _HOW = {
     "Chromium": "apt-get install chromium, or CHROMIUM=PATH make test",
     "small disk": "run as root, or where user namespaces are allowed",
@@ -27,6 +28,7 @@ _HOW = {
     GPU: "pytest -m cuda where there is one",
     AVX: "vLLM's CPU kernel is built for processors that have one of them",
     CPU: "vLLM's CPU engine takes no share of a GPU",
+    SOURCES: "make test-integrations, where GitHub can be reached",
     SKYWORK: "download Skywork/Skywork-Reward-V2-Qwen3-0.6B, SKYWORK=DIRECTORY make test-long",
 }
 
