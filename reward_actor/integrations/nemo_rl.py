@@ -29,7 +29,8 @@ Without prompt_key the contents of the log are taken as the messages. `tools` an
 `chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A conversation is
 rewarded at its end, with `turn_rewards: mean` (sum, min) for all assistant turns of its log. A
 sample without a reward (too long, say) is an error, unless `error_reward` names the reward that it
-shall have. `reward_names: [helpful, correct]` gives these named rewards, (n, 2), which GDPO takes.
+shall have. `reward_names: [helpful, correct]` gives these named rewards, each by itself, which GDPO
+takes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from reward_actor.integrations.scorers import client, url_or_variable
 
 
 class Step(NamedTuple):
-    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, or (n, k) of k names;
+    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, or such for each name;
     terminateds (n,) bool."""
 
     observations: list[dict[str, str]]
@@ -86,19 +87,19 @@ class RewardEnvironment:
         groups, samples = to_groups(prompts, [log[-1:] for log in message_log_batch], *told)
         scores = client(self._url).score_groups(groups, **wanted(self._rule))
         rewarded = samples.over_turns(scores, message_log_batch, self._rule)
-        rewards: Any = samples.chosen(rewarded, self._error_reward)
+        chosen = samples.chosen(rewarded, self._error_reward)
+        rewards: Any = torch.tensor(chosen, dtype=torch.float32)
         if self._names:
-            columns = [samples.named(scores, name) for name in self._names]
-            rewards = [
-                [reward if value is None else value for value in row]
-                for reward, *row in zip(rewards, *columns, strict=True)
-            ]
+            rewards = {name: rewards.clone() for name in self._names}
+            for name, column in rewards.items():
+                for place, value in enumerate(samples.named(scores, name)):
+                    column[place] = column[place] if value is None else value
         n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],
             metadata=[None] * n,
             next_stop_strings=[None] * n,
-            rewards=torch.tensor(rewards, dtype=torch.float32),
+            rewards=rewards,
             terminateds=torch.ones(n, dtype=torch.bool),
             answers=[str(log[-1]["content"] or "") for log in message_log_batch],
         )

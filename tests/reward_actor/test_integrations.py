@@ -211,9 +211,13 @@ def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> N
         lenient = RewardEnvironment(
             {"url": server.url, "reward_names": ["half", "whole"], "error_reward": -1.0}
         )
-        assert nemo.step(answers, [None] * 2).rewards.tolist() == [[2.0, 4.0], [1.0, 2.0]]
+        rewards = nemo.step(answers, [None] * 2).rewards
+        assert {name: of_name.tolist() for name, of_name in rewards.items()} == {
+            "half": [2.0, 1.0],
+            "whole": [4.0, 2.0],
+        }
         rewards = lenient.step([*answers, [*USER, THOUGHT]], [None] * 3).rewards
-        assert rewards.tolist() == [[2.0, 4.0], [1.0, 2.0], [-1.0, -1.0]]
+        assert rewards["half"].tolist() == [2.0, 1.0, -1.0]
         env = RewardStep(extras={"url": server.url})
         env.init(USER)
         step = env.step("1234")
