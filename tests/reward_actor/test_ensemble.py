@@ -21,6 +21,7 @@ from reward_actor import Group, RewardScorer
 from reward_actor.contract import ContractError, HeldOut, ScoringContract
 from reward_actor.convert import convert
 from reward_actor.engine.probe import synthetic_groups
+from reward_actor.groups import GroupScores
 from reward_actor.model.directory import CheckpointError
 from reward_actor.model.manifest import write_manifest
 
@@ -52,6 +53,12 @@ def by_hand(rewards: list[float], combine: str, k: float) -> float:
     return statistics.fmean(rewards) - penalty
 
 
+def of_samples(scores: GroupScores) -> list[list[Any]]:
+    """The members' rewards of each sample."""
+    assert scores.named_rewards is not None
+    return [list(of_sample) for of_sample in zip(*scores.named_rewards.values(), strict=True)]
+
+
 @pytest.mark.parametrize(
     ("combine", "k"), [("mean", 1.0), ("min", 1.0), ("mean_minus_std", 1.0), ("mean_minus_std", 2)]
 )
@@ -63,17 +70,18 @@ def test_an_ensemble_is_the_rule_over_its_members(
     alone = [RewardScorer.from_pretrained(path, "cpu") for path in seeds]
     own = [scorer.score(GROUPS) for scorer in alone]
     for index, scores in enumerate(both.score(GROUPS)):
-        assert scores.members is not None
+        members = of_samples(scores)
+        assert list(scores.named_rewards or ()) == both.readout.names
         assert scores.spread is not None
         assert scores.model_version == both.model_version
         for sample, reward in enumerate(scores.rewards):
             rewards = [member[index].rewards[sample] for member in own]
             raw = [member[index].raw_scores[sample] for member in own]
-            assert scores.members[sample] == pytest.approx(rewards, abs=1e-5)
+            assert members[sample] == pytest.approx(rewards, abs=1e-5)
             assert reward == pytest.approx(by_hand(rewards, combine, k), abs=2e-5)
             assert scores.raw_scores[sample] == pytest.approx(by_hand(raw, combine, k), abs=2e-5)
             assert scores.spread[sample] == pytest.approx(statistics.pstdev(rewards), abs=1e-5)
-    assert own[0][0].members is None
+    assert own[0][0].named_rewards is None
     assert own[0][0].spread is None
 
 
@@ -92,7 +100,7 @@ def test_every_call_gives_the_same_rewards(seeds: list[Path]) -> None:
     assert with_tokens.rewards == pytest.approx(rewards[:2].tolist(), abs=1e-5)
     assert with_tokens.token_rewards is not None
     assert with_tokens.token_rewards[0] == pytest.approx(per_token[0].tolist(), abs=1e-5)
-    assert with_tokens.members is not None
+    assert with_tokens.named_rewards is not None
 
 
 def test_three_heads_of_one_model(three_heads: Path) -> None:
@@ -102,13 +110,14 @@ def test_three_heads_of_one_model(three_heads: Path) -> None:
     scorer = RewardScorer.from_pretrained(three_heads, "cpu")
     assert scorer.readout.names == HEADS
     [scores] = scorer.score(GROUPS[:1])
-    assert scores.members is not None
+    assert list(scores.named_rewards or ()) == HEADS
+    members = of_samples(scores)
     for index, completion in enumerate(GROUPS[0].completions):
         ids = scorer.renderer.render("Name two fruits.", completion)
         with torch.inference_mode():
             logits = plain(torch.tensor([ids])).logits[0].tolist()
         rewards = [(logit - 0.25) / 1.5 for logit in logits]
-        assert scores.members[index] == pytest.approx(rewards, abs=1e-5)
+        assert members[index] == pytest.approx(rewards, abs=1e-5)
         expected = by_hand(rewards, "mean_minus_std", 0.5)
         assert scores.rewards[index] == pytest.approx(expected, abs=2e-5)
     golden = scorer.contract.golden
@@ -117,7 +126,7 @@ def test_three_heads_of_one_model(three_heads: Path) -> None:
     ).raw_scores
     assert golden.raw_scores["float32"] == pytest.approx(expected_raw.tolist(), abs=1e-5)
     half = RewardScorer.from_pretrained(three_heads, "cpu", "bfloat16")  # replays them, too
-    assert half.score(GROUPS[:1])[0].members is not None
+    assert half.score(GROUPS[:1])[0].named_rewards is not None
 
 
 def test_several_heads_survive_conversion(three_heads: Path, tmp_path: Path) -> None:
@@ -128,7 +137,8 @@ def test_several_heads_survive_conversion(three_heads: Path, tmp_path: Path) -> 
     )
     for ours, theirs in zip(after, before, strict=True):
         assert ours.rewards == pytest.approx(theirs.rewards, abs=1e-6)
-        assert np.array(ours.members) == pytest.approx(np.array(theirs.members), abs=1e-6)
+        ours_named, theirs_named = (np.array(of_samples(each)) for each in (ours, theirs))
+        assert ours_named == pytest.approx(theirs_named, abs=1e-6)
 
 
 def test_a_model_with_several_heads_brings_all_of_them(
@@ -136,11 +146,8 @@ def test_a_model_with_several_heads_brings_all_of_them(
 ) -> None:
     mixed = RewardScorer.from_pretrained([seeds[0], three_heads], "cpu", combine="min")
     assert mixed.readout.names == ["export", *(f"three/{head}" for head in HEADS)]
-    alone = RewardScorer.from_pretrained(three_heads, "cpu").score(GROUPS)[0].members
-    members = mixed.score(GROUPS)[0].members
-    assert members is not None
-    assert alone is not None
-    assert members[0] is not None
+    alone = of_samples(RewardScorer.from_pretrained(three_heads, "cpu").score(GROUPS)[0])
+    members = of_samples(mixed.score(GROUPS)[0])
     assert members[0][1:] == pytest.approx(alone[0], abs=1e-5)
 
 
@@ -205,9 +212,9 @@ def test_one_member_with_nan_is_the_error_of_that_sample(
         assert scores.errors[1] is not None
         assert "broken's reward" in scores.errors[1].message
         assert scores.rewards[::2] == pytest.approx(expected.rewards, abs=1e-5)
-        assert scores.members is not None
         assert scores.spread is not None
-        assert [scores.rewards[1], scores.members[1], scores.spread[1]] == [None] * 3
+        assert [scores.rewards[1], scores.spread[1]] == [None] * 2
+        assert set(of_samples(scores)[1]) == {None}
     with pytest.raises(ValueError, match="sequence 1: the model's reward is not finite"):
         scorer.score_ids([[5], [bad]])
     with pytest.raises(ValueError, match="sequence 1: the model's reward is not finite"):
