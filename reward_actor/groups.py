@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float32]
 
+LOGGED_AS = "reward/{}"
+"""What a named reward is called among a trainer's own figures, which may have its name as well."""
+
 Message = Mapping[str, Any]
 """One chat turn, {"role": str, "content": str} with what else `reward_actor.conversation` knows."""
 
@@ -230,7 +233,7 @@ def assemble(
         }
         named = {
             name: [None if at is None else members[at][column] for at in good]
-            for column, name in enumerate(readout.names if readout.is_ensemble else ())
+            for column, name in enumerate(readout.named)
         }
         num_tokens = [0 if isinstance(ids, SampleError) else len(ids) for ids in group]
         truncated = [isinstance(ids, TruncatedIds) for ids in group]

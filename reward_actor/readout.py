@@ -69,6 +69,8 @@ class Readout:
                 f"{len(self.names)} names, {len(self.means)} means and {len(self.stds)} stds; "
                 "every member needs one of each"
             )
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(f"two members are named {twice[0]!r}; each needs a name of its own")
         if not all(std > 0 for std in self.stds):
             raise ValueError(f"stds is {self.stds}; each must be above 0")
 
@@ -91,6 +93,11 @@ class Readout:
     @property
     def is_ensemble(self) -> bool:
         return len(self) > 1
+
+    @property
+    def named(self) -> list[str]:
+        """The members whose rewards are reported, too, next to the one that they make."""
+        return self.names if self.is_ensemble else []
 
     @property
     def normalisation(self) -> dict[str, float]:

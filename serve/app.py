@@ -69,15 +69,16 @@ def resolve(config: ServeConfig) -> ServeConfig:
     The name is the one that was given, the registry's for a model that it has, or the run's.
     """
     from reward_actor.info import model_name
-    from reward_actor.model.ensemble import model_directories
+    from reward_actor.model.ensemble import ensemble_readout, model_directories
     from reward_actor.model.layouts import recognise
     from reward_actor.model.load import load_contract
     from reward_actor.model.manifest import check_manifest
 
     directory = Path(config.model).expanduser().resolve()
-    for member in model_directories(directory):
+    members, contracts = model_directories(directory), []
+    for member in members:
         recognise(member).require_trust(config.trust_remote_code)
-        load_contract(member, trust_remote_code=config.trust_remote_code)
+        contracts.append(load_contract(member, trust_remote_code=config.trust_remote_code))
         check_manifest(member)
     if config.engine == "vllm":
         from reward_actor.vllm.scorer import check_supported
@@ -93,7 +94,8 @@ def resolve(config: ServeConfig) -> ServeConfig:
     if "token_file" in files:
         Tokens(files["token_file"])
     if "functions" in files:
-        Functions.load(files["functions"])
+        named = ensemble_readout(members, contracts, "mean", 0.0).named
+        Functions.load(files["functions"]).require_other_names(named)
     if "tls_cert" in files:
         _check_certificate(files["tls_cert"], files["tls_key"])
     return config.model_copy(

@@ -60,6 +60,7 @@ class Ingress:
             context.app_name,
             config,
             start,
+            self._service.functions,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

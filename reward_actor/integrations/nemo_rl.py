@@ -29,8 +29,8 @@ Without prompt_key the contents of the log are taken as the messages. `tools` an
 `chat_template_kwargs` in `extra_env_info` go to the reward model's chat template. A conversation is
 rewarded at its end, with `turn_rewards: mean` (sum, min) for all assistant turns of its log. A
 sample without a reward (too long, say) is an error, unless `error_reward` names the reward that it
-shall have. `reward_names: [helpful, correct]` gives these named rewards, each by itself, which GDPO
-takes.
+shall have. `reward_names: [helpful, correct]` gives these named rewards, each by itself as
+`reward/helpful` and so on, which GDPO takes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from reward_actor.conversation import as_messages
-from reward_actor.groups import Message, Prompt
+from reward_actor.groups import LOGGED_AS, Message, Prompt
 from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
 class Step(NamedTuple):
-    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, or such for each name;
+    """NeMo-RL's EnvironmentReturn for n samples: rewards (n,) float32, or such by names;
     terminateds (n,) bool."""
 
     observations: list[dict[str, str]]
@@ -90,10 +90,13 @@ class RewardEnvironment:
         chosen = samples.chosen(rewarded, self._error_reward)
         rewards: Any = torch.tensor(chosen, dtype=torch.float32)
         if self._names:
-            rewards = {name: rewards.clone() for name in self._names}
-            for name, column in rewards.items():
-                for place, value in enumerate(samples.named(scores, name)):
-                    column[place] = column[place] if value is None else value
+            named = {name: samples.named(scores, name) for name in self._names}
+            rewards = {
+                LOGGED_AS.format(name): torch.tensor(
+                    [one if v is None else v for v, one in zip(values, chosen, strict=True)]
+                )
+                for name, values in named.items()
+            }
         n = len(message_log_batch)
         return Step(
             observations=[{"role": "environment", "content": ""} for _ in range(n)],

@@ -22,7 +22,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from reward_actor.groups import Whole, joined
+from reward_actor.groups import LOGGED_AS, Whole, joined
 from reward_actor.integrations.grouping import rewards_of
 from reward_actor.integrations.scorers import client, url_or_variable
 
@@ -33,7 +33,8 @@ def reward_func(
     queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **ignored: Any
 ) -> dict[str, Any]:
     """Rewards of whole texts, prompt and completion: {"rewards", "scores"}, tensors (n,), and
-    {"extra_logs": {name: tensor (n,)}}. Raises RewardServiceError."""
+    {"extra_logs": {name: tensor (n,)}}, with named rewards as `reward/NAME`. Raises
+    RewardServiceError."""
     import torch
 
     error_reward = os.environ.get(ERROR_REWARD_VARIABLE)
@@ -55,6 +56,6 @@ def reward_func(
         "extra_logs": {
             "reward_model_tokens": torch.tensor(num_tokens),
             "without_reward": torch.tensor(failed),
-            **{name: torch.tensor(values) for name, values in named.items()},
+            **{LOGGED_AS.format(name): torch.tensor(values) for name, values in named.items()},
         },
     }

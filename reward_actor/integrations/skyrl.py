@@ -23,7 +23,7 @@ an `error_reward`; `tools` and `chat_template_kwargs` there go to the reward mod
 With `turn_rewards` ("mean", "sum", "min") there, the step's metadata have the rewards of all
 assistant turns, the prompt's and then the completion's; of the completion, which is one turn, any
 of these rules makes its reward. Named rewards, of an ensemble or of several heads, are in the
-metadata and the metrics.
+metadata, and as `reward/NAME` in the metrics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_actor.groups import Message
+from reward_actor.groups import LOGGED_AS, Message
 from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
 
@@ -76,7 +76,11 @@ class RewardStep:
         return {"observations": [], "reward": reward, "done": True, "metadata": metadata}
 
     def get_metrics(self) -> dict[str, Any]:
-        known = {name: reward for name, reward in self._named.items() if reward is not None}
+        known = {
+            LOGGED_AS.format(name): reward
+            for name, reward in self._named.items()
+            if reward is not None
+        }
         return {"reward_model_tokens": self._num_tokens, **known}
 
 

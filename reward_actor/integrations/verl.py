@@ -14,9 +14,9 @@ in place of the completion's text, from an agent loop of yours, is rewarded at i
 `reward_kwargs.turn_rewards` ("mean", "sum", "min") for all assistant turns in it.
 `compute_score_async` does the same in verl's event loop, where `compute_score` takes a thread.
 
-Named rewards, of an ensemble or of several heads, are in the result next to `score`, so that verl
-logs them (`reward_extra_info`). `reward_kwargs.reward_weights`, {"helpful": 1.0, "brief": 0.2} say,
-makes their weighted sum the score.
+Named rewards, of an ensemble or of several heads, are in the result next to `score`, as
+`reward/NAME`, so that verl logs them (`reward_extra_info`). `reward_kwargs.reward_weights`,
+{"helpful": 1.0, "brief": 0.2} say, makes their weighted sum the score.
 
 A sample without a reward (too long, say) is an error, which ends the training, unless
 `reward_kwargs.error_reward` names the reward that it shall have.
@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_actor.groups import Group, GroupScores
+from reward_actor.groups import LOGGED_AS, Group, GroupScores
 from reward_actor.integrations.grouping import (
     Said,
     Samples,
@@ -99,7 +99,9 @@ def _result(
     if weights and scores and all(value is not None for value in named.values()):
         weighted: dict[str, Any] = {name: of_name(scores[0], name) for name in weights}
         reward = float(weighted_sum(weighted, weights)[0])
-    found = {name: reward if value is None else value for name, value in named.items()}
+    found = {
+        LOGGED_AS.format(name): reward if value is None else value for name, value in named.items()
+    }
     return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0, **found}
 
 

@@ -20,7 +20,7 @@ import asyncio
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +82,13 @@ class Functions:
             raise ValueError(f"functions: {path}: WEIGHTS must be finite numbers")
         return cls(by_name, {name: float(weight) for name, weight in weights.items()})
 
+    def require_other_names(self, of_model: Iterable[str]) -> None:
+        """Raise ValueError where a model's named reward has the name of one of these."""
+        if both := sorted(self.by_name.keys() & set(of_model)):
+            raise ValueError(
+                f"the model and --functions both have a reward named {both[0]!r}; rename yours"
+            )
+
 
 class RewardFunctions:
     """Functions, and the threads that they run in."""
@@ -101,16 +108,17 @@ class RewardFunctions:
     ) -> list[GroupScores]:
         """The scores with the functions' rewards. tokenizer: decodes ids. Raises
         RewardServiceError where they take too long, and where the model has one of their names."""
-        taken = {name for each in scores for name in each.named_rewards or ()}
-        if both := sorted(taken & self._functions.by_name.keys()):
-            message = (
-                f"the model and --functions both have a reward named {both[0]!r}; rename yours"
+        try:
+            self._functions.require_other_names(
+                name for each in scores for name in each.named_rewards or ()
             )
-            raise RewardServiceError("internal", message)
+        except ValueError as error:
+            raise RewardServiceError("internal", str(error)) from None
         loop = asyncio.get_running_loop()
         calls = [
             loop.run_in_executor(self._threads, partial(call, name, function, group, tokenizer))
             for group in groups
+            if len(group)
             for name, function in self._functions.by_name.items()
         ]
         try:
@@ -122,10 +130,13 @@ class RewardFunctions:
                 f"no answer of the reward functions within {self._timeout_s:g} s",
                 retryable=True,
             ) from None
-        names = list(self._functions.by_name)
         return [
-            with_rewards(each, {name: next(answers) for name in names}, self._functions.weights)
-            for each in scores
+            with_rewards(
+                each,
+                {name: next(answers) if len(group) else [] for name in self._functions.by_name},
+                self._functions.weights,
+            )
+            for group, each in zip(groups, scores, strict=True)
         ]
 
 

@@ -46,10 +46,12 @@ _CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a request's groups, all by one model; timings in milliseconds, and the tokens
-    that were computed, shared prefixes once."""
+    """The scores of a request's groups, all by one model, and that model's rewards without what
+    functions add; timings in milliseconds, and the tokens that were computed, shared prefixes
+    once."""
 
     results: list[GroupScores]
+    model_rewards: list[list[float | None]]
     model: Model
     timings_ms: dict[str, float]
     computed_tokens: int
@@ -85,10 +87,11 @@ class RewardService:
             target_batch_s=config.target_batch_s,
             num_ingress=config.num_ingress,
         )
-        self._functions = (
+        self.functions = None if config.functions is None else Functions.load(config.functions)
+        self._running = (
             None
-            if config.functions is None
-            else RewardFunctions(Functions.load(config.functions), config.request_timeout_s)
+            if self.functions is None
+            else RewardFunctions(self.functions, config.request_timeout_s)
         )
         self.observer = Observer(
             config, app_name, sender, log_file, queued_tokens=lambda: self.dispatcher.queued_tokens
@@ -106,7 +109,11 @@ class RewardService:
         scored = await self.within_deadline(self._rewarded(groups, token_rewards, turn_rewards))
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
         self.observer.scored(
-            scored.results, scored.model_version, scored.timings_ms, scored.computed_tokens
+            scored.results,
+            scored.model_rewards,
+            scored.model_version,
+            scored.timings_ms,
+            scored.computed_tokens,
         )
         return scored
 
@@ -149,7 +156,7 @@ class RewardService:
                 "max_length": model.contract.max_length,
             },
             error_reward=self.config.error_reward,
-            functions={} if self._functions is None else self._functions.weights,
+            functions={} if self._running is None else self._running.weights,
             warnings=self.observer.warnings(),
         )
 
@@ -186,12 +193,11 @@ class RewardService:
         self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
     ) -> Scored:
         scored = await self._score(groups, token_rewards, turn_rewards)
-        if self._functions is None:
+        if self._running is None:
             return scored
         tokenizer = scored.model.renderer.tokenizer
-        return replace(
-            scored, results=await self._functions.added(groups, scored.results, tokenizer)
-        )
+        results = await self._running.added(groups, scored.results, tokenizer)
+        return replace(scored, results=results)
 
     async def _score(
         self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
@@ -238,7 +244,8 @@ class RewardService:
             results = (
                 (await asyncio.to_thread(_assemble, *reply)) if token_rewards else _assemble(*reply)
             )
-            return Scored(results, model, timings, sum(p.num_tokens for p in parts))
+            rewards = [result.rewards for result in results]
+            return Scored(results, rewards, model, timings, sum(p.num_tokens for p in parts))
 
     def _check_size(self, groups: Sequence[Sequence[list[int]]]) -> None:
         num_tokens = sum(len(ids) for group in groups for ids in group)

@@ -21,6 +21,7 @@ from reward_actor import schema
 from reward_actor.errors import RewardServiceError
 from serve.config import ServeConfig
 from serve.current_model import CurrentModel, Sleep, wake_up
+from serve.ingress.functions import Functions
 from serve.ingress.replicas import Replicas
 from serve.ingress.tasks import detached
 from serve.registry import Registry
@@ -44,13 +45,15 @@ class Swapper:
         app_name: str,
         config: ServeConfig,
         start: str = "",
+        functions: Functions | None = None,
     ) -> None:
         """config: what the service was started with; start: tells it from one before with the same
-        name. Raises ValueError for its registry."""
+        name; functions: whose names no model may have. Raises ValueError for its registry."""
         self._replicas = replicas
         self._app_name = app_name
         self._config = config
         self._start = start
+        self._functions = functions
         self._registry = None if config.registry is None else Registry(config.registry)
         self._task: asyncio.Task[Any] | None = None
 
@@ -204,6 +207,11 @@ class Swapper:
                 "model_refused",
                 "the replicas read different files under that name; is the registry shared?",
             )
+        if self._functions is not None:
+            try:
+                self._functions.require_other_names(prepared[0].readout.named)
+            except ValueError as error:
+                raise RewardServiceError("model_refused", str(error)) from None
         return prepared
 
     async def _activate(self, name: str, version: str, generation: int) -> schema.SwapReply:

@@ -22,7 +22,7 @@ from serve.monitoring.monitor import Monitor
 from serve.monitoring.request_log import CURRENT, Answered, LogFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from reward_actor.groups import GroupScores
     from serve.wire import Description
@@ -80,19 +80,21 @@ class Observer:
 
     def scored(
         self,
-        results: Iterable[GroupScores],
+        results: Sequence[GroupScores],
+        model_rewards: Sequence[Sequence[float | None]],
         model_version: str,
         timings_ms: Mapping[str, float],
         computed_tokens: int,
     ) -> None:
-        """A request has its scores; `computed_tokens` counts shared prefixes once."""
+        """A request has its scores; model_rewards: without what functions add; `computed_tokens`
+        counts shared prefixes once."""
         num_samples = num_tokens = 0
-        for group in results:
+        for group, rewards in zip(results, model_rewards, strict=True):
             num_samples += len(group.rewards)
             num_tokens += sum(group.num_tokens)
             for error in filter(None, group.errors):
                 self._recorder.count(metrics.SAMPLE_ERRORS, 1, error.type)
-            self._monitor.add(model_version, group.rewards, group.num_tokens)
+            self._monitor.add(model_version, rewards, group.num_tokens)
         for stage, ms in timings_ms.items():
             self._recorder.observe(metrics.LATENCY, ms / 1e3, stage)
         self._recorder.count(metrics.SAMPLES, num_samples)

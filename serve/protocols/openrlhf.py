@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from reward_actor import schema
-from reward_actor.groups import Whole
+from reward_actor.groups import LOGGED_AS, Whole
 from serve.http.auth import ScoreRoute
 from serve.http.requests import json_body, parse, service_of
 from serve.protocols.drop_in import DropIn, drop_in_reply, named_values, num_tokens, values
@@ -58,5 +58,9 @@ async def get_reward(request: Request) -> Response:
     asked = parse(OpenRlhfRequest, await request.body())
     scored = await service.score([Whole(texts=asked.query)])
     rewards = values(service, scored)
-    logs = {"num_tokens": num_tokens(scored.results), **named_values(service, scored)}
+    named = named_values(service, scored)
+    logs = {
+        "num_tokens": num_tokens(scored.results),
+        **{LOGGED_AS.format(name): rewards_of for name, rewards_of in named.items()},
+    }
     return drop_in_reply({"rewards": rewards, "scores": rewards, "extra_logs": logs}, scored)

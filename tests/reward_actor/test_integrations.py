@@ -197,15 +197,15 @@ def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> N
     with stub(named) as server:
         told = {"extra_info": {"prompt": "p"}, "url": server.url}
         scored = compute_score("", "1234", None, **told)
-        assert scored == {"score": 4.0, "num_tokens": 1, "whole": 4.0, "half": 2.0}
+        assert scored == {"score": 4.0, "num_tokens": 1, "reward/whole": 4.0, "reward/half": 2.0}
         weights = {"whole": 1.0, "half": -0.5}
         assert compute_score("", "1234", None, **told, reward_weights=weights)["score"] == 3.0
         with pytest.raises(ValueError, match="no reward named 'third'"):
             compute_score("", "1234", None, **told, reward_weights={"third": 1.0})
         monkeypatch.setenv(scorers.URL_VARIABLE, server.url)
         logs = openrlhf.reward_func(ANSWERS, ANSWERS, ANSWERS)["extra_logs"]
-        assert logs["whole"].tolist() == [4.0, 2.0]
-        assert logs["half"].tolist() == [2.0, 1.0]
+        assert logs["reward/whole"].tolist() == [4.0, 2.0]
+        assert logs["reward/half"].tolist() == [2.0, 1.0]
         nemo = RewardEnvironment({"url": server.url, "reward_names": ["half", "whole"]})
         answers = [[*USER, {"role": "assistant", "content": answer}] for answer in ANSWERS]
         lenient = RewardEnvironment(
@@ -213,16 +213,16 @@ def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> N
         )
         rewards = nemo.step(answers, [None] * 2).rewards
         assert {name: of_name.tolist() for name, of_name in rewards.items()} == {
-            "half": [2.0, 1.0],
-            "whole": [4.0, 2.0],
+            "reward/half": [2.0, 1.0],
+            "reward/whole": [4.0, 2.0],
         }
         rewards = lenient.step([*answers, [*USER, THOUGHT]], [None] * 3).rewards
-        assert rewards["half"].tolist() == [2.0, 1.0, -1.0]
+        assert rewards["reward/half"].tolist() == [2.0, 1.0, -1.0]
         env = RewardStep(extras={"url": server.url})
         env.init(USER)
         step = env.step("1234")
         assert step["metadata"]["named_rewards"] == {"whole": 4.0, "half": 2.0}
-        assert env.get_metrics()["half"] == 2.0
+        assert env.get_metrics()["reward/half"] == 2.0
 
 
 # ---- OpenRLHF

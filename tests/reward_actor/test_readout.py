@@ -167,6 +167,7 @@ def test_a_reward_that_only_normalisation_makes_infinite_is_an_error() -> None:
         ({"k": "1"}, "k is '1'"),
         ({"stds": [1.0, 0.0]}, "each must be above 0"),
         ({"means": [0.0]}, "1 means"),
+        ({"names": ["a", "a"]}, "two members are named 'a'"),
         ({"names": []}, "0 names"),
     ],
 )

@@ -81,6 +81,20 @@ def test_a_models_own_names_stay(functions: Functions) -> None:
     assert found.named_rewards == {**named, "brevity": [-2.0], "question": [0.0]}
 
 
+def test_they_are_not_asked_about_nothing(functions: Functions) -> None:
+    groups = [Group("Hi.", []), Group("Why?", ["four"])]
+    none, one = added(functions, groups, [scores([]), scores([2.0])])
+    assert none.named_rewards == {"model": [], "brevity": [], "question": []}
+    assert none.rewards == none.errors == []
+    assert one.named_rewards == {"model": [2.0], "brevity": [-2.0], "question": [1.0]}
+
+    def fails_of_nothing(prompt: Any, completions: Any) -> list[float]:
+        return [float(completions[0] == "four")]
+
+    [none] = added(Functions({"first": fails_of_nothing}, {}), groups[:1], [scores([])])
+    assert none.named_rewards == {"model": [], "first": []}
+
+
 def test_they_get_what_was_asked(functions: Functions) -> None:
     seen: list[Any] = []
 
@@ -147,6 +161,9 @@ def test_a_failure_is_an_error_of_its_group(function: Any, why: str) -> None:
 
 
 def test_a_name_that_the_model_has_is_refused(functions: Functions) -> None:
+    functions.require_other_names(["helpful", "kind"])
+    with pytest.raises(ValueError, match="both have a reward named 'brevity'; rename yours"):
+        functions.require_other_names(["helpful", "brevity"])
     found = scores([2.0], named_rewards={"brevity": [3.0]})
     with pytest.raises(RewardServiceError, match="both have a reward named 'brevity'"):
         added(functions, [Group("Hi.", ["four"])], [found])

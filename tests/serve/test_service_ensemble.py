@@ -112,6 +112,18 @@ def test_a_request_without_samples_is_answered(url: str) -> None:
     assert result["named_rewards"] == {"one": [], "two/a": [], "two/b": []}
 
 
+def test_a_function_that_is_called_as_a_member_is_refused_at_the_start(
+    ensemble_dir: Path, tmp_path: Path
+) -> None:
+    from serve.app import resolve
+    from serve.config import ServeConfig
+
+    functions = tmp_path / "rewards.py"
+    functions.write_text("REWARDS = {'two/a': print}")
+    with pytest.raises(ValueError, match="both have a reward named 'two/a'; rename yours"):
+        resolve(ServeConfig(model=str(ensemble_dir), functions=str(functions)))
+
+
 def test_a_scorer_actor_takes_an_ensemble(ray_cluster: None, ensemble_dir: Path) -> None:
     import ray
 

@@ -1,8 +1,9 @@
-"""Sleep and wake at an ingress: what is remembered, and what is undone. Without Ray."""
+"""Swaps, sleep and wake at an ingress: what is remembered, and what is undone. Without Ray."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 from ray.exceptions import RayActorError
 
 from reward_actor.errors import RewardServiceError
+from reward_actor.readout import Readout
 from reward_actor.schema import ReplicaState, SleepReply
 from serve.config import ServeConfig
 from serve.current_model import Sleep
 from serve.ingress import swap
+from serve.ingress.functions import Functions
 from serve.ingress.swap import Swapper
+from serve.wire import Description
 
 SLEEP = Sleep(3, "v")
 
@@ -29,7 +33,7 @@ class Replicas:
     async def refresh(self) -> Any:
         return SimpleNamespace(generation=SLEEP.generation, version=SLEEP.version)
 
-    async def ask_all(self, method: str, **_: float) -> list[Any]:
+    async def ask_all(self, method: str, *_: Any, **__: float) -> list[Any]:
         self.asked.append(method)
         return self._answers.get(method, [state(method)])
 
@@ -84,3 +88,17 @@ def test_a_replica_that_died_is_not_waited_for() -> None:
     replicas = Replicas(sleep=[state("sleep"), RayActorError()])
     assert len(change(replicas, "sleep").replicas) == 1
     assert change(Replicas(sleep=[]), "sleep").asleep, "a service at zero sleeps, too"
+
+
+def test_a_model_that_has_a_functions_name_is_refused(export_dir: Path) -> None:
+    config = ServeConfig.model_validate({"model": "nowhere", "registry": str(export_dir.parent)})
+    both = Readout(["helpful", "brevity"], [0.0, 0.0], [1.0, 1.0])
+    info: Any = SimpleNamespace(model_version="v")
+    candidate = Description("a", 1, "candidate", "", "", 1, {}, both, info)
+    replicas: Any = Replicas(prepare=[candidate])
+    functions = Functions({"brevity": print}, {})
+    swapper = Swapper(replicas, "app", config, functions=functions)
+    with pytest.raises(RewardServiceError, match="both have a reward named 'brevity'") as refused:
+        asyncio.run(swapper.swap(export_dir.name))
+    assert refused.value.type == "model_refused"
+    assert replicas.asked == ["prepare", "discard_candidate"]
