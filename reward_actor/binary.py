@@ -15,7 +15,7 @@ All numbers are little-endian. A request is
 and a reply
 
     0       4 bytes           "RWR1"
-    4       uint32            flags: 1 token rewards follow, 2 named rewards follow
+    4       uint32            flags: 1 token rewards follow, 2 named rewards, 4 their spread
     8       uint32            n
     12      uint32            J, bytes of JSON
     16      J bytes           {"model", "model_version", "timings_ms",
@@ -25,8 +25,9 @@ and a reply
             float32[n]        raw scores, likewise
             uint32[n]         tokens that were scored, 0 likewise
             float32[...]      with flag 1: of each sample without an error, a reward a token
-            uint32, float32[n, K], float32[n]   with flag 2: K, the named rewards in the
-                              order of the JSON's `names`, spread
+            uint32, float32[n, K]   with flag 2: K, and the named rewards in the order of the
+                              JSON's `names`, NaN where there is none
+            float32[n]        with flag 4: their spread
 
 An error of the whole request is the JSON of every other route. Neither torch nor ray.
 """
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 MEDIA_TYPE = "application/vnd.rayward.ids"
 
 _REQUEST, _REPLY = b"RWQ1", b"RWR1"
-_TOKEN_REWARDS, _NAMED = 1, 2
+_TOKEN_REWARDS, _NAMED, _SPREAD = 1, 2, 4
 _FIELDS = {field.name for field in fields(GroupScores)} - {"model_version", "named_rewards"}
 # What has a place of its own in a reply; every other field goes into its JSON.
 _COLUMNS = {
@@ -126,8 +127,9 @@ def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, A
         **({"names": names} if names else {}),
     }
     text = json.dumps(described).encode("ascii")
-    tokens = columns["token_rewards"]
+    tokens, spread = columns["token_rewards"], columns["spread"]
     flags = _TOKEN_REWARDS * (tokens is not None) + _NAMED * bool(names)
+    flags += _SPREAD * (spread is not None)
     num_tokens = columns["num_tokens"] or []
     parts = [
         _REPLY,
@@ -145,7 +147,8 @@ def encode_reply(model: str, scores: Sequence[GroupScores], head: Mapping[str, A
             row for each in scores for row in zip(*(each.named_rewards or {}).values(), strict=True)
         ]
         parts += [np.array([len(names)], _UINT).tobytes(), _floats(chain.from_iterable(of_samples))]
-        parts.append(_floats(columns["spread"]))
+    if spread is not None:
+        parts.append(_floats(spread))
     return b"".join(parts)
 
 
@@ -175,7 +178,11 @@ def decode_reply(body: bytes, sizes: Sequence[int]) -> tuple[dict[str, Any], lis
         if not isinstance(names, list) or len(set(map(str, names))) != k:
             raise ValueError("the reply's JSON is damaged (names)")
         matrix = reader.take(_FLOAT, n * k).reshape(n, k).T.tolist()
-        named = {str(name): known(values) for name, values in zip(names, matrix, strict=True)}
+        named = {
+            str(name): known(None if np.isnan(value) else value for value in values)
+            for name, values in zip(names, matrix, strict=True)
+        }
+    if flags & _SPREAD:
         columns["spread"] = known(reader.take(_FLOAT, n).tolist())
     reader.end()
     for name in _FIELDS & others.keys() - _COLUMNS:

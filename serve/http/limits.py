@@ -134,21 +134,25 @@ class Limits:
         """The body that was compressed; the limit holds for it as well."""
         inflate = zlib.decompressobj(_GZIP_WBITS)
         pieces: list[bytes] = []
-        left, rest = self._body_limit_bytes, compressed
+        left, at = self._body_limit_bytes, 0
         while not inflate.eof:
+            # It hands back what it has not taken yet: of a slice, that is never the whole rest.
+            rest = inflate.unconsumed_tail
+            if not rest:
+                rest = compressed[at : at + _PIECE_BYTES]
+                at += len(rest)
             try:
                 piece = inflate.decompress(rest, min(_PIECE_BYTES, left + 1))
             except zlib.error:
                 raise HTTPException(400, _NO_GZIP) from None
-            rest = inflate.unconsumed_tail
             if len(piece) > left:
                 raise self._too_large()
-            if not piece and not rest and not inflate.eof:  # it wants more than there is
+            if not piece and not rest:  # it wants more than there is
                 raise HTTPException(400, _NO_GZIP)
             left -= len(piece)
             pieces.append(piece)
             await asyncio.sleep(0)
-        if inflate.unused_data:
+        if inflate.unused_data or at < len(compressed):
             raise HTTPException(400, _NO_GZIP)
         return b"".join(pieces)
 

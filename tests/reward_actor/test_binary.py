@@ -31,7 +31,7 @@ errors = st.builds(SampleError, st.sampled_from(["too_long", "non_finite_reward"
 def scores(draw: st.DrawFn) -> list[GroupScores]:
     """Groups of one reply: token rewards and named rewards in all of them or in none."""
     has_tokens, names = draw(st.booleans()), draw(st.lists(st.text(), unique=True, max_size=3))
-    has_turns = draw(st.booleans())
+    has_turns, has_spread = draw(st.booleans()), draw(st.booleans())
     found = []
     for size in draw(st.lists(st.integers(0, 4), max_size=4)):
         failed = [draw(st.none() | errors) for _ in range(size)]
@@ -49,8 +49,8 @@ def scores(draw: st.DrawFn) -> list[GroupScores]:
             ]
             group = replace(group, token_rewards=rows)
         if names:
-            named = {name: each(floats) for name in names}
-            group = replace(group, named_rewards=named, spread=each(floats))
+            named = {name: each(st.none() | floats) for name in names}
+            group = replace(group, named_rewards=named, spread=each(floats) if has_spread else None)
         if has_turns:
             turns = each(st.lists(floats, min_size=1, max_size=3))
             group = replace(group, turn_rewards=turns)
@@ -80,6 +80,7 @@ def test_a_reply_comes_back(sent: list[GroupScores]) -> None:
         if any(theirs.rewards):
             assert ours.token_rewards == theirs.token_rewards
             assert ours.named_rewards == theirs.named_rewards
+            assert ours.spread == theirs.spread
             assert ours.turn_rewards == theirs.turn_rewards
 
 
