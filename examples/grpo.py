@@ -15,42 +15,32 @@ have them.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from policy_gradient import (
-    Batch,
     Log,
     clipped_loss,
     kl_to,
-    load_policy,
     options,
-    pool_of,
-    read_prompts,
-    sampled,
-    shuffled,
+    policy_and_reference,
+    rollouts,
+    save,
     trained,
+    with_pool,
 )
-from transformers import AutoTokenizer
 
-from reward_actor.rollout import RolloutGroup, RolloutPool, Sampling
+from reward_actor.rollout import RolloutGroup, RolloutPool
 from reward_actor.shaping import group_advantages
 
 
 def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     """pool: begins with the policy's weights, and ends with the trained ones."""
-    torch.manual_seed(args.seed)
-    network = load_policy(args.policy, args.device)
-    reference = copy.deepcopy(network).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    network, reference = policy_and_reference(args)
     policy = trained(network, args.learning_rate, deepspeed=args.deepspeed)
-    sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed)
-    prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
-    log = Log(args.out / "log.jsonl")
-    for step, groups in enumerate(sampled(pool, prompts, sampling, args.ahead)):
-        batch = Batch.of(groups, tokenizer.pad_token_id).to(args.device)
+    log = Log(args.out)
+    for step, (groups, batch) in enumerate(rollouts(args, pool)):
         advantages = advantages_of(groups, over_std=not args.no_std).to(args.device)
         num_tokens = batch.is_sampled.sum()
         total_kl = 0.0
@@ -66,8 +56,7 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
         norm = policy.step()
         pool.update_weights(network.state_dict())
         log.step(step, groups, kl=total_kl / float(num_tokens), gradient_norm=norm)
-    network.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save(network, args)
 
 
 def advantages_of(groups: Sequence[RolloutGroup], *, over_std: bool) -> torch.Tensor:
@@ -83,11 +72,5 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    args = parser().parse_args()
-    with pool_of(args) as pool:
-        train(args, pool)
-
-
 if __name__ == "__main__":
-    main()
+    with_pool(parser(), train)

@@ -6,6 +6,7 @@ Shapes: B completions of a batch, T tokens of the longest prompt with its comple
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from reward_actor.files import prompt_of, read_rows
 from reward_actor.groups import Prompt
@@ -109,11 +110,18 @@ def kl_to(log_probs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def load_policy(directory: str, device: str) -> PreTrainedModel:
-    """In float32, as it is trained."""
-    network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    loaded: PreTrainedModel = network.to(device)
-    return loaded
+def policy_and_reference(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The policy in float32, as it is trained, and a copy that stays as it is."""
+    torch.manual_seed(args.seed)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32)
+    policy: PreTrainedModel = loaded.to(args.device)
+    return policy, copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def save(policy: PreTrainedModel, args: argparse.Namespace) -> None:
+    """With its tokenizer, as a policy of its own."""
+    policy.save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(args.policy).save_pretrained(args.out)
 
 
 def trained(module: nn.Module, learning_rate: float, *, deepspeed: bool) -> Trained:
@@ -193,7 +201,7 @@ def sampled(
     that are as many steps older.
     """
 
-    def rollouts(step: int, prompts: list[Prompt]) -> list[RolloutGroup]:
+    def of_step(step: int, prompts: list[Prompt]) -> list[RolloutGroup]:
         first = step * len(prompts)
         places = range(first, first + len(prompts))  # so that each step has its own seeds
         groups = sorted(pool.rollouts(prompts, sampling, places), key=lambda group: group.index)
@@ -205,11 +213,22 @@ def sampled(
     with ThreadPoolExecutor(1) as thread:
         coming: deque[Future[list[RolloutGroup]]] = deque()
         for step, prompts in enumerate(batches):
-            coming.append(thread.submit(rollouts, step, prompts))
+            coming.append(thread.submit(of_step, step, prompts))
             if len(coming) > ahead:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+
+
+def rollouts(
+    args: argparse.Namespace, pool: RolloutPool
+) -> Iterator[tuple[list[RolloutGroup], Batch]]:
+    """Those of each step, and the same as tensors."""
+    sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed)
+    prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
+    pad_token_id = AutoTokenizer.from_pretrained(args.policy).pad_token_id
+    for groups in sampled(pool, prompts, sampling, args.ahead):
+        yield groups, Batch.of(groups, pad_token_id).to(args.device)
 
 
 def rollout_options(description: str) -> argparse.ArgumentParser:
@@ -257,12 +276,21 @@ def pool_of(args: argparse.Namespace) -> RolloutPool:
     return RolloutPool(settings, args.num_actors, args.scorer)
 
 
-class Log:
-    """A line of JSON for each step, and one for people."""
+def with_pool(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace, RolloutPool], None]
+) -> None:
+    """What the command line asks for."""
+    args = parser.parse_args()
+    with pool_of(args) as pool:
+        run(args, pool)
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
+
+class Log:
+    """log.jsonl with a line for each step, and a line for people."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = (out / "log.jsonl").open("w")
 
     def step(self, step: int, groups: Sequence[RolloutGroup], **figures: float) -> None:
         rewards = [r for group in groups for r in group.rewards if r is not None]

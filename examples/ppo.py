@@ -14,7 +14,6 @@ GAE: Schulman et al. 2016, arXiv 1506.02438.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,19 +22,18 @@ from policy_gradient import (
     Batch,
     Log,
     clipped_loss,
-    load_policy,
     options,
-    pool_of,
-    read_prompts,
-    sampled,
-    shuffled,
+    policy_and_reference,
+    rollouts,
+    save,
     trained,
+    with_pool,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from reward_actor.contract import ScoringContract
-from reward_actor.rollout import RolloutGroup, RolloutPool, Sampling
+from reward_actor.rollout import RolloutGroup, RolloutPool
 
 
 class Critic(nn.Module):
@@ -60,18 +58,12 @@ class Critic(nn.Module):
 
 def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     """pool: begins with the policy's weights, and ends with the trained ones."""
-    torch.manual_seed(args.seed)
-    network = load_policy(args.policy, args.device)
-    reference = copy.deepcopy(network).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    network, reference = policy_and_reference(args)
     policy = trained(network, args.learning_rate, deepspeed=args.deepspeed)
     critic_network = Critic(args.critic).to(args.device)
     critic = trained(critic_network, args.critic_learning_rate, deepspeed=args.deepspeed)
-    sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed)
-    prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
-    log = Log(args.out / "log.jsonl")
-    for step, groups in enumerate(sampled(pool, prompts, sampling, args.ahead)):
-        batch = Batch.of(groups, tokenizer.pad_token_id).to(args.device)
+    log = Log(args.out)
+    for step, (groups, batch) in enumerate(rollouts(args, pool)):
         rewards = rewards_of(groups).to(args.device)
         batch.is_sampled[rewards.isnan()] = 0  # nothing is learned of what has no reward
         with torch.no_grad():
@@ -106,8 +98,7 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
             critic.step()
         pool.update_weights(network.state_dict())
         log.step(step, groups, **figures)
-    network.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save(network, args)
 
 
 def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
@@ -161,11 +152,5 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    args = parser().parse_args()
-    with pool_of(args) as pool:
-        train(args, pool)
-
-
 if __name__ == "__main__":
-    main()
+    with_pool(parser(), train)

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from policy_gradient import pool_of, read_prompts, rollout_options
+from policy_gradient import read_prompts, rollout_options, with_pool
 from train_policy import train_policy
 
 from reward_actor.files import Row
@@ -96,11 +96,5 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    args = parser().parse_args()
-    with pool_of(args) as pool:
-        run(args, pool)
-
-
 if __name__ == "__main__":
-    main()
+    with_pool(parser(), run)
