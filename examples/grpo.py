@@ -9,7 +9,7 @@ the first policy, and samples with the new weights from then on. After `make dem
 raises the reward of the demo's policy.
 
 Shao et al. 2024, arXiv 2402.03300; with --no-std advantages as Liu et al. 2025, arXiv 2503.20783,
-have them.
+have them. The loss is averaged over all tokens of a step (Yu et al. 2025, arXiv 2503.14476, 3.3).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from policy_gradient import (
     kl_to,
     options,
     policy_and_reference,
+    rewards_of,
     rollouts,
     save,
     trained,
@@ -42,6 +43,7 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     log = Log(args.out)
     for step, (groups, batch) in enumerate(rollouts(args, pool)):
         advantages = advantages_of(groups, over_std=not args.no_std).to(args.device)
+        batch = batch.without(rewards_of(groups).isnan().to(args.device))
         num_tokens = batch.is_sampled.sum()
         total_kl = 0.0
         for where, part in batch.parts(args.part):

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import grpo
@@ -36,6 +37,7 @@ from preferences import grade_completion, make_prompts
 
 from reward_actor import Group, RewardClient
 from reward_actor.files import read_rows
+from reward_actor.groups import Prompt
 from reward_actor.rollout import RolloutGroup, Sampling
 from serve.app import start
 from serve.config import ServeConfig
@@ -45,9 +47,12 @@ PROMPTS = {prompt.text: prompt for prompt in make_prompts(0)}
 
 
 def run(args: argparse.Namespace) -> None:
-    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if any(args.out.iterdir()):
+        raise SystemExit(f"{args.out} is not empty; name another directory, or remove it")
     models = RewardModels(args.demo, args.out, args.port, args.seed)
-    trained_on, unseen = (args.demo / "data" / f"{name}.jsonl" for name in ("train", "heldout"))
+    trained_on = args.demo / "data" / "train.jsonl"
+    unseen = args.unseen or args.demo / "data" / "heldout.jsonl"
     learning = grpo.parser().parse_args(
         [str(args.demo / "policy"), str(trained_on), str(args.out), "--scorer", models.url]
     )
@@ -56,18 +61,19 @@ def run(args: argparse.Namespace) -> None:
     log = (args.out / "rounds.jsonl").open("w")
     with pool_of(learning) as pool:
         for number in range(1, args.rounds + 1):
-            learning.out, learning.seed = args.out / f"policy{number}", args.seed + number
+            learning.out = args.out / f"policy{number}"
+            learning.seed = 1000 * args.seed + number
             grpo.train(learning, pool)
             learning.policy = str(learning.out)
             sampling = Sampling(8, max_tokens=learning.max_tokens, seed=learning.seed)
             said, said_unseen = (
-                judged(pool.rollouts(chance.sample(read_prompts(path), args.prompts), sampling))
+                judged(pool.rollouts(chosen(path, args.prompts, chance), sampling))
                 for path in (trained_on, unseen)
             )
             row = {
                 "round": number,
-                "grade": fmean(grade for one in said_unseen for grade in one.grades),
-                "reward": mean_reward(one.rewards for one in said_unseen),
+                "grade": over_prompts(one.grades for one in said_unseen),
+                "reward": over_prompts(one.rewards for one in said_unseen),
             }
             if not args.fixed:
                 row |= models.renew(number, said, said_unseen)
@@ -126,7 +132,7 @@ class RewardModels:
             "num_pairs": len(fresh),
             "accuracy": accuracy,
             "accuracy_of_the_next": evaluate(self.url, heldout),
-            "reward_by_the_next": mean_reward(one.rewards for one in again),
+            "reward_by_the_next": over_prompts(one.rewards for one in again),
             "num_answers_during_the_swap": list(answered.values()),
         }
 
@@ -168,10 +174,11 @@ def pairs_of(said: Sequence[Judged], chance: random.Random) -> list[Row]:
     return rows
 
 
-def evaluate(url: str, pairs: Path) -> float:
-    """The accuracy on pairs."""
+def evaluate(url: str, pairs: Path) -> dict[str, float]:
+    """The accuracy on pairs, with its 95 % interval."""
     figures = json.loads(rayward("eval", url, pairs, "--json"))
-    return float(figures["accuracy"])
+    ends = {"mean": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
+    return {end: float(figures[name]) for end, name in ends.items()}
 
 
 def rayward(*arguments: object) -> str:
@@ -181,7 +188,8 @@ def rayward(*arguments: object) -> str:
 
 @contextmanager
 def asked_meanwhile(client: RewardClient, said: Sequence[Judged]) -> Iterator[dict[str, int]]:
-    """Asks for rewards without a pause; gets the number of answers by each version."""
+    """Asks for rewards without a pause; gets the number of answers by each version. Raises what a
+    request does that fails."""
     answered: dict[str, int] = {}
     done = threading.Event()
 
@@ -191,17 +199,24 @@ def asked_meanwhile(client: RewardClient, said: Sequence[Judged]) -> Iterator[di
                 [scores] = client.score_groups([Group(one.prompt, one.completions)])
                 answered[scores.model_version] = answered.get(scores.model_version, 0) + 1
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield answered
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(ask)
+        try:
+            yield answered
+        finally:
+            done.set()
+        asking.result()
 
 
-def mean_reward(rewards: Iterable[Sequence[float | None]]) -> float:
-    return fmean(reward for each in rewards for reward in each if reward is not None)
+def chosen(path: Path, most: int, chance: random.Random) -> list[Prompt]:
+    prompts = read_prompts(path)
+    return chance.sample(prompts, min(most, len(prompts)))
+
+
+def over_prompts(values: Iterable[Sequence[float | None]]) -> dict[str, float]:
+    """The mean of all prompts' means, with its standard error."""
+    means = [fmean(value for value in each if value is not None) for each in values]
+    return {"mean": fmean(means), "standard_error": stdev(means) / len(means) ** 0.5}
 
 
 def main() -> None:
@@ -213,6 +228,7 @@ def main() -> None:
     add("--steps", type=int, default=25, help="of the policy, in a round")
     add("--learning-rate", type=float, default=2e-4, help="of the policy")
     add("--prompts", type=int, default=128, help="that are sampled for pairs, in a round")
+    add("--unseen", type=Path, help="rows with prompts to judge by; default the held-out ones")
     add("--fixed", action="store_true", help="leave the reward model as it is, to compare")
     add("--port", type=int, default=8000, help="of the service")
     add("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -29,7 +29,6 @@ from reward_actor.rollout import RolloutGroup, RolloutPool, Sampling, VllmSettin
 # What DeepSpeed wants to know, where no launcher tells it; port 0 is a free one.
 _ONE_PROCESS = {
     "RANK": "0",
-    "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
@@ -73,6 +72,11 @@ class Batch:
             batch.is_sampled[row, len(prompt) - 1 : end - 1] = 1
             batch.old_log_probs[row, len(prompt) - 1 : end - 1] = torch.tensor(log_probs)
         return batch
+
+    def without(self, left_out: Tensor) -> Batch:
+        """Nothing is learned of these completions (B,)."""
+        kept = (~left_out).to(self.is_sampled)[:, None]
+        return replace(self, is_sampled=self.is_sampled * kept)
 
     def to(self, device: str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
@@ -134,7 +138,8 @@ def trained(module: nn.Module, learning_rate: float, *, deepspeed: bool) -> Trai
     from trainer.deepspeed_internals import disable_shared_memory_op
 
     disable_shared_memory_op()
-    for name, value in _ONE_PROCESS.items():
+    device = next(module.parameters()).device
+    for name, value in (_ONE_PROCESS | {"LOCAL_RANK": str(device.index or 0)}).items():
         os.environ.setdefault(name, value)
     ds.init_distributed()
     settings = {
@@ -226,9 +231,15 @@ def rollouts(
     """Those of each step, and the same as tensors."""
     sampling = Sampling(args.completions, max_tokens=args.max_tokens, seed=args.seed)
     prompts = shuffled(read_prompts(args.prompts), args.batch, args.steps, args.seed)
-    pad_token_id = AutoTokenizer.from_pretrained(args.policy).pad_token_id
+    pad_token_id = AutoTokenizer.from_pretrained(args.policy).pad_token_id or 0  # it is masked
     for groups in sampled(pool, prompts, sampling, args.ahead):
         yield groups, Batch.of(groups, pad_token_id).to(args.device)
+
+
+def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
+    """(B,) of all completions, group after group; NaN where there is none."""
+    rewards = [float("nan") if r is None else r for group in groups for r in group.rewards]
+    return torch.tensor(rewards)
 
 
 def rollout_options(description: str) -> argparse.ArgumentParser:
@@ -266,7 +277,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def _last_device() -> str:
-    """Ray gives the engines the first GPUs."""
+    """Ray gives the engines, and a scorer that is a directory, the first GPUs."""
     num_gpus = torch.cuda.device_count()
     return f"cuda:{num_gpus - 1}" if num_gpus else "cpu"
 
@@ -293,15 +304,12 @@ class Log:
         self._file = (out / "log.jsonl").open("w")
 
     def step(self, step: int, groups: Sequence[RolloutGroup], **figures: float) -> None:
+        """standard_error: of the mean reward, where there are two or more."""
         rewards = [r for group in groups for r in group.rewards if r is not None]
         lengths = [len(ids) for group in groups for ids in group.completion_ids]
-        row = {
-            "step": step,
-            "reward": fmean(rewards),
-            "standard_error": stdev(rewards) / len(rewards) ** 0.5,
-            "tokens": fmean(lengths),
-            **figures,
-        }
+        row = {"step": step, "reward": fmean(rewards), "tokens": fmean(lengths), **figures}
+        if len(rewards) > 1:
+            row["standard_error"] = stdev(rewards) / len(rewards) ** 0.5
         print(json.dumps(row), file=self._file, flush=True)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "step")
         print(f"step {step}  {shown}", flush=True)

@@ -14,7 +14,6 @@ GAE: Schulman et al. 2016, arXiv 1506.02438.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,16 +23,17 @@ from policy_gradient import (
     clipped_loss,
     options,
     policy_and_reference,
+    rewards_of,
     rollouts,
     save,
     trained,
     with_pool,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_actor.contract import ScoringContract
-from reward_actor.rollout import RolloutGroup, RolloutPool
+from reward_actor.rollout import RolloutPool
 
 
 class Critic(nn.Module):
@@ -60,12 +60,13 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     """pool: begins with the policy's weights, and ends with the trained ones."""
     network, reference = policy_and_reference(args)
     policy = trained(network, args.learning_rate, deepspeed=args.deepspeed)
+    require_same_tokenizer(args.policy, args.critic)
     critic_network = Critic(args.critic).to(args.device)
     critic = trained(critic_network, args.critic_learning_rate, deepspeed=args.deepspeed)
     log = Log(args.out)
     for step, (groups, batch) in enumerate(rollouts(args, pool)):
         rewards = rewards_of(groups).to(args.device)
-        batch.is_sampled[rewards.isnan()] = 0  # nothing is learned of what has no reward
+        batch = batch.without(rewards.isnan())
         with torch.no_grad():
             parts = [part for _, part in batch.parts(args.part)]
             reference_log_probs = torch.cat([part.log_probs(reference) for part in parts])
@@ -101,10 +102,11 @@ def train(args: argparse.Namespace, pool: RolloutPool) -> None:
     save(network, args)
 
 
-def rewards_of(groups: Sequence[RolloutGroup]) -> Tensor:
-    """(B,) of all completions, group after group; NaN where there is none."""
-    rewards = [float("nan") if r is None else r for group in groups for r in group.rewards]
-    return torch.tensor(rewards)
+def require_same_tokenizer(policy: str, critic: str) -> None:
+    """Raise ValueError unless the critic reads the policy's token ids as the policy does."""
+    vocabularies = [AutoTokenizer.from_pretrained(each).get_vocab() for each in (policy, critic)]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(f"{critic} has another tokenizer than {policy}; a critic needs the same")
 
 
 def with_reward_at_the_end(per_token: Tensor, rewards: Tensor, is_sampled: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def clipped_errors(values: Tensor, old: Tensor, returns: Tensor, clip: float) ->
 def parser() -> argparse.ArgumentParser:
     made = options((__doc__ or "").partition("\n")[0])
     add = made.add_argument
-    add("--critic", required=True, help="directory of a reward model that the critic begins as")
+    add("--critic", required=True, help="directory of a reward model, with the policy's tokenizer")
     add("--critic-learning-rate", type=float, default=3e-4)
     add("--gae-lambda", type=float, default=0.95)
     add("--epochs", type=int, default=2, help="updates by the same rollouts")

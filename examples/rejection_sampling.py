@@ -68,6 +68,8 @@ def best_of_n(rewards: Iterable[Sequence[float]], most: int) -> dict[int, float]
     so many rewards: of M sorted rewards the i-th (from 0) is the best of C(i, N - 1) of all C(M, N)
     choices."""
     known = [sorted(each) for each in rewards if len(each) >= most]
+    if not known:
+        raise ValueError(f"no prompt has rewards of all its {most} completions")
     sizes = [2**power for power in range(most.bit_length())]
     return {
         n: fmean(

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,21 @@ def best_of(demo: Path, scratch: Path, num_seeds: int) -> dict[str, Any]:
 
 
 def loop(demo: Path, scratch: Path, num_seeds: int) -> dict[str, Any]:
-    """The same trainings against a reward model that stays, and against one that is renewed."""
-    found = {}
-    for name, options in (("fixed", ["--fixed"]), ("renewed", [])):
-        port = free_port()
-        given = (demo, scratch / name, "--port", port, "--rounds", 4, *options)
-        runs.run("online_rm.py", *given)
-        found[name] = runs.log_of(scratch / name / "rounds.jsonl")
-        print(f"{name}: {found[name]}", flush=True)
+    """The same trainings against a reward model that stays, and against one that is renewed: the
+    rounds of each seed. Judged by prompts that had no part in choosing the settings."""
+    fresh = scratch / "fresh.jsonl"
+    runs.write_fresh_prompts(demo, fresh)
+    found: dict[str, Any] = {"fixed": [], "renewed": []}
+    for seed in range(num_seeds):
+        for name, rounds in found.items():
+            out = scratch / f"{name}-{seed}"
+            options = ["--fixed"] if name == "fixed" else []
+            given = ("--port", free_port(), "--rounds", 4, "--seed", seed, "--unseen", fresh)
+            started = time.monotonic()
+            runs.run("online_rm.py", demo, out, *given, *options)
+            rounds.append(runs.log_of(out / "rounds.jsonl"))
+            print(f"{name}, seed {seed}, {time.monotonic() - started:.0f} s", flush=True)
+            print(json.dumps(rounds[-1]), flush=True)
     return found
 
 

@@ -46,13 +46,16 @@ def _curves(axes: Axes, figures: Mapping[str, Any]) -> None:
 def _loop(axes: Axes, figures: Mapping[str, Any]) -> None:
     labels = {"fixed": "reward model stays", "renewed": "reward model is trained further"}
     for (name, label), color in zip(labels.items(), PALETTE, strict=False):
-        rounds = [row["round"] for row in figures[name]]
-        grades = [row["grade"] for row in figures[name]]
-        axes.plot(rounds, grades, color=color, marker="o", linewidth=1.8, label=label)
+        grades = np.array([[row["grade"]["mean"] for row in rounds] for rounds in figures[name]])
+        rounds = np.arange(grades.shape[1]) + 1
+        for each in grades:
+            axes.plot(rounds, each, color=color, alpha=0.3, linewidth=0.8)
+        mean = grades.mean(axis=0)
+        axes.plot(rounds, mean, color=color, marker="o", linewidth=1.8, label=label)
     axes.set(
         title="What the policy says, by the judge's rule (0 to 3)",
-        xlabel="round",
-        ylabel="mean grade on held-out prompts",
-        xticks=[row["round"] for row in figures["fixed"]],
+        xlabel="round (faint: each seed)",
+        ylabel="mean grade on fresh prompts",
+        xticks=[row["round"] for row in figures["fixed"][0]],
     )
     legend(axes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -45,14 +45,19 @@ def _best_of(figures: Mapping[str, Any]) -> list[list[str]]:
 def _loop(figures: Mapping[str, Any]) -> list[list[str]]:
     rows = [["round", "grade, fixed", "reward, fixed", "grade, renewed", "reward, renewed",
              "by the next version", "accuracy of the version", "of the next"]]  # fmt: skip
-    for fixed, renewed in zip(figures["fixed"], figures["renewed"], strict=True):
+    by_round = (zip(*figures[name], strict=True) for name in ("fixed", "renewed"))
+    for fixed, renewed in zip(*by_round, strict=True):
         numbers = (
-            *(fixed[name] for name in ("grade", "reward")),
-            *(renewed[name] for name in ("grade", "reward", "reward_by_the_next")),
-            *(renewed[name] for name in ("accuracy", "accuracy_of_the_next")),
+            *(_seeds(fixed, name) for name in ("grade", "reward")),
+            *(_seeds(renewed, name) for name in ("grade", "reward", "reward_by_the_next")),
+            *(_seeds(renewed, name) for name in ("accuracy", "accuracy_of_the_next")),
         )
-        rows.append([str(fixed["round"]), *(f"{number:.2f}" for number in numbers)])
+        rows.append([str(fixed[0]["round"]), *numbers])
     return rows
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    return ", ".join(f"{row[name]['mean']:.2f}" for row in rows)
 
 
 def _mean(figure: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks.common.channel import ChildError
@@ -87,10 +89,8 @@ def judge(policies: Sequence[Path], demo: Path, num_completions: int = 4) -> lis
 
     from reward_actor.rollout import RolloutPool, Sampling, VllmSettings
 
-    sys.path.insert(0, str(EXAMPLES))
-    from preferences import grade_completion, make_prompts
-
-    asked = {prompt.text: prompt for prompt in make_prompts(0)}
+    preferences = _preferences()
+    asked = {prompt.text: prompt for prompt in preferences.make_prompts(0)}
     prompts = [row["prompt"] for row in log_of(demo / "data" / "heldout.jsonl")]
     sampling = Sampling(num_completions, max_tokens=48, seed=_SAMPLING_SEED)
     settings = VllmSettings(str(policies[0]), max_model_len=256, dtype="float32")
@@ -101,12 +101,27 @@ def judge(policies: Sequence[Path], demo: Path, num_completions: int = 4) -> lis
             groups = list(pool.rollouts(prompts, sampling))
             rewards = [statistics.fmean(r for r in g.rewards if r is not None) for g in groups]
             grades = [
-                statistics.fmean(grade_completion(asked[str(g.prompt)], c) for c in g.completions)
+                statistics.fmean(
+                    preferences.grade_completion(asked[str(g.prompt)], c) for c in g.completions
+                )
                 for g in groups
             ]
             found.append({"reward": _mean(rewards), "grade": _mean(grades)})
     ray.shutdown()
     return found
+
+
+def write_fresh_prompts(demo: Path, path: Path) -> None:
+    """Those that are in no file of the demo: nothing was trained, judged or chosen by them."""
+    files = (demo / "data").glob("*.jsonl")
+    known = {row["prompt"] for file in files for row in log_of(file)}
+    fresh = [prompt.text for prompt in _preferences().make_prompts(0) if prompt.text not in known]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in fresh))
+
+
+def _preferences() -> ModuleType:
+    sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module("preferences")
 
 
 def _mean(of_prompts: Sequence[float]) -> dict[str, float]:

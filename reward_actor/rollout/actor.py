@@ -38,7 +38,6 @@ from reward_actor.rollout.records import (
 # What the service refuses of one group, and would of it again.
 _OF_A_GROUP = ("invalid_request", "body_too_large", "too_many_tokens")
 _POLL_S = 0.05
-_SEEDS_OF_A_TURN = 2**32
 
 Adapters = Mapping[str, tuple[str, int]]
 """Name of a LoRA adapter -> its directory and version."""
@@ -113,10 +112,9 @@ class RolloutActor:
         index: int,
         question: Question,
         sampling: Sampling,
-        seed: int,
         environment: Environment | None = None,
     ) -> RolloutGroup:
-        """Sample a prompt and score its completions. Equal seeds give equal rollouts.
+        """Sample a prompt and score its completions. Equal seeds and indices give equal rollouts.
 
         Raises EngineDied, RewardServiceError, ValueError for a sampling that vLLM refuses or
         messages of an environment that cannot be rendered, and what an environment raises.
@@ -134,10 +132,10 @@ class RolloutActor:
         except RenderError as error:
             rollout.error = str(error)
             return rollout
-        turns = await self._sample(rollout.prompt_ids, sampling, seed)
+        turns = await self._sample(rollout.prompt_ids, sampling, sampling.seed_of_prompt(index))
         if environment is not None:
             conversing = (
-                self._converse(group, turn, sampling, seed + place, environment)
+                self._converse(rollout, turn, place, sampling, environment)
                 for place, turn in enumerate(turns)
             )
             for of_one, conversation in await asyncio.gather(*conversing):
@@ -172,13 +170,18 @@ class RolloutActor:
             self._num_sampling -= 1
 
     async def _converse(
-        self, group: Group, turn: Turn, sampling: Sampling, seed: int, environment: Environment
+        self,
+        rollout: RolloutGroup,
+        turn: Turn,
+        place: int,
+        sampling: Sampling,
+        environment: Environment,
     ) -> tuple[list[Turn], list[Message]]:
-        """The turns of one completion as long as the environment answers and there is room, and
-        the conversation that they are of."""
-        assert group.prompt is not None
+        """The turns of the completion at this place as long as the environment answers and there is
+        room, and the conversation that they are of. turn: the first one."""
+        group = Group(rollout.prompt, template_args=rollout.template_args, tools=rollout.tools)
         turns = [turn]
-        conversation = [*as_messages(group.prompt), _said(turn)]
+        conversation = [*as_messages(rollout.prompt), _said(turn)]
         single = replace(sampling, num_completions=1)
         while len(turns) < sampling.max_turns and turns[-1].finish_reason != "length":
             answer = environment(list(conversation))
@@ -190,7 +193,8 @@ class RolloutActor:
             if not self._room(prompt_ids):
                 turns[-1] = replace(turns[-1], finish_reason="length")
                 break
-            turns += await self._sample(prompt_ids, single, seed + len(turns) * _SEEDS_OF_A_TURN)
+            seed = sampling.seed_of_prompt(rollout.index, len(turns)) + place
+            turns += await self._sample(prompt_ids, single, seed)
             conversation += [*answer, _said(turns[-1])]
         return turns, conversation
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,10 @@ class Sampling:
     """How a policy is sampled.
 
     max_tokens  of a completion.
-    seed        completion c of prompt i has the seed `seed + i * num_completions + c`.
+    seed        of the run; each completion has its own, by `seed_of_prompt`.
     stop        texts that end a completion; they are not part of it.
     adapter     name of a LoRA adapter; see `RolloutPool.update_weights`.
-    max_turns   of the assistant, where an environment answers it; turn t of a completion has its
-                seed + t * 2**32.
+    max_turns   of the assistant, where an environment answers it.
     other       further fields of `vllm.SamplingParams` by name: top_k, min_p, ...
 
     Raises ValueError for values that cannot be.
@@ -67,6 +67,15 @@ class Sampling:
             raise ValueError("stop is one text; give a list of them")
         if own := _OWN & set(self.other):
             raise ValueError(f"other has {', '.join(sorted(own))}, which Sampling sets by itself")
+
+    def seed_of_prompt(self, index: int, turn: int = 0) -> int:
+        """Of the prompt's first completion in this turn; completion c has that plus c.
+
+        Runs, prompts and turns with seeds next to each other must not share random numbers, so they
+        are hashed. Of a seed PyTorch takes the low 32 bits alone on a CPU.
+        """
+        digest = hashlib.blake2b(f"{self.seed} {index} {turn}".encode(), digest_size=7)
+        return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(frozen=True)

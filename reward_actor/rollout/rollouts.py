@@ -129,11 +129,10 @@ class Rollouts:
             prompt = None if actor is None else self._next_prompt()
             if actor is None or prompt is None:
                 break
-            seed = self._sampling.seed + prompt.index * self._sampling.num_completions
             num_tokens = _num_tokens(prompt.question, self._sampling)
             actor.take(num_tokens, alone=is_suspect)
             call = actor.handle.rollout.remote(
-                prompt.index, prompt.question, self._sampling, seed, self._environment
+                prompt.index, prompt.question, self._sampling, self._environment
             )
             self._calls[call] = (prompt, actor, num_tokens)
 

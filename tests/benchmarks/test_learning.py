@@ -39,17 +39,22 @@ RESULT: dict[str, Any] = {
         },
     },
     "loop": {
-        "fixed": [{"round": 1, "grade": 2.1, "reward": 0.9}],
+        "fixed": [
+            [{"round": 1, "grade": figure(grade), "reward": figure(0.9)}] for grade in (2.1, 2.2)
+        ],
         "renewed": [
-            {
-                "round": 1,
-                "grade": 2.4,
-                "reward": 0.7,
-                "reward_by_the_next": 0.6,
-                "num_pairs": 256,
-                "accuracy": 0.78,
-                "accuracy_of_the_next": 0.82,
-            }
+            [
+                {
+                    "round": 1,
+                    "grade": figure(grade),
+                    "reward": figure(0.7),
+                    "reward_by_the_next": figure(0.6),
+                    "num_pairs": 256,
+                    "accuracy": figure(0.78),
+                    "accuracy_of_the_next": figure(0.82),
+                }
+            ]
+            for grade in (2.4, 2.5)
         ],
     },
 }
@@ -58,7 +63,7 @@ RESULT: dict[str, Any] = {
 def test_each_part_that_was_measured_has_a_table_and_a_picture(tmp_path: Path) -> None:
     tables = report.tables(RESULT)
     assert "| GRPO | 0.45 | 1.45 | 7.4 | 1.50 | 2.40 |" in tables
-    assert "| 1 | 2.10 | 0.90 | 2.40 | 0.70 | 0.60 | 0.78 | 0.82 |" in tables
+    assert "| 1 | 2.10, 2.20 | 0.90, 0.90 | 2.40, 2.50 | 0.70, 0.70 | 0.60, 0.60 |" in tables
     pictures.draw(RESULT, tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(drawn) == ["learning-curves.png", "learning-loop.png"]

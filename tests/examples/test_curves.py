@@ -58,5 +58,5 @@ def test_a_reward_model_that_is_trained_further_judges_better(demo: Path, tmp_pa
     out = tmp_path / "loop"
     runs.run("online_rm.py", demo, out, "--port", free_port(), "--rounds", "2")
     for row in runs.log_of(out / "rounds.jsonl"):
-        assert row["accuracy_of_the_next"] > row["accuracy"]
+        assert row["accuracy_of_the_next"]["mean"] > row["accuracy"]["mean"]
         assert len(row["num_answers_during_the_swap"]) == 2  # by the old version, then by the new

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -10,9 +12,16 @@ import torch
 from grpo import advantages_of
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_gradient import Batch, clipped_loss, kl_to, shuffled
-from ppo import clipped_errors, gae, rewards_of, whitened, with_reward_at_the_end
+from policy_gradient import Batch, clipped_loss, kl_to, rewards_of, shuffled
+from ppo import (
+    clipped_errors,
+    gae,
+    require_same_tokenizer,
+    whitened,
+    with_reward_at_the_end,
+)
 from rejection_sampling import best_of_n
+from transformers import AutoTokenizer
 
 from reward_actor.groups import GroupScores, SampleError
 from reward_actor.rollout import RolloutGroup
@@ -60,6 +69,21 @@ def test_a_completion_without_a_reward_teaches_nothing() -> None:
     assert over_std == pytest.approx([0.0, 0.0, -(0.5**0.5), 0.5**0.5], abs=1e-3)
     rewards = rewards_of(GROUPS)
     assert rewards.isnan().tolist() == [False, True, False, False]
+    batch = Batch.of(GROUPS, pad_token_id=0)
+    left = batch.without(rewards.isnan())
+    assert left.is_sampled.sum(-1).tolist() == [2, 0, 3, 2]
+    assert torch.equal(left.ids, batch.ids)
+
+
+def test_a_critic_with_other_token_ids_is_refused(base_model: Path, tmp_path: Path) -> None:
+    require_same_tokenizer(str(base_model), str(base_model))
+    changed = tmp_path / "critic"
+    shutil.copytree(base_model, changed)
+    tokenizer = AutoTokenizer.from_pretrained(changed)
+    tokenizer.add_tokens("<one more>")
+    tokenizer.save_pretrained(changed)
+    with pytest.raises(ValueError, match=r"critic has another tokenizer than .*; a critic needs"):
+        require_same_tokenizer(str(base_model), str(changed))
 
 
 def test_batches_are_epochs() -> None:
@@ -148,3 +172,8 @@ def test_best_of_n_is_the_mean_over_all_choices(rewards: list[list[float]]) -> N
     for n, value in found.items():
         each = [fmean(max(chosen) for chosen in combinations(of_one, n)) for of_one in rewards]
         assert value == pytest.approx(fmean(each), abs=1e-9)
+
+
+def test_best_of_n_needs_a_prompt_with_all_its_rewards() -> None:
+    with pytest.raises(ValueError, match="no prompt has rewards of all its 4 completions"):
+        best_of_n([[1.0, 2.0], []], 4)

@@ -192,3 +192,17 @@ def test_a_histogram_counts_every_value_once(values: list[int]) -> None:
 def test_nonsense_sampling_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+def test_no_two_completions_of_runs_prompts_and_turns_share_random_numbers() -> None:
+    """PyTorch's generator on a CPU takes the low 32 bits of a seed alone."""
+    firsts = [
+        Sampling(seed=seed).seed_of_prompt(index, turn)
+        for seed in range(4)
+        for index in range(64)
+        for turn in range(3)
+    ]
+    seeds = {(first + place) % 2**32 for first in firsts for place in range(8)}
+    assert len(seeds) == 8 * len(firsts)
+    assert max(firsts) < 2**62, "vLLM takes 64 bits with a sign"
+    assert Sampling(seed=3).seed_of_prompt(7) == Sampling(seed=3).seed_of_prompt(7)
