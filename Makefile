@@ -88,12 +88,12 @@ $(INTEGRATIONS)/.ready: $(wildcard tests/integrations/*.txt)
 	@$(INTEGRATIONS_PIP) -r tests/integrations/requirements.txt
 	@$(INTEGRATIONS_PIP) --no-deps -r tests/integrations/trainers.txt
 	@# Those that are not on PyPI. Without GitHub their tests are skipped, and say so.
-	@-while read -r name url commit; do \
+	@missing=; while read -r name url commit; do \
 		git init -q $(INTEGRATIONS)/src/$$name && cd $(INTEGRATIONS)/src/$$name && \
 		git fetch -q --depth 1 $$url $$commit && git checkout -q FETCH_HEAD \
-		|| rm -rf $(CURDIR)/$(INTEGRATIONS)/src/$$name; cd $(CURDIR); \
-	done < tests/integrations/sources.txt
-	@touch $@
+		|| { missing=1; rm -rf $(CURDIR)/$(INTEGRATIONS)/src/$$name; }; cd $(CURDIR); \
+	done < tests/integrations/sources.txt; \
+	[ -n "$$missing" ] || touch $@
 
 # The GPU's code without a GPU, and what memory it would take. Installs several GB.
 check-cuda: $(VENV)-cuda/.$(subst ==,-,$(CUDA_TORCH))

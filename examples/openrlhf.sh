@@ -24,7 +24,7 @@ exec ray job submit --runtime-env-json "{\"env_vars\": {$variables}}" -- \
     python3 -m openrlhf.cli.train_ppo_ray \
     --reward.remote_url "$function_file" \
     --actor.model_name_or_path Qwen/Qwen3-8B \
-    --data.prompt_dataset "$PWD/$prompts" \
+    --data.prompt_dataset "$(realpath "$prompts")" \
     --data.input_key messages \
     --data.apply_chat_template \
     --data.max_len 2048 \

@@ -132,7 +132,7 @@ class GroupScores:
     of them are the prompt's.
 
     With turn rewards, `turn_rewards[i]` has the reward at the end of each assistant turn, those of
-    the prompt first; the last one is `rewards[i]`.
+    the prompt first; the last one is `rewards[i]`, before what a service's reward functions add.
 
     Of an ensemble, rewards and raw scores are its members' combined by the rule; `named_rewards`
     has the members' own rewards by their names, and `spread[i]` is the standard deviation of those.

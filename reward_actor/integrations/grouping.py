@@ -38,9 +38,15 @@ class Samples:
         found: list[list[float | None]] = [group.rewards for group in scores]
         return in_order(found, self.places, dict.fromkeys(self.errors))
 
-    def named(self, scores: Sequence[GroupScores], name: str) -> list[float | None]:
-        """The rewards of this name. Raises ValueError where the service gives none."""
-        return in_order([of_name(g, name) for g in scores], self.places, dict.fromkeys(self.errors))
+    def named(
+        self,
+        scores: Sequence[GroupScores],
+        name: str,
+        read: Callable[[GroupScores, str], list[float | None]],
+    ) -> list[float | None]:
+        """The rewards of this name, as `of_name` or `counted` reads them. Raises ValueError where
+        the service gives none."""
+        return in_order([read(g, name) for g in scores], self.places, dict.fromkeys(self.errors))
 
     def over_turns(
         self, scores: Sequence[GroupScores], completions: Sequence[Said], rule: TurnRewards | None
@@ -141,6 +147,16 @@ def of_name(scores: GroupScores, name: str) -> list[float | None]:
         known = ", ".join(named) or "one reward without a name"
         raise ValueError(f"the service has no reward named {name!r}; it has {known}")
     return named[name]
+
+
+def counted(scores: GroupScores, name: str) -> list[float | None]:
+    """The same, with 0 where a function of the service had none, which is what it counts for in the
+    reward; None is left for samples without a reward. Raises ValueError where there is none of this
+    name."""
+    return [
+        0.0 if value is None and error is None else value
+        for value, error in zip(of_name(scores, name), scores.errors, strict=True)
+    ]
 
 
 def _num_turns(completion: Said) -> int:

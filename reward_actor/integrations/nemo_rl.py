@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 from reward_actor.conversation import as_messages
 from reward_actor.groups import LOGGED_AS, Message, Prompt
-from reward_actor.integrations.grouping import checked_rule, to_groups, wanted
+from reward_actor.integrations.grouping import checked_rule, counted, to_groups, wanted
 from reward_actor.integrations.scorers import client, url_or_variable
 
 
@@ -69,6 +69,8 @@ class RewardEnvironment:
         self._error_reward = config.get("error_reward")
         self._rule = checked_rule(config.get("turn_rewards"))
         self._names = list(config.get("reward_names") or ())
+        if self._names and self._rule:
+            raise ValueError("reward_names are of a conversation's end; leave turn_rewards out")
 
     def step(
         self,
@@ -90,7 +92,7 @@ class RewardEnvironment:
         chosen = samples.chosen(rewarded, self._error_reward)
         rewards: Any = torch.tensor(chosen, dtype=torch.float32)
         if self._names:
-            named = {name: samples.named(scores, name) for name in self._names}
+            named = {name: samples.named(scores, name, counted) for name in self._names}
             rewards = {
                 LOGGED_AS.format(name): torch.tensor(
                     [one if v is None else v for v, one in zip(values, chosen, strict=True)]

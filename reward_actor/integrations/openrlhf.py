@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reward_actor.groups import LOGGED_AS, Whole, joined
-from reward_actor.integrations.grouping import rewards_of
+from reward_actor.integrations.grouping import counted, rewards_of
 from reward_actor.integrations.scorers import client, url_or_variable
 
 ERROR_REWARD_VARIABLE = "RAYWARD_ERROR_REWARD"
@@ -44,11 +44,12 @@ def reward_func(
     rewards = torch.tensor([reward for [reward] in chosen], dtype=torch.float32)
     num_tokens = [float(n) for group in scores for n in group.num_tokens]
     failed = [float(error is not None) for group in scores for error in group.errors]
-    # Where a sample has none, its `error_reward` stands for each of them.
-    whole = joined(scores).named_rewards if scores else None
+    # Where a sample has no reward, its `error_reward` stands for each of them.
+    names = (scores[0].named_rewards if scores else None) or {}
+    whole = {name: counted(joined(scores), name) for name in names}
     named = {
         name: [chosen[i][0] if value is None else value for i, value in enumerate(values)]
-        for name, values in (whole or {}).items()
+        for name, values in whole.items()
     }
     return {
         "rewards": rewards,

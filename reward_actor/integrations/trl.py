@@ -41,6 +41,7 @@ from reward_actor.integrations.grouping import (
     Samples,
     TurnRewards,
     checked_rule,
+    of_name,
     to_groups,
     wanted,
 )
@@ -158,7 +159,7 @@ class _Scores:
         self, samples: Samples, scores: Sequence[GroupScores], completions: Sequence[Said]
     ) -> Rewards:
         if self._reward is not None:
-            return samples.named(scores, self._reward)
+            return samples.named(scores, self._reward, of_name)
         return samples.rewards(samples.over_turns(scores, completions, self._rule))
 
 

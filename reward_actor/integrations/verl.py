@@ -33,12 +33,15 @@ from reward_actor.integrations.grouping import (
     Samples,
     TurnRewards,
     checked_rule,
-    of_name,
+    counted,
     to_groups,
     wanted,
 )
 from reward_actor.integrations.scorers import async_client, client, url_or_variable
 from reward_actor.shaping import weighted_sum
+
+# Asked where a completion cannot be read: the reply has the names of the rewards.
+_NOTHING = [Group("")]
 
 
 def compute_score(
@@ -57,9 +60,10 @@ def compute_score(
     """{"score": the reward, "num_tokens", and each named reward} of one completion. Raises
     RewardServiceError, and ValueError where the prompt is missing, turn_rewards is no rule, or
     reward_weights has a name that no reward has."""
-    rule = checked_rule(turn_rewards)
+    rule = _rule(turn_rewards, reward_weights)
     groups, samples = _grouped(solution_str, extra_info, prompt_key)
-    scores = client(url_or_variable(url)).score_groups(groups, **wanted(rule))
+    scorer = client(url_or_variable(url))
+    scores = scorer.score_groups(groups or _NOTHING, **wanted(rule))
     return _result(samples, scores, solution_str, rule, error_reward, reward_weights)
 
 
@@ -77,9 +81,10 @@ async def compute_score_async(
     **ignored: Any,
 ) -> dict[str, float]:
     """`compute_score`, awaited."""
-    rule = checked_rule(turn_rewards)
+    rule = _rule(turn_rewards, reward_weights)
     groups, samples = _grouped(solution_str, extra_info, prompt_key)
-    scores = await async_client(url_or_variable(url)).score_groups(groups, **wanted(rule))
+    scorer = async_client(url_or_variable(url))
+    scores = await scorer.score_groups(groups or _NOTHING, **wanted(rule))
     return _result(samples, scores, solution_str, rule, error_reward, reward_weights)
 
 
@@ -91,18 +96,27 @@ def _result(
     error_reward: float | None,
     weights: Mapping[str, float] | None,
 ) -> dict[str, float]:
-    rewarded = samples.over_turns(scores, [completion], rule)
+    [whole], is_read = scores, bool(samples.places)
+    rewarded = samples.over_turns(scores, [completion], rule) if is_read else ()
     [reward] = samples.chosen(rewarded, error_reward)
-    # verl wants the same keys of each sample; one without a reward is in no group, or has None.
-    names = (scores[0].named_rewards if scores else None) or {}
-    named = {name: of_sample[0] for name, of_sample in names.items()}
-    if weights and scores and all(value is not None for value in named.values()):
-        weighted: dict[str, Any] = {name: of_name(scores[0], name) for name in weights}
+    # verl wants the same keys of each sample, of one without a reward, too.
+    has_reward = is_read and whole.errors == [None]
+    named = {
+        name: counted(whole, name)[0] if has_reward else None for name in whole.named_rewards or {}
+    }
+    if weights and has_reward:
+        weighted: dict[str, Any] = {name: counted(whole, name) for name in weights}
         reward = float(weighted_sum(weighted, weights)[0])
     found = {
         LOGGED_AS.format(name): reward if value is None else value for name, value in named.items()
     }
-    return {"score": reward, "num_tokens": scores[0].num_tokens[0] if scores else 0, **found}
+    return {"score": reward, "num_tokens": whole.num_tokens[0] if is_read else 0, **found}
+
+
+def _rule(turn_rewards: TurnRewards | None, weights: object) -> TurnRewards | None:
+    if turn_rewards and weights:
+        raise ValueError("reward_weights are of a conversation's end; leave turn_rewards out")
+    return checked_rule(turn_rewards)
 
 
 def _grouped(

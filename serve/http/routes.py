@@ -54,6 +54,9 @@ async def ready(request: Request) -> JSONResponse:
         if error.type == "asleep":
             status = schema.Status(status="asleep", reason=error.message)
         return JSONResponse(status.model_dump(), status_code=503)
+    if service_of(request).functions_hang:
+        status = schema.Status(status="not_ready", reason="the reward functions hang")
+        return JSONResponse(status.model_dump(), status_code=503)
     return JSONResponse(schema.Status(status="ok", model_version=model.version).model_dump())
 
 

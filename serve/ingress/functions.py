@@ -9,9 +9,9 @@ FILE is Python, which runs in every ingress:
     WEIGHTS = {"brevity": 0.5}   # of those that count; the others are only reported
 
 A function gets a prompt (text, or messages) with its completions (texts, or the assistant's
-messages), and returns a number for each, or None for one that it has no reward for. It may be
-async. Groups of token ids are decoded for it; of whole texts the prompt is None. Functions run in
-threads, several at a time.
+messages), and returns a number for each, or None for one that it has no reward for, which counts
+as 0. Groups of token ids are decoded for it; of whole texts the prompt is None. Functions run in
+threads, several at a time, those with `async def` in an event loop of their own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import asyncio
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite
 from pathlib import Path
+from threading import Thread, get_ident
 from types import ModuleType
 from typing import Any
 
@@ -91,43 +92,66 @@ class Functions:
 
 
 class RewardFunctions:
-    """Functions, and the threads that they run in."""
+    """Functions, and where they run: those with `async def` in an event loop of their own, the
+    others in threads."""
 
     def __init__(self, functions: Functions, request_timeout_s: float) -> None:
         self._functions = functions
-        self._timeout_s = _SHARE_OF_DEADLINE * request_timeout_s
+        self._request_timeout_s = request_timeout_s
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "reward-function")
+        self._running: dict[int, float] = {}  # thread -> when it began what it runs
+        self._loop = asyncio.new_event_loop()
+        Thread(target=self._loop.run_forever, name="reward-functions", daemon=True).start()
 
     @property
     def weights(self) -> dict[str, float]:
         """Of all of them; 0 for one that is only reported."""
         return {name: self._functions.weights.get(name, 0.0) for name in self._functions.by_name}
 
+    @property
+    def hang(self) -> bool:
+        """Whether every thread has run one call for longer than a request may take."""
+        begun = [*self._running.values()]
+        late = time.monotonic() - self._request_timeout_s
+        return len(begun) == _NUM_THREADS and max(begun) < late
+
     async def added(
-        self, groups: Sequence[Group | Whole], scores: Sequence[GroupScores], tokenizer: Any
+        self,
+        groups: Sequence[Group | Whole],
+        scores: Sequence[GroupScores],
+        tokenizer: Any,
+        left_s: float,
     ) -> list[GroupScores]:
-        """The scores with the functions' rewards. tokenizer: decodes ids. Raises
-        RewardServiceError where they take too long, and where the model has one of their names."""
+        """The scores with the functions' rewards. tokenizer: decodes ids; left_s: of the request's
+        time. Raises RewardServiceError where they take too long, or hang already, and where the
+        model has one of their names."""
         try:
             self._functions.require_other_names(
                 name for each in scores for name in each.named_rewards or ()
             )
         except ValueError as error:
             raise RewardServiceError("internal", str(error)) from None
-        loop = asyncio.get_running_loop()
+        if self.hang:
+            raise RewardServiceError(
+                "unavailable",
+                f"all {_NUM_THREADS} threads of the reward functions hang; restart the service, "
+                "and give what they wait for a timeout",
+            )
         calls = [
-            loop.run_in_executor(self._threads, partial(call, name, function, group, tokenizer))
+            self._begin(name, function, group, tokenizer)
             for group in groups
             if len(group)
             for name, function in self._functions.by_name.items()
         ]
+        left_s = max(0.0, _SHARE_OF_DEADLINE * left_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(left_s):
                 answers = iter(await asyncio.gather(*calls))
         except TimeoutError:
             raise RewardServiceError(
                 "deadline_exceeded",
-                f"no answer of the reward functions within {self._timeout_s:g} s",
+                f"no answer of the reward functions within {left_s:.2g} s, what the model had left "
+                f"of request_timeout_s = {self._request_timeout_s:g}",
                 retryable=True,
             ) from None
         return [
@@ -139,6 +163,23 @@ class RewardFunctions:
             for group, each in zip(groups, scores, strict=True)
         ]
 
+    def _begin(
+        self, name: str, function: Function, group: Group | Whole, tokenizer: Any
+    ) -> Awaitable[Rewards | SampleError]:
+        if _is_async(function):
+            coming = call_async(name, function, group, tokenizer)
+            return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coming, self._loop))
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._threads, self._call, name, function, group, tokenizer)
+
+    def _call(self, *asked: Any) -> Rewards | SampleError:
+        thread = get_ident()
+        self._running[thread] = time.monotonic()
+        try:
+            return call(*asked)
+        finally:
+            del self._running[thread]
+
 
 def call(
     name: str, function: Function, group: Group | Whole, tokenizer: Any
@@ -146,19 +187,42 @@ def call(
     """The function's rewards of a group, or why there are none, without what anybody wrote."""
     prompt, completions = _asked(group, tokenizer)
     try:
-        given = function(prompt, completions)
-        if inspect.isawaitable(given):
-            given = asyncio.run(_awaited(given))
-        rewards = [None if reward is None else float(reward) for reward in given]
+        return _checked(name, function(prompt, completions), len(completions))
     except Exception as error:
-        return SampleError("function_failed", f"the reward function {name!r} {_raised(error)}")
-    if len(rewards) != len(completions):
-        why = f"gave {len(rewards)} rewards for {len(completions)} completions"
-    elif not all(reward is None or isfinite(reward) for reward in rewards):
-        why = "gave a reward that is not finite"
-    else:
-        return rewards
+        return _failed(name, _raised(error))
+
+
+async def call_async(
+    name: str, function: Function, group: Group | Whole, tokenizer: Any
+) -> Rewards | SampleError:
+    """`call` of an async function."""
+    prompt, completions = _asked(group, tokenizer)
+    try:
+        return _checked(name, await function(prompt, completions), len(completions))
+    except Exception as error:
+        return _failed(name, _raised(error))
+
+
+def _checked(name: str, given: Any, num_completions: int) -> Rewards | SampleError:
+    if inspect.iscoroutine(given):
+        given.close()
+        return _failed(name, "gave what has to be awaited; write it with async def")
+    rewards = [None if reward is None else float(reward) for reward in given]
+    if len(rewards) != num_completions:
+        return _failed(name, f"gave {len(rewards)} rewards for {num_completions} completions")
+    if not all(reward is None or isfinite(reward) for reward in rewards):
+        return _failed(name, "gave a reward that is not finite")
+    return rewards
+
+
+def _failed(name: str, why: str) -> SampleError:
     return SampleError("function_failed", f"the reward function {name!r} {why}")
+
+
+def _is_async(function: Function) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object that is called
+    )
 
 
 def with_rewards(
@@ -170,9 +234,10 @@ def with_rewards(
     function has failed, its error in place of the group's scores."""
     error = next((each for each in found.values() if isinstance(each, SampleError)), None)
     errors = [here or error for here in scores.errors]
+    none: Rewards = [None] * len(errors)
     rewards: dict[str, Rewards] = {
         **(scores.named_rewards or {MODEL: scores.rewards}),
-        **{name: each for name, each in found.items() if not isinstance(each, SampleError)},
+        **{name: none if isinstance(each, SampleError) else each for name, each in found.items()},
     }
     if error is None and weights:
         counted: dict[str, Any] = {name: rewards[name] for name in weights}
@@ -211,10 +276,6 @@ def _run(path: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-async def _awaited(given: Any) -> Any:
-    return await given
 
 
 def _raised(error: Exception) -> str:

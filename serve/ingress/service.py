@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,7 +106,8 @@ class RewardService:
     ) -> Scored:
         """Score groups before the deadline. Raises RewardServiceError."""
         started = time.perf_counter()
-        scored = await self.within_deadline(self._rewarded(groups, token_rewards, turn_rewards))
+        work = self._rewarded(groups, token_rewards, turn_rewards, started)
+        scored = await self.within_deadline(work)
         scored.timings_ms["total"] = 1e3 * (time.perf_counter() - started)
         self.observer.scored(
             scored.results,
@@ -123,8 +124,13 @@ class RewardService:
         return await self.within_deadline(self._explain(group))
 
     async def _explain(self, group: Group | Whole) -> schema.ExplainReply:
+        started = time.perf_counter()
         scored = await self._score([group], False, False)
-        return await asyncio.to_thread(_explained, group, scored)
+        with_functions = await self._added([group], scored, started)
+        weights = {} if self._running is None else self._running.weights
+        return await asyncio.to_thread(
+            _explained, group, scored, with_functions.results[0], weights
+        )
 
     async def model(self) -> Model:
         """What is served now. Raises RewardServiceError while no replica answers, or all sleep."""
@@ -132,6 +138,11 @@ class RewardService:
         if self.replicas.is_asleep:
             raise asleep()
         return model
+
+    @property
+    def functions_hang(self) -> bool:
+        """Whether no request can be answered for the sake of reward functions that do not end."""
+        return self._running is not None and self._running.hang
 
     async def known_model(self) -> Model:
         """What was served when the replicas were last asked. Raises RewardServiceError while none
@@ -190,13 +201,25 @@ class RewardService:
             await asyncio.sleep(0.1)
 
     async def _rewarded(
-        self, groups: Sequence[Group | Whole], token_rewards: bool, turn_rewards: bool
+        self,
+        groups: Sequence[Group | Whole],
+        token_rewards: bool,
+        turn_rewards: bool,
+        started: float,
     ) -> Scored:
-        scored = await self._score(groups, token_rewards, turn_rewards)
+        return await self._added(
+            groups, await self._score(groups, token_rewards, turn_rewards), started
+        )
+
+    async def _added(
+        self, groups: Sequence[Group | Whole], scored: Scored, started: float
+    ) -> Scored:
+        """With the rewards of functions, if there are any. started: the request."""
         if self._running is None:
             return scored
         tokenizer = scored.model.renderer.tokenizer
-        results = await self._running.added(groups, scored.results, tokenizer)
+        left_s = self.config.request_timeout_s - (time.perf_counter() - started)
+        results = await self._running.added(groups, scored.results, tokenizer, left_s)
         return replace(scored, results=results)
 
     async def _score(
@@ -285,15 +308,20 @@ async def _render(
     return await asyncio.to_thread(render)
 
 
-def _explained(group: Group | Whole, scored: Scored) -> schema.ExplainReply:
+def _explained(
+    group: Group | Whole, scored: Scored, rewarded: GroupScores, weights: Mapping[str, float]
+) -> schema.ExplainReply:
+    """scored: by the model; rewarded: by functions with these weights as well."""
     model = scored.model
     completions = about_completions(
         group, scored.results[0], model.renderer, model.description.readout
     )
+    has_reward = scored.results[0].errors == [None]
+    about_functions = _about_functions(rewarded, weights) if weights and has_reward else ()
     return schema.ExplainReply(
         model=model.name,
         model_version=model.version,
-        lines=list(next(completions)),
+        lines=[*next(completions), *about_functions],
         model_lines=[
             f"model {model.name}",
             f"  version {model.version}",
@@ -302,6 +330,17 @@ def _explained(group: Group | Whole, scored: Scored) -> schema.ExplainReply:
             *about_path(model.description.info),
         ],
     )
+
+
+def _about_functions(rewarded: GroupScores, weights: Mapping[str, float]) -> Iterator[str]:
+    [reward], [error] = rewarded.rewards, rewarded.errors
+    if error is not None:
+        yield f"no reward with functions: {error.type}: {error.message}"
+        return
+    for name, weight in weights.items():
+        [value] = (rewarded.named_rewards or {})[name]
+        yield f"function {name} {'none' if value is None else f'{value:.7g}'}, weight {weight:g}"
+    yield f"reward with functions {reward:.7g}"
 
 
 def _given(group: Group | Whole) -> tuple[int, int]:

@@ -135,7 +135,7 @@ function numbers(result, i) {
   if (named.length) {
     const rows = named.map(([name, rewards]) =>
       element("span", { className: "member" }, `${name} `,
-        element("b", { textContent: signed(rewards[i]) })),
+        element("b", { textContent: rewards[i] === null ? "–" : signed(rewards[i]) })),
     );
     parts.push(element("span", { className: "members" }, ...rows));
   }

@@ -11,7 +11,8 @@ from serve.errors import answer_http_error
 if TYPE_CHECKING:
     from fastapi import Request, Response
 
-# The ends of paths: some systems have them behind /v1 or /v2, too.
+_PREFIXES = ("", "/v1", "/v2")  # that some systems have them behind
+
 ABSENT = {
     ("/score", "/rerank"): "a reward model compares no texts; POST /v1/score scores the "
     "completions of a prompt",
@@ -27,8 +28,15 @@ ABSENT = {
 async def answer_no_route(request: Request, error: Exception) -> Response:
     """A 404 that says what to call instead."""
     assert isinstance(error, HTTPException)
-    path = request.scope["path"]
-    reason = next((said for ends, said in ABSENT.items() if path.endswith(ends)), None)
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    reason = next(
+        (
+            said
+            for routes, said in ABSENT.items()
+            if any(path == prefix + route for route in routes for prefix in _PREFIXES)
+        ),
+        None,
+    )
     known = "/docs lists the routes that there are"
     message = f"no such route; {known}" if reason is None else f"no such route: {reason}; {known}"
     return answer_http_error(request, HTTPException(404, message))

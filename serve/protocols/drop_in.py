@@ -144,13 +144,16 @@ def num_tokens(results: Iterable[GroupScores]) -> list[int]:
 
 
 def named_values(service: RewardService, scored: Scored) -> dict[str, list[float]]:
-    """The named rewards of each sample, by name, as `values` has its reward; empty where the reward
-    is one."""
+    """The named rewards of each sample, by name, as `values` has its reward, and 0 where a function
+    had none; empty where the reward is one."""
     whole = joined(scored.results)
     substitute = service.config.error_reward
     fill = 0.0 if substitute == "refuse" else substitute  # `values` has refused it
     return {
-        name: [fill if value is None else value for value in values]
+        name: [
+            value if value is not None else 0.0 if error is None else fill
+            for value, error in zip(values, whole.errors, strict=True)
+        ]
         for name, values in (whole.named_rewards or {}).items()
     }
 

@@ -178,13 +178,20 @@ def _scores(got: Received) -> Answer:
 
 
 def named(got: Received) -> Answer:
-    """The scores with two named rewards: the reward, and its half."""
+    """The scores with three named rewards: the reward, its half, and one that nothing has."""
     scores = [_group_scores(group, got.token_rewards, got.turn_rewards) for group in got.groups]
     halves = [[None if r is None else r / 2 for r in each.rewards] for each in scores]
     return answer_with(
         got,
         [
-            replace(each, named_rewards={"whole": each.rewards, "half": half}, spread=half)
+            replace(
+                each,
+                named_rewards={
+                    "whole": each.rewards,
+                    "half": half,
+                    "none": [None] * len(half),
+                },
+            )
             for each, half in zip(scores, halves, strict=True)
         ],
     )

@@ -188,8 +188,10 @@ def test_trl_functions_of_named_rewards_share_a_request(asynchronous: bool) -> N
             "half",
             "whole",
         ]
+        [none] = reward_functions(server.url, ["none"])
+        assert none(prompts=["p"], completions=["x"]) == [None]
         [unknown] = reward_functions(server.url, ["third"])
-        with pytest.raises(ValueError, match="no reward named 'third'; it has whole, half"):
+        with pytest.raises(ValueError, match="no reward named 'third'; it has whole, half, none"):
             unknown(prompts=["p"], completions=["x"])
 
 
@@ -197,16 +199,32 @@ def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> N
     with stub(named) as server:
         told = {"extra_info": {"prompt": "p"}, "url": server.url}
         scored = compute_score("", "1234", None, **told)
-        assert scored == {"score": 4.0, "num_tokens": 1, "reward/whole": 4.0, "reward/half": 2.0}
+        assert scored == {
+            "score": 4.0,
+            "num_tokens": 1,
+            "reward/whole": 4.0,
+            "reward/half": 2.0,
+            "reward/none": 0.0,
+        }
         weights = {"whole": 1.0, "half": -0.5}
         assert compute_score("", "1234", None, **told, reward_weights=weights)["score"] == 3.0
+        weights = {"half": 1.0, "none": 9.0}
+        assert compute_score("", "1234", None, **told, reward_weights=weights)["score"] == 2.0
+        with pytest.raises(ValueError, match="leave turn_rewards out"):
+            compute_score("", "1", None, **told, reward_weights=weights, turn_rewards="mean")
+        unread = compute_score("", [*USER, RESULT], None, **told, error_reward=-1.0)
+        assert unread.keys() == scored.keys()
+        assert [unread["score"], unread["num_tokens"], unread["reward/half"]] == [-1.0, 0, -1.0]
         with pytest.raises(ValueError, match="no reward named 'third'"):
             compute_score("", "1234", None, **told, reward_weights={"third": 1.0})
         monkeypatch.setenv(scorers.URL_VARIABLE, server.url)
         logs = openrlhf.reward_func(ANSWERS, ANSWERS, ANSWERS)["extra_logs"]
         assert logs["reward/whole"].tolist() == [4.0, 2.0]
         assert logs["reward/half"].tolist() == [2.0, 1.0]
-        nemo = RewardEnvironment({"url": server.url, "reward_names": ["half", "whole"]})
+        assert logs["reward/none"].tolist() == [0.0, 0.0]
+        with pytest.raises(ValueError, match="leave turn_rewards out"):
+            RewardEnvironment({"url": server.url, "reward_names": ["a"], "turn_rewards": "sum"})
+        nemo = RewardEnvironment({"url": server.url, "reward_names": ["half", "whole", "none"]})
         answers = [[*USER, {"role": "assistant", "content": answer}] for answer in ANSWERS]
         lenient = RewardEnvironment(
             {"url": server.url, "reward_names": ["half", "whole"], "error_reward": -1.0}
@@ -215,13 +233,14 @@ def test_the_other_adapters_keep_the_names(monkeypatch: pytest.MonkeyPatch) -> N
         assert {name: of_name.tolist() for name, of_name in rewards.items()} == {
             "reward/half": [2.0, 1.0],
             "reward/whole": [4.0, 2.0],
+            "reward/none": [0.0, 0.0],
         }
         rewards = lenient.step([*answers, [*USER, THOUGHT]], [None] * 3).rewards
         assert rewards["reward/half"].tolist() == [2.0, 1.0, -1.0]
         env = RewardStep(extras={"url": server.url})
         env.init(USER)
         step = env.step("1234")
-        assert step["metadata"]["named_rewards"] == {"whole": 4.0, "half": 2.0}
+        assert step["metadata"]["named_rewards"] == {"whole": 4.0, "half": 2.0, "none": None}
         assert env.get_metrics()["reward/half"] == 2.0
 
 

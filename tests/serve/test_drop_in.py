@@ -178,6 +178,18 @@ def test_a_functions_rewards_are_no_drift_of_the_models(lenient: httpx.Client) -
     assert abs(watched["mean"]) < 100
 
 
+def test_an_explanation_has_the_functions_as_well(lenient: httpx.Client) -> None:
+    group = {"prompt": "Hi.", "completions": ["Jackpot!"]}
+    [result] = lenient.post("/v1/score", json={"groups": [group]}).json()["results"]
+    lines = lenient.post("/v1/explain", json=group).json()["lines"]
+    assert lines[-4].startswith(f"reward {result['named_rewards']['model'][0]:.7g} = ")
+    assert lines[-3:] == [
+        "function brevity -8, weight 0",
+        "function jackpot 1, weight 1e+06",
+        f"reward with functions {result['rewards'][0]:.7g}",
+    ]
+
+
 def test_nothing_but_a_samples_error_gets_the_error_reward(lenient: httpx.Client) -> None:
     for path, body, status in (
         ("/get_reward", {"query": ["fine", 7]}, 422),

@@ -6,13 +6,19 @@ import asyncio
 import re
 import time
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from applications import application, ask
 
+from reward_actor import binary
 from reward_actor.errors import RewardServiceError
-from reward_actor.groups import Group, GroupScores, SampleError, Whole
+from reward_actor.groups import Group, GroupScores, SampleError, Whole, joined
+from reward_actor.integrations.grouping import of_name
 from serve.ingress.functions import Functions, RewardFunctions
+from serve.ingress.service import RewardService
 
 FILE = """
 from dataclasses import dataclass
@@ -48,7 +54,7 @@ def scores(rewards: list[float | None], **more: Any) -> GroupScores:
 
 def added(functions: Functions, groups: list[Any], found: list[GroupScores]) -> list[GroupScores]:
     running = RewardFunctions(functions, request_timeout_s=10)
-    return asyncio.run(running.added(groups, found, Tokenizer()))
+    return asyncio.run(running.added(groups, found, Tokenizer(), left_s=10))
 
 
 @pytest.fixture
@@ -149,7 +155,7 @@ def test_a_failure_is_an_error_of_its_group(function: Any, why: str) -> None:
     both = [scores([1.0, None]), scores([2.0])]
     bad, good = added(Functions({"flaky": flaky}, {"flaky": 1.0}), groups, both)
     assert bad.rewards == bad.raw_scores == [None, None]
-    assert bad.named_rewards == {"model": [None, None]}
+    assert bad.named_rewards == {"model": [None, None], "flaky": [None, None]}
     [error, kept] = bad.errors
     assert kept == SampleError("too_long", "too long")
     assert error is not None
@@ -169,14 +175,84 @@ def test_a_name_that_the_model_has_is_refused(functions: Functions) -> None:
         added(functions, [Group("Hi.", ["four"])], [found])
 
 
-def test_a_slow_one_is_not_waited_for() -> None:
-    def slow(prompt: Any, completions: Any) -> list[float]:
-        time.sleep(0.5)
+def test_the_scores_of_a_failing_function_still_travel() -> None:
+    def flaky(prompt: str, completions: list[str]) -> list[float]:
+        return [float(completion) for completion in completions]
+
+    groups = [Group("a", ["1"]), Group("b", ["none"])]
+    found = added(Functions({"flaky": flaky}, {}), groups, [scores([1.0]), scores([2.0])])
+    body = binary.encode_reply("name", found, {"model_version": "v", "timings_ms": {}})
+    _, back = binary.decode_reply(body, [1, 1])
+    assert [each.named_rewards for each in back] == [each.named_rewards for each in found]
+    assert joined(found).named_rewards == {"model": [1.0, None], "flaky": [1.0, None]}
+    assert of_name(found[1], "flaky") == [None]
+
+
+def test_async_ones_share_an_event_loop_and_no_thread_waits_for_them() -> None:
+    loops = []
+
+    async def patient(prompt: str, completions: list[str]) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0.2)
+        return [1.0] * len(completions)
+
+    class Patient:
+        async def __call__(self, prompt: str, completions: list[str]) -> list[float]:
+            return await patient(prompt, completions)
+
+    def late(prompt: str, completions: list[str]) -> Any:
+        return patient(prompt, completions)
+
+    groups, found = [Group("Hi.", ["x"])] * 20, [scores([0.0])] * 20
+    running = RewardFunctions(Functions({"patient": patient, "too": Patient()}, {}), 10)
+    for _ in range(2):
+        each = asyncio.run(running.added(groups, found, None, left_s=2))
+        assert {str(one.named_rewards) for one in each} == {
+            "{'model': [0.0], 'patient': [1.0], 'too': [1.0]}"
+        }
+    assert len(set(map(id, loops))) == 1
+    [failed] = added(Functions({"late": late}, {}), groups[:1], found[:1])
+    [error] = failed.errors
+    assert error is not None
+    assert "write it with async def" in error.message
+
+
+def test_those_that_hang_are_told_and_not_waited_for() -> None:
+    go_on = Event()
+
+    def hangs(prompt: Any, completions: Any) -> list[float]:
+        go_on.wait()
         return [0.0]
 
-    running = RewardFunctions(Functions({"slow": slow}, {}), request_timeout_s=0.1)
-    with pytest.raises(RewardServiceError, match="no answer of the reward functions within"):
-        asyncio.run(running.added([Group("Hi.", ["x"])], [scores([0.0])], None))
+    group, found = [Group("Hi.", ["x"])], [scores([0.0])]
+    running = RewardFunctions(Functions({"hangs": hangs}, {}), request_timeout_s=0.1)
+
+    async def asked() -> None:
+        await running.added(group, found, None, left_s=0.1)
+
+    for _ in range(4):
+        with pytest.raises(RewardServiceError, match=r"no answer .* within 0\.09 s"):
+            asyncio.run(asked())
+    time.sleep(0.1)
+    assert running.hang
+    with pytest.raises(RewardServiceError, match="all 4 threads of the reward functions hang"):
+        asyncio.run(asked())
+    go_on.set()
+    while running.hang:
+        time.sleep(0.01)
+    asyncio.run(asked())
+
+
+def test_a_service_whose_functions_hang_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def model(self: object) -> Any:
+        return SimpleNamespace(version="v")
+
+    monkeypatch.setattr(RewardService, "model", model)
+    assert ask(application(), "GET", "/ready").status_code == 200
+    monkeypatch.setattr(RewardService, "functions_hang", True)
+    reply = ask(application(), "GET", "/ready")
+    assert reply.status_code == 503
+    assert reply.json()["reason"] == "the reward functions hang"
 
 
 @pytest.mark.parametrize(
