@@ -206,7 +206,7 @@ def test_async_ones_share_an_event_loop_and_no_thread_waits_for_them() -> None:
     groups, found = [Group("Hi.", ["x"])] * 20, [scores([0.0])] * 20
     running = RewardFunctions(Functions({"patient": patient, "too": Patient()}, {}), 10)
     for _ in range(2):
-        each = asyncio.run(running.added(groups, found, None, left_s=2))
+        each = asyncio.run(running.added(groups, found, None, left_s=10))
         assert {str(one.named_rewards) for one in each} == {
             "{'model': [0.0], 'patient': [1.0], 'too': [1.0]}"
         }
@@ -227,8 +227,8 @@ def test_those_that_hang_are_told_and_not_waited_for() -> None:
     group, found = [Group("Hi.", ["x"])], [scores([0.0])]
     running = RewardFunctions(Functions({"hangs": hangs}, {}), request_timeout_s=0.1)
 
-    async def asked() -> None:
-        await running.added(group, found, None, left_s=0.1)
+    async def asked(left_s: float = 0.1) -> None:
+        await running.added(group, found, None, left_s)
 
     for _ in range(4):
         with pytest.raises(RewardServiceError, match=r"no answer .* within 0\.09 s"):
@@ -240,7 +240,7 @@ def test_those_that_hang_are_told_and_not_waited_for() -> None:
     go_on.set()
     while running.hang:
         time.sleep(0.01)
-    asyncio.run(asked())
+    asyncio.run(asked(left_s=10))
 
 
 def test_a_service_whose_functions_hang_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
