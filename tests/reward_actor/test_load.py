@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from reward_actor import Group, RewardScorer
 from reward_actor.contract import ContractError, ScoringContract
 from reward_actor.model.directory import CheckpointError
+from reward_actor.model.load import load
 from reward_actor.model.manifest import check_manifest, write_manifest
 
 GROUP = Group("Name two fruits.", ["An apple and a pear.", "A hammer."])
@@ -165,6 +166,22 @@ def test_an_encoder_with_a_pooler_of_its_own_is_refused(copy: Path) -> None:
         pytest.raises(CheckpointError, match="pools or attends in another way"),
     ):
         RewardScorer.from_pretrained(copy)
+
+
+def test_the_noise_of_half_precision_is_no_other_pooling(copy: Path) -> None:
+    """A training was lost at its export to this: the terms of its head were large and cancelled,
+    and the check compared a padded row with one that is not, here -80 with 16."""
+    for name in ("scoring_contract.json", "MANIFEST.json"):
+        (copy / name).unlink()
+    network = AutoModelForSequenceClassification.from_pretrained(copy, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        backbone = network.get_decoder()
+        hidden = backbone(torch.arange(5, 14)[None]).last_hidden_state[0, -1].double()
+    head = torch.randn(len(hidden), generator=torch.Generator().manual_seed(0)).double()
+    head = 3e3 * (head - hidden * (head @ hidden) / (hidden @ hidden))
+    change_weights(copy, lambda weights: weights.update({"score.weight": head[None].float()}))
+    with pytest.warns(UserWarning, match="scoring_contract"):
+        assert load(copy, dtype="bfloat16").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("num_outputs", [1, 2])
