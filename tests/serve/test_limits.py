@@ -61,10 +61,12 @@ def test_anything_at_all_gets_an_answer(text: bytes) -> None:
     ids=range(10),
 )
 def test_the_worst_texts_are_refused_in_no_time(text: bytes) -> None:
-    started = time.process_time()
+    """What grew with the square of a text's length would take minutes. Of this thread alone: others
+    may be at work in this process."""
+    started = time.thread_time()
     with pytest.raises(RequestValidationError):
         load(text)
-    assert time.process_time() - started < 1.0
+    assert time.thread_time() - started < 10.0
 
 
 API = application()
