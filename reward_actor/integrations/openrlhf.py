@@ -45,12 +45,16 @@ def reward_func(
     num_tokens = [float(n) for group in scores for n in group.num_tokens]
     failed = [float(error is not None) for group in scores for error in group.errors]
     # Where a sample has no reward, its `error_reward` stands for each of them.
-    names = (scores[0].named_rewards if scores else None) or {}
-    whole = {name: counted(joined(scores), name) for name in names}
-    named = {
-        name: [chosen[i][0] if value is None else value for i, value in enumerate(values)]
-        for name, values in whole.items()
-    }
+    named = {}
+    if scores:
+        whole = joined(scores)
+        named = {
+            name: [
+                reward if value is None else value
+                for [reward], value in zip(chosen, counted(whole, name), strict=True)
+            ]
+            for name in whole.named_rewards or ()
+        }
     return {
         "rewards": rewards,
         "scores": rewards,
